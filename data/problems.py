@@ -1,0 +1,208 @@
+"""Questions, prompts, the grader, and the batches that SFT and RL train on.
+
+A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all of it text. Each
+solution ends in `#### answer`. One grader serves reward, validation and test, and it sees nothing but the answer.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import zlib
+from contextlib import nullcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from data import tokens
+
+ENDING = "####"
+PROMPTS = {"toy": " Q : {} A :", "cl100k_base": "Question: {}\nAnswer:"}
+BETWEEN_SHOTS = {"toy": "", "cl100k_base": "\n\n"}
+KINDS = {str: "text", int: "a whole number", list: "a list of texts"}
+# an optional sign and $ in either order, digits that may be grouped by commas, decimals, a denominator, % and a stop
+NUMBER = re.compile(r"(?:(-?|\+)\$?|\$(-))(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:/(\d+))?%?\.?", re.ASCII)
+
+
+def lines_of(path, bar=None):
+    """(line number, line) of a UTF-8 file, gzipped or not; a tqdm `bar` counts the bytes read from disk."""
+    line_number = 0
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if str(path).endswith(".gz") else nullcontext(raw) as file:
+            start = bar.n if bar is not None else 0
+            for line_number, line in enumerate(file, 1):
+                yield line_number, line.decode("utf-8")
+                if bar is not None:
+                    bar.update(start + raw.tell() - bar.n)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read after line {line_number} ({error})") from None
+
+
+def read_jsonl(path, fields, bar=None):
+    """The rows of a .jsonl(.gz) file; `fields` = {name: str, int or list (of str)}. ValueError names a faulty line."""
+    line_number = 0
+    for line_number, line in lines_of(path, bar):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # the second: brackets too deep
+            raise ValueError(f"{path}:{line_number}: not one JSON object a line ({error})") from None
+        for name, kind in fields.items():
+            value = row.get(name) if type(row) is dict else None
+            if type(value) is not kind or (kind is list and not all(type(item) is str for item in value)):
+                raise ValueError(f'{path}:{line_number}: "{name}" must be {KINDS[kind]}, not {str(value)[:60]!r}')
+        yield row
+    if not line_number:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def load(path, split):
+    """The questions of a folder's {split}.jsonl, or of one .jsonl file whatever the split."""
+    path = Path(path) if str(path).endswith(".jsonl") else Path(path) / f"{split}.jsonl"
+    rows = list(read_jsonl(path, {"id": str, "question": str, "answer": str, "solutions": list}))
+    first = {}
+    for line_number, row in enumerate(rows, 1):
+        where = f"{path}:{line_number}"
+        if first.setdefault(row["id"], line_number) != line_number:
+            raise ValueError(f"{where}: id {row['id'][:60]!r} is also on line {first[row['id']]}")
+        if not row["question"].strip():
+            raise ValueError(f"{where}: the question is empty")
+        if number(row["answer"]) is None:
+            raise ValueError(f"{where}: the answer must be a number, not {row['answer'][:60]!r}")
+        for text in row["solutions"]:
+            if not (well_formed(text) and grade(text, row["answer"])):
+                raise ValueError(f"{where}: a solution must end in '{ENDING} {row['answer'][:60]}', not {text[-60:]!r}")
+    return rows
+
+
+def solution_pairs(rows, solutions, seed):
+    """[(question, solution)] to train on: `solutions` of each question, chosen once by (seed, id), or "all" of them."""
+    pairs = []
+    for row in rows:
+        chosen = row["solutions"]
+        if solutions != "all":
+            chosen = random.Random(f"{seed} {row['id']}").sample(chosen, min(int(solutions), len(chosen)))
+        if not chosen:
+            raise ValueError(f"question {row['id']!r} has no solution to train on")
+        pairs += [(row["question"], text) for text in chosen]
+    return pairs
+
+
+# ---- text
+
+def prompt(encoding_name, question):
+    return PROMPTS[encoding_name].format(question)
+
+
+def few_shot(encoding_name, shots):
+    """The text before a prompt that shows it solved questions: rows of shots.jsonl, the first solution of each."""
+    between = BETWEEN_SHOTS[encoding_name]
+    return "".join(f"{prompt(encoding_name, shot['question'])} {shot['solutions'][0]}{between}" for shot in shots)
+
+
+def answer_ids(enc, solution):
+    """What a model is trained to write after a prompt: the solution after one space, and the end-of-text id."""
+    return [*tokens.encode(enc, f" {solution}"), enc.eot_token]
+
+
+# ---- grader
+
+def final_answer(text):
+    """What the line says after the last ####, or None."""
+    before, ending, after = text.rpartition(ENDING)
+    return after.split("\n", 1)[0].strip() if ending else None
+
+
+def number(text):
+    """The exact value of a text that is a number and nothing else, or None.
+
+    Numbers: 18  -5  +5  1,234  3.0  .5  $18.  -$5  20% (= 20)  1/2. Not numbers: "18 dollars", "1 8", "3 + 4", "1e5",
+    "12,34", and whatever is longer than 100 characters, so that a million digits cost nothing. Nothing is evaluated.
+    """
+    match = NUMBER.fullmatch(text.strip()) if text and len(text) <= 100 else None
+    if match is None:
+        return None
+    sign, dollar_sign, whole, decimals, denominator = match.groups()
+    if not (whole or decimals) or (denominator and not int(denominator)):
+        return None
+    value = Fraction((whole.replace(",", "") or "0") + (decimals or "")) / int(denominator or 1)
+    return -value if sign == "-" or dollar_sign else value
+
+
+def grade(text, answer):
+    """Is the final answer of this text the number `answer`?"""
+    value = number(final_answer(text))
+    return value is not None and value == number(answer)
+
+
+def well_formed(text):
+    """One ending and a number after it, right or wrong."""
+    return text.count(ENDING) == 1 and number(final_answer(text)) is not None
+
+
+def reward(text, answer, ended, format_reward):
+    """1 for a right answer, `format_reward` for a wrong but well-formed one, 0 for one that did not end by itself."""
+    if not ended:
+        return 0.0
+    if grade(text, answer):
+        return 1.0
+    return float(format_reward) if well_formed(text) else 0.0
+
+
+# ---- batches
+
+class Batch(NamedTuple):
+    """What SFT and RL train on. mask, weight and logp belong to the targets ids[:, 1:]."""
+    ids: torch.Tensor  # (B, T) int64, prompt and answer, filled up with padding on the right
+    mask: torch.Tensor  # (B, T-1) bool, the answer tokens, its end token with them
+    weight: torch.Tensor  # (B, T-1) f32, of each target in the loss, 0 outside the mask
+    logp: Optional[torch.Tensor]  # (B, T-1) f32, what the sampler gave each target, 0 outside the mask
+
+
+def answer_seeds(seed, step, rows, n):
+    """One 63-bit seed for each of n answers to each question: a function of (seed, step, question id, answer number),
+    so that neither the batch nor the rank an answer is sampled in changes it."""
+    keys = (f"{seed} {step} {row['id']} {answer}" for row in rows for answer in range(n))
+    return [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1 for key in keys]
+
+
+def shuffled(count, batch, seed, step):
+    """The places of batch `step` in a list of `count`, shuffled anew each epoch: arithmetic of (seed, step)."""
+    places = [divmod(place, count) for place in range(step * batch, (step + 1) * batch)]
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in {e for e, _ in places}}
+    return [int(orders[epoch][index]) for epoch, index in places]
+
+
+def pieces(batch, micro, device):
+    """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row."""
+    width = batch.ids.shape[1] - 1
+    last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets up to the last that counts
+    for rows in last.argsort(descending=True, stable=True).split(micro):
+        targets = -(-int(last[rows].max()) // 8) * 8
+        yield Batch(*(None if x is None else x[rows, :targets + extra].to(device)
+                      for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))
+
+
+def make_batch(prompts_ids, answers_ids, weights, pad, logps=None):
+    """Lists of ids to a Batch. `weights`: for each answer one number, or one for each of its tokens.
+
+    T is a multiple of 8, so that few shapes occur. The mask comes from the lengths: the ids may hold any value.
+    """
+    lengths = [len(start) + len(answer) for start, answer in zip(prompts_ids, answers_ids, strict=True)]
+    rows, width = len(lengths), -(-max(lengths) // 8) * 8
+    ids = torch.full((rows, width), pad)
+    mask = torch.zeros(rows, width - 1, dtype=torch.bool)
+    weight = torch.zeros(rows, width - 1)
+    logp = None if logps is None else torch.zeros(rows, width - 1)
+    for row, (start, answer) in enumerate(zip(prompts_ids, answers_ids, strict=True)):
+        assert start, "the first answer token needs something before it"
+        ids[row, :lengths[row]] = torch.tensor([*start, *answer])
+        targets = slice(len(start) - 1, lengths[row] - 1)  # target t is token t + 1
+        mask[row, targets] = True
+        weight[row, targets] = torch.as_tensor(weights[row], dtype=torch.float32)
+        if logp is not None:
+            logp[row, targets] = torch.as_tensor(logps[row], dtype=torch.float32)
+    return Batch(ids, mask, weight, logp)

@@ -1,0 +1,176 @@
+"""Text to token ids, and token ids on disk.
+
+Two encodings: `toy` (the words of data/toy.py, no download) and `cl100k_base` (tiktoken's, which OLMo2 uses).
+A shard is one file: a header of 64 bytes, then the ids as uint16 (toy) or uint32 (cl100k_base), little-endian.
+"""
+
+import functools
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+from data import toy
+
+PAD = "<|pad|>"
+VOCABULARY = {"toy": toy.VOCAB, "cl100k_base": 100278}  # 100277 is OLMo2's padding, unknown to tiktoken
+MAGIC, VERSION = b"TOKENS\r\n", 1  # the \r\n shows a copy that was made as text
+HEADER = struct.Struct("<8sIIQI36s")  # magic, version, bytes per id, number of ids, crc32 of the ids, encoding name
+DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+@functools.cache
+def encoding(name):
+    """The tiktoken.Encoding of that name; cl100k_base is downloaded once, or read from $TIKTOKEN_CACHE_DIR."""
+    if name not in VOCABULARY:
+        raise ValueError(f"unknown encoding {name!r}: it is one of {', '.join(VOCABULARY)}")
+    if name == "toy":
+        return toy.encoding()
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are OSErrors
+        raise ValueError(f"cannot download {name}, set TIKTOKEN_CACHE_DIR to a folder that has it ({error})") from None
+
+
+def vocab_size(enc):
+    """How many ids a model may sample, 0 .. vocab_size - 1. Toy ids above it are single bytes of unknown words."""
+    return VOCABULARY[enc.name]
+
+
+def pad_id(enc):
+    """The id that fills the ends of a batch. Masks come from lengths, so it may also occur as a token."""
+    return enc._special_tokens.get(PAD, VOCABULARY[enc.name] - 1)
+
+
+def encode(enc, text):
+    """Text to ids; a special token spelled out in the text stays text. ValueError names a word that toy lacks."""
+    ids = enc.encode_ordinary(text)
+    limit = vocab_size(enc)
+    if ids and max(ids) >= limit:
+        first_bad = next(place for place, i in enumerate(ids) if i >= limit)
+        start = enc.decode_with_offsets(ids)[1][first_bad]
+        word = next(m.group() for m in re.finditer(r"\s?\S+|\s", text) if m.start() <= start < m.end())
+        raise ValueError(f"the {enc.name} encoding has no {word!r} (its words are written ' word', after one space)")
+    return ids
+
+
+@functools.cache
+def _bytes_of(enc):
+    ranks = enc._mergeable_ranks | {text.encode(): i for text, i in enc._special_tokens.items()}
+    return {i: token for token, i in ranks.items()}
+
+
+def decode(enc, ids):
+    """Ids to text. Never fails: an id that tiktoken does not know becomes <|id|>, broken UTF-8 a replacement mark."""
+    table = _bytes_of(enc)  # tiktoken's own decode raises on such ids, on some versions it panics
+    return b"".join([table[i] if i in table else b"<|%d|>" % i for i in map(int, ids)]).decode("utf-8", "replace")
+
+
+class Header(NamedTuple):
+    encoding_name: str
+    dtype: np.dtype
+    count: int
+    crc32: int
+
+
+def write_shard(path, ids, encoding_name):
+    """Write ids (any sequence of int) as one shard, whole or not at all."""
+    limit = vocab_size(encoding(encoding_name))
+    ids = np.asarray(ids)
+    if ids.size == 0 or ids.min() < 0 or ids.max() >= limit:
+        raise ValueError(f"{path}: a shard needs at least one id and all of them in 0..{limit - 1}")
+    ids = ids.astype(DTYPES[2 if limit <= 2**16 else 4])
+    header = HEADER.pack(MAGIC, VERSION, ids.itemsize, ids.size, zlib.crc32(ids), encoding_name.encode())
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            ids.tofile(file)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path, encoding_name=None):
+    """The Header of a shard. ValueError if it is not a whole shard, or one of another encoding than asked for."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            raw = file.read(HEADER.size)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read it ({error.strerror})") from None
+    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+        raise ValueError(f"{path}: not a token shard, make one with data/prepare.py")
+    _, version, width, count, crc32, name = HEADER.unpack(raw)
+    if version != VERSION or width not in DTYPES:
+        raise ValueError(f"{path}: shard version {version}, {width} bytes per id; this code reads version {VERSION}")
+    name = name.rstrip(b"\0").decode("ascii", "replace")
+    if encoding_name not in (None, name):
+        raise ValueError(f"{path}: its tokens are {name!r}, but {encoding_name!r} is needed")
+    if count == 0 or size != HEADER.size + count * width:  # before any memory is taken for what the header claims
+        raise ValueError(f"{path}: {size:,} bytes, its header says {HEADER.size + count * width:,}: prepare it again")
+    return Header(name, DTYPES[width], count, crc32)
+
+
+def read_shard(path, encoding_name=None):
+    """The ids of a shard as a read-only np.memmap; see read_header for what is refused."""
+    header = read_header(path, encoding_name)
+    return np.memmap(path, header.dtype, "r", offset=HEADER.size, shape=(header.count,))
+
+
+def verify_shard(path):
+    """Read all of a shard; ValueError if its checksum is not the one that was written."""
+    if zlib.crc32(read_shard(path)) != read_header(path).crc32:
+        raise ValueError(f"{path}: its checksum is wrong, prepare it again")
+
+
+class Stream:
+    """The text of a folder in windows of length + 1 ids, the shards {split}_*.bin one after the other.
+
+    Windows overlap by one id, so each id but the first is a target once an epoch (an incomplete last window is left
+    out). Their order is a permutation of (seed, epoch): a step is the same on any number of ranks, after any resume.
+    """
+
+    def __init__(self, folder, split, length, seed):
+        paths = sorted(Path(folder).glob(f"{split}_*.bin"))
+        if not paths:
+            raise ValueError(f"no {split}_*.bin in {folder}: make it with python data/prepare.py toy --out {folder}")
+        self.encoding_name = read_header(paths[0]).encoding_name
+        self.shards = [read_shard(path, self.encoding_name) for path in paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # of each shard, and the end
+        self.tokens, self.length, self.seed = int(self.starts[-1]), length, seed
+        self.windows = (self.tokens - 1) // length
+        if self.windows < 1:
+            raise ValueError(f"{folder}: the {split} text has {self.tokens:,} tokens, one window needs {length + 1:,}")
+        self.order = functools.lru_cache(2)(self._order)  # a batch may lie across two epochs
+
+    def _order(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.windows)
+
+    def window(self, index):
+        """Window `index` in text order, as int64 (length + 1,)."""
+        start = index * self.length
+        ids = np.empty(0, np.int64)
+        while len(ids) <= self.length:  # a window may lie across two shards
+            at = start + len(ids)
+            shard = int(np.searchsorted(self.starts, at, side="right")) - 1
+            offset = at - self.starts[shard]
+            ids = np.append(ids, self.shards[shard][offset:offset + self.length + 1 - len(ids)])
+        return ids
+
+    def rows(self, step, batch, rank=0, world=1):
+        """The rows of step `step` (from 0) that belong to `rank`: int64 (batch / world, length + 1)."""
+        if batch % world:
+            below = batch - batch % world
+            raise ValueError(f"a batch of {batch} rows does not divide over {world} ranks, take {below or world} or "
+                             f"{below + world}")
+        share = batch // world
+        first = step * batch + rank * share
+        places = [divmod(place, self.windows) for place in range(first, first + share)]
+        return np.stack([self.window(int(self.order(epoch)[index])) for epoch, index in places])

@@ -1,0 +1,155 @@
+"""Evaluate checkpoints: pass@k on questions, general capability on tasks, one JSON row each; or draw the report.
+
+    python eval.py ckpt/toy/step1953.pt ckpt/toy/step1953-rl.pt --results results/toy
+    python eval.py --report results/toy
+
+pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A base model is
+measured with 8 shots and with none, everything else with none. Questions come from the validation split; --final takes
+the test split. Rows of a checkpoint are written together to RESULTS/CHECKPOINT.jsonl, and those that are there are kept.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import problems, report, run, tasks, tokens
+from model import Model, ModelConfig, Sampler
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoints: tuple[str, ...] = ()  # checkpoints to evaluate
+    results: str = "results/toy"  # folder for the rows
+    report: str = ""  # instead of evaluating: write report.md and figures from the rows in this folder
+    json: bool = False  # with --report: the verdicts as one JSON object on the last line
+    questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
+    tasks: str | None = None  # folder of general-capability tasks (default: what the checkpoint names; "" for none)
+    final: bool = False  # the test split; without it, validation
+    limit: int = 300  # questions taken from the split
+    n: int = 32  # answers a question, at least the largest k
+    k: tuple[int, ...] = (1, 8, 32)  # for pass@k
+    temperature: float = 0.6  # paper: 0.6
+    shots: tuple[int, ...] | None = None  # solved examples before the question (default: 8 and 0 for a base, else 0)
+    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 64 for a toy base, else 512)
+    rows: int = 1024  # answers sampled side by side; never changes the result
+    seed: int = 1234  # noise of the sampling
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    overwrite: bool = False  # measure again what has a row
+
+
+def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks=(1, 2, 4, 8, 16, 32)) -> dict:
+    """Answer each question n times; per-question counts of right answers and what follows from them.
+
+    rows: questions; shots: solved questions shown before each. Answers end at the end of text, or where the next question
+    would begin (a base model likes to go on). The ranks share the questions; all return the same."""
+    mine = rows[world.rank :: world.size]
+    head = problems.PROMPTS[enc.name].split("{}")[0]
+    ends = [enc.eot_token, tokens.encode(enc, head)[0]]
+    prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
+    prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
+    seeds = problems.answer_seeds(seed, "eval", mine, n)
+    samples = sampler(prompts, n, max_new, seeds, ends, temperature, prefix) if mine else None
+    counts = torch.zeros(4, len(rows), dtype=torch.float64)  # right, in format, cut, distinct answers
+    for place, row in enumerate(mine):
+        block = range(place * n, (place + 1) * n)
+        cut = samples.cut[block.start : block.stop].tolist()
+        texts = [tokens.decode(enc, samples.tokens[r, : samples.lengths[r] - (not c)].tolist()) for r, c in zip(block, cut, strict=True)]
+        counts[:, world.rank + place * world.size] = torch.tensor([
+            sum(not c and problems.grade(text, row["answer"]) for text, c in zip(texts, cut, strict=True)),
+            sum(not c and problems.well_formed(text) for text, c in zip(texts, cut, strict=True)),
+            sum(cut), len({problems.final_answer(text) for text in texts}),
+        ])  # fmt: skip
+    counts = torch.tensor(world.sum(*counts.flatten().tolist())).view(4, -1)
+    correct = [int(c) for c in counts[0]]
+    out = {"n": n, "temperature": temperature, "correct": correct, "formatted": float(counts[1].mean() / n),
+           "cut": float(counts[2].mean() / n), "answers": float(counts[3].mean())}  # fmt: skip
+    for k in ks:
+        if k <= n:
+            each = report.pass_at_k(n, correct, k)
+            out[f"pass@{k}"], out[f"se@{k}"] = float(each.mean()), report.standard_error(each)
+    return out
+
+
+@torch.no_grad()
+def continuation_log_probs(model, pairs, pad, device, budget=16384) -> list[float]:
+    """Summed log-prob of each continuation given its context, [(context ids, continuation ids)], batched by length."""
+    order, out = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))), [0.0] * len(pairs)
+    while order:
+        count = max(1, budget // sum(map(len, pairs[order[0]])))  # tokens a batch, padding counted
+        part, order = order[:count], order[count:]
+        batch = problems.make_batch([pairs[i][0] for i in part], [pairs[i][1] for i in part], [1.0] * len(part), pad)
+        logp, _ = model(batch.ids.to(device), mask=batch.mask.to(device))
+        for i, total in zip(part, logp.sum(1).tolist(), strict=True):
+            out[i] = total
+    return out
+
+
+def curve(path) -> list[dict]:
+    """The validations along a training run, from its metrics file."""
+    metrics = Path(f"{path}.metrics.jsonl")
+    lines = run.read_lines(metrics) if metrics.exists() else []
+    drop = ("correct", "n", "temperature")
+    return [{"step": x["step"], **{k: v for k, v in x["validation"].items() if k not in drop}} for x in lines if "validation" in x]
+
+
+def evaluate(path, cfg, world) -> list[dict]:
+    """All rows of one checkpoint that are not in the results yet."""
+    saved = run.load(path)
+    meta = saved["meta"]
+    enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
+    max_new = cfg.max_new or meta["run"].get("max_new") or (64 if meta["preset"] == "toy" else 512)
+    base = {"checkpoint": str(path), "config_hash": run.config_hash(meta), "model": meta["preset"], "split": split, "seed": meta["seed"]}
+    base |= {k: meta[k] for k in ("world", "recipe", "tokens", "pretrain_seed", "step")}
+    base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}
+    file = Path(cfg.results) / f"{Path(path).stem}.jsonl"
+    rows = run.read_lines(file) if file.exists() and not cfg.overwrite else []
+    done = {(r["kind"], r.get("benchmark"), r.get("shots"), r["split"]) for r in rows if r["config_hash"] == base["config_hash"]}
+    model = run.load_model(saved, Model, ModelConfig, world).eval()
+    sampler = Sampler(model, cfg.rows)
+    for folder in cfg.questions or (meta["questions"],):
+        questions = problems.load(folder, split)[: cfg.limit]
+        for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
+            name = Path(folder).stem
+            if ("pass", name, shots, split) in done:
+                continue
+            shown = problems.load(folder, "shots")[:shots] if shots else ()
+            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
+            rows.append({"kind": "pass", **base, "benchmark": name, "shots": shots, "max_new": max_new,
+                         "ids": [row["id"] for row in questions], **result})  # fmt: skip
+            told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
+            print(f"{path}  {name} {split} {shots}-shot  {told}  in format {100 * result['formatted']:.0f}%", flush=True)
+    folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
+    for name, items in tasks.load(folder).items() if folder else ():
+        if ("general", name, None, split) not in done:
+            result = tasks.score(items, enc, lambda pairs: continuation_log_probs(model, pairs, tokens.pad_id(enc), world.device))
+            rows.append({"kind": "general", **base, "benchmark": name, **result})
+            print(f"{path}  {name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}", flush=True)
+    points = curve(path)
+    if points and ("curve", None, None, split) not in done:
+        rows.append({"kind": "curve", **base, "points": points})
+    if world.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(file.name + ".tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(beside, file)
+    return rows
+
+
+def main(cfg):
+    if cfg.report:
+        return report.report(cfg.report, cfg.json)
+    if not cfg.checkpoints:
+        raise ValueError("name at least one checkpoint, or --report RESULTS")
+    if cfg.n < max(cfg.k):
+        raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
+    world = run.start(cfg.device, cfg.dtype)
+    for path in cfg.checkpoints:
+        evaluate(path, cfg, world)
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

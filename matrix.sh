@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# The experiment matrix: pre-train once, then every recipe from every checkpoint, evaluate, report.
+#
+#   bash matrix.sh                  the default world, 3 checkpoints x 7 recipes x 1 seed, 20 minutes on two cores
+#   SEEDS=8 bash matrix.sh          more seeds; what is finished is skipped, what was cut goes on
+#   SCALE=smoke bash matrix.sh      all of it in two minutes, to see that it works
+#   SCALE=gsm8k SOURCE=FOLDER ...   real text, GSM8K and the cl100k_base vocabulary, a few steps of everything
+#   SCALE=1b bash matrix.sh         prints the paper's commands
+#
+# SEEDS        post-training seeds 0 .. SEEDS-1                    JOBS     cells side by side, one thread each (2)
+# PRETRAIN     pre-training seeds 0 .. PRETRAIN-1 (1)              PYTHON   the interpreter (python)
+# OUT          checkpoints, logs (ckpt/$SCALE)                     RESULTS  rows, report.md, figures ($OUT/results)
+# DATA         prepared data (data/out/$SCALE)                     FINAL    1: the test split, 0: validation (1)
+set -euo pipefail
+cd "$(dirname "$0")"
+SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} PRETRAIN=${PRETRAIN:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
+OUT=${OUT:-ckpt/$SCALE} DATA=${DATA:-data/out/$SCALE}
+RESULTS=${RESULTS:-$OUT/results}
+threads=${OMP_NUM_THREADS:-$(nproc)}
+
+# Each stage's flags; what is not here is the script's own default for this size of model. STEPS: the checkpoints M_t.
+prepare() { "$PYTHON" data/prepare.py toy --out "$DATA" --seed "$1" $TEXT; }
+TEXT="" PRE="" RL="" SFT="" GOLD="" MIX="" EVAL=""
+case $SCALE in
+  toy)
+    STEPS="684 1172 1953" ;;  # 2.8M, 4.8M and 8M tokens
+  smoke)
+    STEPS="20 40"
+    TEXT="--tokens 200000 --train_questions 64 --val_questions 16 --test_questions 16"
+    PRE="--tokens 163840 --warmup 5 --compile false --save_every 15"
+    RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32"
+    SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
+    MIX=$RL EVAL="--limit 8" ;;
+  gsm8k)
+    STEPS="8 16"
+    prepare() {
+      "$PYTHON" data/prepare.py text --source "$SOURCE/pretrain_text" --out "$DATA"
+      "$PYTHON" data/prepare.py gsm8k --source "$SOURCE/gsm8k" --out "$DATA/gsm8k"
+    }
+    PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA/gsm8k --tasks none --compile false"
+    RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8"
+    SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8"
+    EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48" ;;
+  1b)
+    cat <<'TEXT'
+# The paper's scale, on one node of 8 GPUs. The loaders for DOLMino, OpenMathInstruct-1 and the six benchmarks are not in
+# this repository yet: bring your own shards (data/tokens.py) and questions (data/problems.py) in the folders named here.
+torchrun --nproc_per_node 8 pretrain.py --preset 1b --data data/out/dolmino --questions data/out/openmath --out ckpt/1b \
+    --tokens 50e9 --save_steps 1000,2000,3000,5000,6000,7000,10000,14000,22000
+for M in 1000 2000 3000 5000 6000 7000 10000 14000 22000; do
+  torchrun --nproc_per_node 8 rl.py  --init ckpt/1b/step$M.pt
+  torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step$M.pt
+  torchrun --nproc_per_node 8 rl.py  --init ckpt/1b/step$M-sft.pt
+  torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step$M.pt --solutions all
+  torchrun --nproc_per_node 8 rl.py  --init ckpt/1b/step$M-sft-gold.pt
+  torchrun --nproc_per_node 8 mix.py --init ckpt/1b/step$M.pt
+  torchrun --nproc_per_node 8 eval.py ckpt/1b/step$M*.pt --questions data/out/gsm8k,data/out/math --limit 0 --final --results results/1b
+done
+python eval.py --report results/1b
+TEXT
+    exit 0 ;;
+  *) echo "matrix.sh: error: no SCALE=$SCALE: toy, smoke, gsm8k or 1b" >&2; exit 2 ;;
+esac
+if [ "$SCALE" = gsm8k ] && [ ! -d "${SOURCE:-/nowhere}/gsm8k" ]; then
+  echo "matrix.sh: error: SCALE=gsm8k needs SOURCE=FOLDER with gsm8k/ and pretrain_text/ in it" >&2; exit 2
+fi
+[ "$FINAL" = 1 ] && EVAL="$EVAL --final"
+
+# One chain of cells: the commands that have to wait for each other. Prints each command, so that a log says what failed.
+run() { echo "+ $*"; OMP_NUM_THREADS=1 "$@"; }
+chain() {  # chain CHECKPOINT RECIPE SEED
+  local from=${1%.pt} recipe=$2 seed=$3
+  local to="$from-$recipe-s$seed" rows; rows=$RESULTS/$(basename "$(dirname "$from")")
+  local go="--seed $seed --resume"
+  case $recipe in
+    base) run "$PYTHON" eval.py "$1" --results "$rows" $EVAL; return ;;
+    rl) run "$PYTHON" rl.py --init "$1" --out "$to.pt" $RL $go ;;
+    mix) run "$PYTHON" mix.py --init "$1" --out "$to.pt" $MIX $go ;;
+    sft) run "$PYTHON" sft.py --init "$1" --out "$to.pt" $SFT $go ;;
+    sft-gold) run "$PYTHON" sft.py --init "$1" --out "$to.pt" --solutions all $GOLD $go ;;
+  esac
+  if [[ $recipe == sft* ]]; then
+    run "$PYTHON" rl.py --init "$to.pt" --out "$to-rl.pt" $RL $go
+    run "$PYTHON" eval.py "$to.pt" "$to-rl.pt" --results "$rows" $EVAL
+  else
+    run "$PYTHON" eval.py "$to.pt" --results "$rows" $EVAL
+  fi
+}
+finished() {  # the rows of a chain's last cell exist
+  local stem=${1%.pt}; local rows; rows=$RESULTS/$(basename "$(dirname "$stem")"); stem=$(basename "$stem")
+  case $2 in base) ;; sft*) stem=$stem-$2-s$3-rl ;; *) stem=$stem-$2-s$3 ;; esac
+  [ -f "$rows/$stem.jsonl" ] && grep -q "\"split\": \"$([ "$FINAL" = 1 ] && echo test || echo val)\"" "$rows/$stem.jsonl"
+}
+
+began=$SECONDS
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+for ((p = 0; p < PRETRAIN; p++)); do
+  folder=$OUT/p$p
+  mkdir -p "$folder" "$RESULTS"
+  data=$DATA
+  if [ "$SCALE" != gsm8k ]; then DATA=$DATA/p$p; fi
+  [ -f "$DATA/world.json" ] || prepare "$p"
+  [ "$SCALE" != gsm8k ] || PRE="$PRE"
+  OMP_NUM_THREADS=$threads "$PYTHON" pretrain.py --data "$DATA" --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE
+  DATA=$data
+done
+
+todo=() total=0
+for ((seed = 0; seed < SEEDS; seed++)); do
+  for ((p = 0; p < PRETRAIN; p++)); do
+    for step in $STEPS; do
+      for recipe in base sft-gold sft mix rl; do
+        [ "$recipe" = base ] && [ "$seed" != 0 ] && continue
+        total=$((total + 1))
+        finished "$OUT/p$p/step$step.pt" "$recipe" "$seed" || todo+=("$OUT/p$p/step$step.pt $recipe $seed")
+      done
+    done
+  done
+done
+echo "$total chains of cells, $((total - ${#todo[@]})) finished before, $JOBS side by side"
+
+declare -A cell
+count=0 matrix_began=$SECONDS
+reap() {  # wait for one chain; stop everything if it failed
+  local pid status=0
+  wait -n -p pid || status=$?
+  count=$((count + 1))
+  if [ $status != 0 ]; then
+    read -r init recipe seed <<< "${cell[$pid]}"
+    log=${init%.pt}-$recipe-s$seed.log
+    echo "matrix.sh: error: $(grep '^+ ' "$log" | tail -n 1 | cut -c 3-) exited with status $status" >&2
+    grep -v '^+ ' "$log" | tail -n 3 >&2
+    exit 1
+  fi
+  local left=$(((SECONDS - matrix_began) * (${#todo[@]} - count) / count))
+  echo "$count/${#todo[@]}  ${cell[$pid]}  $(((SECONDS - began) / 60)) min in, about $(((left + 59) / 60)) min left"
+}
+running=0
+for job in ${todo[@]+"${todo[@]}"}; do
+  if [ $running -ge "$JOBS" ]; then reap; running=$((running - 1)); fi
+  read -r init recipe seed <<< "$job"
+  chain "$init" "$recipe" "$seed" > "${init%.pt}-$recipe-s$seed.log" 2>&1 &
+  cell[$!]=$job
+  running=$((running + 1))
+done
+while [ $running -gt 0 ]; do reap; running=$((running - 1)); done
+
+"$PYTHON" eval.py --report "$RESULTS"
+echo "done in $(((SECONDS - began + 59) / 60)) min: $RESULTS/report.md"

@@ -1,0 +1,114 @@
+"""Parallel averaging of RL and SFT (the paper's section on combining them): M_t -> M_t^mix.
+
+    python mix.py --init ckpt/toy/step1953.pt
+    python mix.py --init ckpt/toy/step1953.pt --share 0.75
+
+Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the SFT optimizer's update
+Delta_SFT, and  theta <- theta + share * Delta_RL + (1 - share) * Delta_SFT.  The optimizers keep their own moments. An
+AdamW update is linear in its learning rate, so the shares go into the rates and theta is never copied (model.update).
+"""
+
+import time
+from dataclasses import dataclass
+
+from data import problems, run, tokens
+from eval import solve
+from model import Model, ModelConfig, Sampler, adam, cosine, update
+from rl import rl_backward, rl_batch
+from sft import sft_backward, sft_batch, tokenise
+
+SIZES = {
+    "toy": dict(lr=3e-4, sft_lr=2e-3, questions_per_step=32, group=8, batch=16, steps=60, max_new=64),
+    "paper": dict(lr=1e-6, sft_lr=2e-5, questions_per_step=128, group=64, batch=64, steps=1000, max_new=512),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str  # checkpoint to start from
+    out: str | None = None  # checkpoint to write (default: INIT-mix.pt)
+    questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
+    limit: int = 0  # use only the first so many training questions (0: all)
+    share: float = 0.5  # of the RL update; the SFT update has the rest (paper: one half)
+    steps: int | None = None  # steps, as many RL as SFT batches (toy 60)
+    questions_per_step: int | None = None  # RL: over all ranks (toy 32)
+    group: int | None = None  # RL: answers a question (toy 8)
+    max_new: int | None = None  # RL: longest answer (toy 64)
+    temperature: float = 1.0  # RL: of sampling and of the log-probs trained on
+    format_reward: float = 0.1  # RL: for a wrong answer in the right form
+    std_norm: bool = False  # RL: divide the advantage by the group's std
+    lr: float | None = None  # RL: learning rate, constant after the warm-up, as in rl.py (toy 3e-4)
+    warmup: int = 5  # RL: updates of linear warm-up
+    solutions: str = "1"  # SFT: solutions a question, 1 or all
+    batch: int | None = None  # SFT: solutions a step, over all ranks (toy 16)
+    sft_lr: float | None = None  # SFT: peak learning rate, cosine to a tenth, as in sft.py (toy 2e-3)
+    sft_warmup: int = 10  # SFT: steps of linear warm-up
+    micro: int = 64  # rows a forward pass; never changes the result
+    weight_decay: float = 0.0  # of both
+    clip: float = 1.0  # largest norm of each of the two gradients
+    max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
+    eval_every: int = 15  # steps between validations
+    eval_questions: int = 100  # validation questions; 0 to skip validation
+    eval_n: int = 32  # answers to each
+    save_every: int = 10  # steps between states for --resume
+    rows: int = 512  # answers sampled side by side; never changes the result
+    seed: int = 0  # order of the questions, noise of the sampling, which solution
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    resume: bool = False  # go on from the last saved state; starts afresh if there is none
+    overwrite: bool = False  # replace what is there
+
+
+def main(cfg):
+    cfg, world, model, parent, state = run.begin(cfg, "mix", SIZES, Model, ModelConfig)
+    if not 0 <= cfg.share <= 1:
+        raise ValueError(f"--share lies between 0 (all SFT) and 1 (all RL), not {cfg.share}")
+    enc = tokens.encoding(parent["encoding"])
+    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
+    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
+
+    rl_optimizer, sft_optimizer, first = adam(model), adam(model), 0
+    if state:
+        for optimizer, kept in zip((rl_optimizer, sft_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        first = state["step"]
+    sampler = Sampler(model, cfg.rows)
+    log = run.Log(cfg.out, world, cfg.steps, first, "loss sft_loss reward cut flat")
+
+    def validate(step):
+        if held_out:
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+
+    for step in range(first, cfg.steps):
+        if step % cfg.eval_every == 0:
+            validate(step)
+        began = time.time()
+        batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
+        loss, mismatch = rl_backward(model, batch, cfg, world)
+        if mismatch["mismatch"] > cfg.max_mismatch:
+            raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
+                             f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+        rl_gradients, norm = run.gradients(model, world, cfg.clip)
+        sft_loss = sft_backward(model, sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world), cfg, world)
+        sft_gradients, sft_norm = run.gradients(model, world, cfg.clip)
+        loss, sft_loss = world.sum(loss, sft_loss)
+        run.check_finite(step, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
+        rl_lr = cfg.share * cosine(step, cfg.steps, cfg.lr, cfg.warmup, floor=1.0)
+        sft_lr = (1 - cfg.share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
+        update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
+        sampler.refresh()
+        log(step, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
+            step_seconds=time.time() - began)  # fmt: skip
+        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            meta = run.child_meta(cfg, parent, "mix", "mix", step + 1)
+            run.save_state(cfg.out, model, meta, step + 1, [rl_optimizer, sft_optimizer])
+    validate(cfg.steps)
+    log.close()
+    if world.rank == 0:
+        run.save(cfg.out, model, run.child_meta(cfg, parent, "mix", "mix", cfg.steps))
+    run.finish(cfg.out)
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

@@ -1,0 +1,519 @@
+"""OLMo2 in one file: the network, the log-prob primitive, the KV-cache sampler, the optimizer. Tensors in, tensors out.
+
+Shape letters: B rows, T tokens, D width, H heads, K = D/H head width, V vocabulary, N tokens in a flat list,
+Q questions, R = Q*n answers being sampled, S tokens of a shared few-shot prefix.
+
+What differs from a textbook transformer (this is what OLMo2 is, arXiv 2501.00656, section 3.2):
+ 1. the norms sit on the outputs of attention and MLP, none on their inputs:  h = x + Norm(Attn(x)),  y = h + Norm(MLP(h))
+ 2. queries and keys are RMS-normalised over the whole projection, before the split into heads and RoPE
+ 3. no bias anywhere, embedding and head are two matrices, SwiGLU, RoPE with theta 500000 in fp32, halves rotated
+What differs from an ordinary code of it:
+ 4. q, k, v are one matrix, gate and up are one matrix: fewer and larger products, which is most of the speed on a CPU
+ 5. the head is never applied to all tokens at once: `weighted_nll` and `log_probs` walk over chunks of rows
+ 6. rows of the vocabulary above `vocab` (padding that makes V a round number) are cut off before every softmax
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------- network
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = 4
+    width: int = 96
+    heads: int = 4
+    ffn: int = 256
+    vocab: int = 100278  # ids that exist; those from here to padded_vocab are never sampled nor counted
+    padded_vocab: int = 100352  # rows of embedding and head, a multiple of 64 or 128 for the matrix units
+    context: int = 512  # longest sequence
+    theta: float = 500000.0  # RoPE base
+    eps: float = 1e-6  # RMSNorm
+
+    def __post_init__(self):
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads of even width")
+        if self.vocab > self.padded_vocab:
+            raise ValueError(f"vocab {self.vocab} is larger than padded_vocab {self.padded_vocab}")
+
+
+PRESETS = {
+    "toy": dict(layers=4, width=96, heads=4, ffn=256, context=512),  # half a million parameters
+    "190m": dict(layers=12, width=768, heads=12, ffn=3072, context=4096),  # 190M beside the embedding
+    "1b": dict(layers=16, width=2048, heads=16, ffn=8192, context=4096),  # OLMo-2-0425-1B
+    "4b": dict(layers=30, width=3072, heads=24, ffn=8192, context=4096),  # paper: "4B", shape not given; here: 4.01B
+}
+
+
+class Linear(nn.Linear):
+    """No bias; the weight is cast to the dtype of its input, so fp32 masters and bf16 compute need no autocast."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32 (or fp64), the cast back comes last (OLMo2's order)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
+
+
+def rope_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions (...) int -> cos, sin (..., K/2) in fp32 whatever the compute dtype: bf16 angles would be noise."""
+    frequency = theta ** -(torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, eq. 34) of x (..., K), first half against second half."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads = c.heads
+        self.qkv = Linear(c.width, 3 * c.width)
+        self.q_norm, self.k_norm = RMSNorm(c.width, c.eps), RMSNorm(c.width, c.eps)
+        self.out = Linear(c.width, c.width)
+        self.attention_norm = RMSNorm(c.width, c.eps)
+        self.gate_up = Linear(c.width, 2 * c.ffn)
+        self.down = Linear(c.ffn, c.width)
+        self.mlp_norm = RMSNorm(c.width, c.eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
+        return self.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).split(D, dim=-1)
+        q, k = self.q_norm(q), self.k_norm(k)  # over all heads together, as OLMo2 does
+        q, k, v = (y.view(B, T, self.heads, D // self.heads).transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Everything after attention; x (B, T, D), attended (B, H, T, K)."""
+        B, T, D = x.shape
+        x = x + self.attention_norm(self.out(attended.transpose(1, 2).reshape(B, T, D)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return x + self.mlp_norm(self.down(F.silu(gate) * up))
+
+
+class Model(nn.Module):
+    """OLMo2. Weights are kept in fp32 (or fp64); `compute` is the dtype of activations and matrix products."""
+
+    def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute = config, compute
+        self.embed = nn.Embedding(config.padded_vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps)
+        self.head = Linear(config.width, config.padded_vocab)
+
+    def init_weights(self, seed: int) -> "Model":
+        """Truncated normal, std 0.02, cut at 3 std (OLMo2); norms start at 1."""
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same weights
+        for p in self.parameters():
+            if p.dim() > 1:
+                fresh = torch.empty(p.shape)
+                p.data.copy_(nn.init.trunc_normal_(fresh, std=0.02, a=-0.06, b=0.06, generator=generator))
+        return self
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Final hidden states (B, T, D), what the head is applied to. Raises ValueError above the context length."""
+        if ids_BT.shape[1] > self.config.context:
+            raise ValueError(f"{ids_BT.shape[1]} tokens in a row, the model's context is {self.config.context}")
+        c = self.config
+        x = F.embedding(ids_BT, self.embed.weight).to(self.compute)
+        cos, sin = rope_table(torch.arange(ids_BT.shape[1], device=ids_BT.device), c.width // c.heads, c.theta)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+    def forward(self, ids_BT: Tensor, weight=None, mask=None, temperature: float = 1.0, z_loss: float = 0.0):
+        """Log-probs of ids[:, 1:] given what precedes them: the one way into the head for all trainers.
+
+        ids (B, T+1); mask (B, T) bool, which targets count (None: all); weight (B, T).
+        With weight:    -> loss, logp (B, T).  loss = sum of weight * -logp + z_loss * sum of lse^2 over the mask; logp detached
+        Without weight: -> logp, entropy (B, T), both differentiable (clipped updates, KL, evaluation).
+        Positions outside the mask come back as exactly 0 and cost no head products.
+        """
+        hidden = self.hidden(ids_BT[:, :-1])
+        B, T, D = hidden.shape
+        hidden, target = hidden.reshape(B * T, D), ids_BT[:, 1:].reshape(B * T)
+        rows = None if mask is None else mask.reshape(B * T).nonzero().squeeze(1)
+        if rows is not None:
+            hidden, target = hidden[rows], target[rows]
+
+        def spread(values: Tensor) -> Tensor:  # (N,) of the rows that count -> (B, T), zero elsewhere
+            if rows is None:
+                return values.view(B, T)
+            return torch.zeros(B * T, dtype=values.dtype, device=values.device).index_put((rows,), values).view(B, T)
+
+        if weight is None:
+            return tuple(map(spread, log_probs(hidden, self.head.weight, target, self.config.vocab, temperature)))
+        weight = weight.reshape(B * T) if rows is None else weight.reshape(B * T)[rows]
+        loss, logp = weighted_nll(hidden, self.head.weight, target, weight, self.config.vocab, temperature, z_loss)
+        return loss, spread(logp)
+
+    def flops_per_token(self, length: int) -> float:
+        """Training FLOPs a token: 6 a weight outside the embedding, 12*layers*D*T for attention with the causal
+        half counted in full, as most reports do (PaLM, appendix B): 9.286 GFLOP at 1B and 4096. Forward: a third."""
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters()) - c.padded_vocab * c.width
+        return 6.0 * weights + 12.0 * c.layers * c.width * length
+
+
+# ------------------------------------------------------------------------------------------- log-probs, never N x V
+# loss = sum_i w_i * -log pi(y_i | ...): pre-training has w = 1/n, SFT mask/n, on-policy GRPO advantage/n (its gradient
+# at ratio 1). The weights are known before the loss, so the gradient of a chunk of logits can be taken as soon as the
+# chunk exists and the chunk be thrown away: 6NDV FLOPs, the same as keeping all logits, in CHUNK floats of memory.
+
+CHUNK = 1 << 21  # logits held at once, in elements (8 MB in fp32: stays near the cache; 21 rows of a 100k vocabulary)
+
+
+def _chunks(count: int, vocab: int):
+    rows = max(64, CHUNK // vocab)  # at least 64 rows, or the products with the head starve
+    return [(i, min(i + rows, count)) for i in range(0, count, rows)]
+
+
+def _logits(hidden_ND: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
+    logits = hidden_ND @ head_VD.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a softmax in bf16 loses two digits
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, target, weight, vocab, temperature, z_loss):
+        real = head[:vocab].to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_head = torch.zeros_like(head) if wants_head else None
+        weight = weight.to(wide)
+        for i, j in _chunks(hidden.shape[0], vocab):
+            logits = _logits(hidden[i:j], real, temperature)  # (C, V)
+            picked, lse = logits.gather(1, target[i:j, None]), logits.logsumexp(1, keepdim=True)
+            logp[i:j] = (picked - lse).squeeze(1)
+            loss -= weight[i:j].dot(logp[i:j])
+            if z_loss:
+                loss += z_loss * lse.square().sum()
+            if wants_hidden or wants_head:
+                w = weight[i:j, None]
+                grad = logits.sub_(lse).exp_().mul_(w + 2 * z_loss * lse if z_loss else w)  # d loss / d logits, over the logits
+                grad.scatter_add_(1, target[i:j, None], -w)
+                grad = grad.div_(temperature).to(hidden.dtype)
+                if wants_hidden:
+                    torch.mm(grad, real, out=d_hidden[i:j])
+                if wants_head:
+                    d_head[:vocab].addmm_(grad.T.to(head.dtype), hidden[i:j].to(head.dtype))
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(logp)
+        return loss, logp
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_hidden, d_head = ctx.saved_tensors
+        scaled = [None if g is None else g * d_loss.to(g.dtype) for g in (d_hidden, d_head)]
+        return *scaled, None, None, None, None, None
+
+
+def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 1.0, z_loss: float = 0.0):
+    """sum_i weight_i * -log softmax(head[:vocab] @ hidden_i / temperature)[target_i]  +  z_loss * sum_i lse_i^2.
+
+    hidden (N, D) compute dtype, head (V, D) master weights, target (N,) ids below vocab, weight (N,) any sign.
+    z_loss keeps the log-normaliser lse near 0 (PaLM, section 5); give it as coefficient / count of targets: it does not go
+    with the weights, a negative one would reverse it. Returns the loss (scalar, differentiable in hidden and head) and
+    logp (N,), detached. Gradients are made in the forward pass, chunk by chunk, the head's in the head's own dtype."""
+    return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, target, vocab, temperature):
+        real = head[:vocab].to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy, lse = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(3))
+        for i, j in _chunks(hidden.shape[0], vocab):
+            logits = _logits(hidden[i:j], real, temperature)
+            picked, lse[i:j] = logits.gather(1, target[i:j, None]).squeeze(1), logits.logsumexp(1)
+            logp[i:j] = picked - lse[i:j]
+            entropy[i:j] = lse[i:j] - (logits.sub(lse[i:j, None]).exp_() * logits).sum(1)  # H = lse - E[logit]
+        ctx.save_for_backward(hidden, head, target, lse, entropy)
+        ctx.vocab, ctx.temperature = vocab, temperature
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        hidden, head, target, lse, entropy = ctx.saved_tensors
+        vocab, real = ctx.vocab, head[: ctx.vocab].to(hidden.dtype)
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for i, j in _chunks(hidden.shape[0], vocab):
+            log_p = _logits(hidden[i:j], real, ctx.temperature).sub_(lse[i:j, None])  # recomputed, never stored
+            p = log_p.exp()
+            # d logp / d logit_v = [v = y] - p_v          d H / d logit_v = -p_v (log p_v + H)
+            grad = -p * (d_logp[i:j, None] + d_entropy[i:j, None] * (log_p + entropy[i:j, None]))
+            grad.scatter_add_(1, target[i:j, None], d_logp[i:j, None].to(grad.dtype))
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(grad, real, out=d_hidden[i:j])
+            d_head[:vocab].addmm_(grad.T.to(head.dtype), hidden[i:j].to(head.dtype))
+        return d_hidden, d_head, None, None, None
+
+
+def log_probs(hidden, head, target, vocab: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy (nats) of each distribution, both (N,) and differentiable; the arguments of
+    `weighted_nll`. The backward pass recomputes the logits from the saved log-sum-exp: 2NDV forward, 6NDV backward."""
+    return _LogProbs.apply(hidden, head, target, vocab, temperature)
+
+
+# ----------------------------------------------------------------------------------------------------------- sampler
+
+
+class Samples(NamedTuple):
+    """R = questions * n answers, question by question. `tokens` past a row's length are not part of the answer."""
+
+    tokens: Tensor  # (R, max_new) int64, the sampled end token included
+    lengths: Tensor  # (R,) int64, tokens sampled, the end token counted
+    logp: Tensor  # (R, max_new) fp32, log-prob of each token under the distribution it was drawn from
+    cut: Tensor  # (R,) bool, stopped by max_new and not by an end token
+    waste: float  # idle slot-steps / all slot-steps
+
+
+def uniform_noise(seeds: list[int], length: int) -> Tensor:
+    """(R, length) fp64 in [0, 1): row r is a function of seeds[r] alone, so neither the batch a row is in nor the number
+    of ranks changes what it draws. One number a token is enough: `Sampler` inverts the cumulative distribution."""
+    noise, generator = torch.empty(len(seeds), length, dtype=torch.float64), torch.Generator()
+    for row, seed in zip(noise, seeds, strict=True):
+        torch.rand(length, generator=generator.manual_seed(seed), dtype=torch.float64, out=row)
+    return noise
+
+
+class Sampler:
+    """Draws answers with a key/value cache, in the compute dtype of the model.
+
+    A prompt is run once for its n answers, a few-shot prefix once for all prompts. The columns of the cache are
+    [prompt, padded to the longest | answer], so that every row writes the same column and reads a plain slice; the
+    padding is masked and positions count real tokens. Rows that finished are dropped when a quarter of the batch has.
+    Call `refresh()` after the weights of the model have changed.
+    """
+
+    CHECK = 4  # look for finished rows every so many tokens: each look makes a GPU wait for the host
+
+    def __init__(self, model: Model, rows: int = 512):
+        self.model, self.rows = model, rows  # rows: answers sampled side by side
+        self.refresh()
+
+    def refresh(self):
+        """Take over the model's weights, cast to the compute dtype. Aliases where there is nothing to cast."""
+        m, cast = self.model, self.model.compute
+        wide = torch.promote_types(cast, torch.float32)  # norms multiply in fp32
+        self.layers = [
+            (
+                *(w.weight.detach().to(cast) for w in (b.qkv, b.out, b.gate_up, b.down)),
+                torch.stack([b.q_norm.weight, b.k_norm.weight]).detach().to(wide),  # (2, D)
+                *(n.weight.detach().to(wide) for n in (b.attention_norm, b.mlp_norm)),
+            )
+            for b in m.blocks
+        ]
+        self.embed, self.head = m.embed.weight.detach(), m.head.weight.detach()[: m.config.vocab].to(cast)
+        self.prefix_ids, self.prefix = None, None
+
+    @torch.inference_mode()
+    def __call__(self, prompts, n: int, max_new: int, seeds, ends, temperature=1.0, prefix=()) -> Samples:
+        """prompts: Q lists of ids; n answers each, of at most max_new tokens, until one of the ids `ends` is drawn.
+        seeds: Q*n ints, one an answer. temperature 0 takes the most probable token. prefix: ids before every prompt."""
+        c, device = self.model.config, self.embed.device
+        if not prompts or not all(prompts):
+            raise ValueError("a prompt is empty: give at least one token")
+        longest = len(prefix) + max(map(len, prompts)) + max_new
+        if longest > c.context:
+            raise ValueError(
+                f"{len(prefix)} (shots) + {max(map(len, prompts))} (prompt) + {max_new} (answer) tokens "
+                f"are more than the model's context of {c.context}: lower --max_new or --shots"
+            )
+        total = len(prompts) * n
+        tokens = torch.full((total, max_new), ends[0])
+        logp, lengths = torch.zeros(total, max_new), torch.zeros(total, dtype=torch.long)
+        cut = torch.zeros(total, dtype=torch.bool)
+        noise = uniform_noise(seeds, max_new)
+        order = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # alike lengths share a batch
+        step, used, spent = max(1, self.rows // n), 0, 0
+        for i in range(0, len(order), step):
+            questions = order[i : i + step]
+            rows = torch.tensor([q * n + a for q in questions for a in range(n)])
+            out = self._batch([prompts[q] for q in questions], n, noise[rows].to(device), ends, temperature, prefix)
+            tokens[rows], logp[rows], lengths[rows], cut[rows] = (x.cpu() for x in out[:4])
+            used, spent = used + int(out[2].sum()), spent + out[4]
+        return Samples(tokens, lengths, logp, cut, 1 - used / max(1, spent))
+
+    def _prefill(self, ids_BT: Tensor, past=None):
+        """Run whole prompts: final hidden states (B, T, D) and, a layer, the keys and values (B, H, T, K)."""
+        m, c = self.model, self.model.config
+        B, T = ids_BT.shape
+        S = past[0][0].shape[2] if past else 0
+        x = F.embedding(ids_BT, self.embed).to(m.compute)
+        cos, sin = rope_table(torch.arange(S, S + T, device=ids_BT.device), c.width // c.heads, c.theta)
+        seen = torch.ones(T, S + T, dtype=torch.bool, device=ids_BT.device).tril(S) if past else None
+        cache = []
+        for layer, block in enumerate(m.blocks):
+            q, k, v = block.project(x, cos, sin)
+            cache.append((k, v))
+            if past:
+                k, v = (torch.cat([p.expand(B, -1, -1, -1), y], dim=2) for p, y in zip(past[layer], (k, v), strict=True))
+            x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not past))
+        return m.norm(x), cache
+
+    def _batch(self, prompts, n, noise, ends, temperature, prefix):
+        c, device, m = self.model.config, self.embed.device, self.model
+        Q, R, max_new, P = len(prompts), len(prompts) * n, noise.shape[1], max(map(len, prompts))
+        if prefix and self.prefix_ids != tuple(prefix):
+            self.prefix_ids = tuple(prefix)
+            self.prefix = self._prefill(torch.tensor([prefix], device=device))[1]
+        past = self.prefix if prefix else None
+
+        end, stop = ends[0], torch.tensor(ends, device=device)
+        size = torch.tensor([len(p) for p in prompts], device=device)
+        ids = torch.tensor([p + [end] * (P - len(p)) for p in prompts], device=device)  # causal: padding changes nothing
+        x, prompt_cache = self._prefill(ids, past)
+        x = x[torch.arange(Q, device=device), size - 1].repeat_interleave(n, 0)  # (R, D), state at the last prompt token
+
+        cache = torch.empty(c.layers, 2, R, c.heads, P + max_new, c.width // c.heads, dtype=m.compute, device=device)
+        for layer, pair in enumerate(prompt_cache):
+            for kind, y in enumerate(pair):
+                cache[layer, kind, :, :, :P] = y.repeat_interleave(n, 0)
+        del prompt_cache
+        size = size.repeat_interleave(n)
+        start = int(size.min())  # columns before it are real in every row
+        hole = torch.zeros(R, 1, P - start, dtype=m.compute, device=device)  # (R, 1, P - start), -inf on padding
+        hole.masked_fill_(torch.arange(start, P, device=device) >= size[:, None, None], -math.inf)
+        cos, sin = rope_table(size[:, None] + len(prefix) + torch.arange(max_new, device=device), c.width // c.heads, c.theta)
+
+        tokens = torch.full((R, max_new), end, device=device)
+        logp = torch.zeros(R, max_new, device=device)
+        lengths = torch.zeros(R, dtype=torch.long, device=device)
+        row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)  # of the rows kept
+        cut, spent = torch.zeros(R, dtype=torch.bool, device=device), 0
+        for t in range(max_new):
+            token, chosen = self._draw(x @ self.head.T, noise[:, t], temperature)
+            tokens[row, t], logp[row, t] = token, chosen
+            lengths[row] += alive
+            spent += len(row)
+            alive &= (token[:, None] != stop).all(1)
+            if t + 1 == max_new:
+                break
+            if t % self.CHECK == self.CHECK - 1:
+                live = int(alive.sum())
+                if live == 0:
+                    break
+                if live <= 0.75 * len(row):
+                    keep = alive.nonzero().squeeze(1)
+                    cache = cache[:, :, keep]  # a copy of what is read next anyway: costs about one step
+                    row, alive, token, noise = row[keep], alive[keep], token[keep], noise[keep]
+                    hole, cos, sin = hole[keep], cos[keep], sin[keep]
+            x = self._step(token, cache[:, :, :, :, : P + t + 1], cos[:, t], sin[:, t], hole, start, past)
+        cut[row] = alive
+        lengths_mask = torch.arange(max_new, device=device) < lengths[:, None]
+        return tokens.where(lengths_mask, end), logp.where(lengths_mask, 0.0), lengths, cut, spent
+
+    def _draw(self, logits, u, temperature):
+        """One token a row by inverting the cumulative distribution at u (R,): exact, and one random number a token
+        where gumbel noise takes V. fp64 sums: in fp32 the tail of a large vocabulary would drown. -> ids, log-probs."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature == 0:
+            logp, token = logits.log_softmax(1).max(1)
+            return token, logp
+        logp = logits.div_(temperature).log_softmax(1)
+        mass = logp.exp().cumsum(1, dtype=torch.float64)
+        token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+        return token.squeeze(1), logp.gather(1, token).squeeze(1)
+
+    def _step(self, token, cache, cos, sin, hole, start, past):
+        """One token for every row: token (R,), cache (L, 2, R, H, t, K) whose last column is written here -> (R, D)."""
+        c = self.model.config
+        R, H, K = len(token), c.heads, c.width // c.heads
+        cos, sin = cos[:, None, None], sin[:, None, None]  # (R, 1, 1, K/2)
+        x = F.embedding(token, self.embed).to(self.model.compute)
+        for layer, (qkv, out, gate_up, down, qk_norm, attention_norm, mlp_norm) in enumerate(self.layers):
+            key, value = cache[layer]  # (R, H, t, K)
+            mixed = x @ qkv.T
+            qk = rotate(rms_norm(mixed[:, : 2 * c.width].view(R, 2, c.width), qk_norm, c.eps).view(R, 2, H, K), cos, sin)
+            key[:, :, -1], value[:, :, -1] = qk[:, 1], mixed[:, 2 * c.width :].view(R, H, K)
+            q = qk[:, 0] * K**-0.5  # (R, H, K)
+            score = (key @ q[..., None]).squeeze(3)  # (R, H, t)
+            score[:, :, start : start + hole.shape[2]] += hole
+            if past:  # scores against the shared prefix are one product for all rows: it is read once, not R times
+                prefix_key, prefix_value = past[layer]  # (1, H, S, K)
+                S = prefix_key.shape[2]
+                score = torch.cat([(q.transpose(0, 1) @ prefix_key[0].transpose(1, 2)).transpose(0, 1), score], dim=2)
+            p = score.softmax(2, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
+            if past:
+                y = (p[:, :, None, S:] @ value).squeeze(2) + (p[:, :, :S].transpose(0, 1) @ prefix_value[0]).transpose(0, 1)
+            else:
+                y = (p[:, :, None] @ value).squeeze(2)  # (R, H, K)
+            x = x + rms_norm(y.reshape(R, c.width) @ out.T, attention_norm, c.eps)
+            gate, up = (x @ gate_up.T).chunk(2, dim=1)
+            x = x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, c.eps)
+        return rms_norm(x, self.model.norm.weight, c.eps)
+
+
+# --------------------------------------------------------------------------------------------------------- optimizer
+
+
+def adam(model: Model, betas=(0.9, 0.95), eps: float = 1e-8) -> torch.optim.Adam:
+    """Adam without its decay and with learning rate 0: `update` sets the rate and does the decay."""
+    return torch.optim.Adam(model.parameters(), lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+@torch.no_grad()
+def update(model: Model, steps: list, weight_decay: float):
+    """theta <- theta - sum_i lr_i * (weight_decay * theta + Adam_i(gradient_i)), all taken at one theta.
+
+    steps: (optimizer, lr, gradients) each; gradients in the order of model.parameters(). One entry is AdamW
+    (Loshchilov & Hutter 2019, algorithm 2). Two are parallel averaging: an AdamW update is linear in its learning
+    rate, so share * Delta_RL + (1 - share) * Delta_SFT needs no copy of the weights, only lr_i = share_i * lr.
+    Adam's part depends on gradients alone; the decay is done first and once, as both would do it at the same theta.
+    The embedding is not decayed (OLMo2)."""
+    decay = 1 - weight_decay * sum(lr for _, lr, _ in steps)
+    for p in model.parameters():
+        if weight_decay and p is not model.embed.weight:
+            p.mul_(decay)
+    for optimizer, lr, gradients in steps:
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p.grad = g
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int = 0, floor: float = 0.1) -> float:
+    """Learning rate of update `step` (from 0) of `steps`: linear warm-up, then a cosine to floor * peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

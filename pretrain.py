@@ -1,0 +1,142 @@
+"""Pre-train OLMo2 from scratch on token shards and keep the checkpoints M_t that everything else starts from.
+
+    python pretrain.py --data data/out/toy --out ckpt/toy
+    torchrun --nproc_per_node 8 pretrain.py --preset 1b --data data/out/dolmino --out ckpt/1b
+
+Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import run, tokens
+from model import PRESETS, Model, ModelConfig, adam, cosine, update
+
+# what depends on the size of the model; a flag overrides it
+SIZES = {
+    "toy": dict(tokens=8_000_000, batch_tokens=4096, length=128, lr=4e-3, weight_decay=0.05, warmup=50),
+    "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/out/toy"  # folder of token shards, train_*.bin and val_*.bin
+    out: str = "ckpt/toy"  # folder for step*.pt
+    questions: str = ""  # questions that later stages take by default (default: DATA/easy)
+    tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks)
+    preset: str = "toy"  # toy, 190m, 1b or 4b
+    tokens: int | None = None  # length of the run (toy 8M; paper: 50B)
+    save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
+    save_steps: tuple[int, ...] = ()  # the same, in steps
+    batch_tokens: int | None = None  # tokens a step over all ranks (toy 4096; paper: 512 x 4096)
+    length: int | None = None  # tokens a row (toy 128; paper: 4096)
+    micro: int = 32  # rows a forward pass; never changes the result
+    lr: float | None = None  # peak learning rate (toy 4e-3; paper: 4e-4, cosine)
+    warmup: int | None = None  # steps of linear warm-up (toy 50; paper: not given, OLMo2: 2000)
+    weight_decay: float | None = None  # on everything but the embedding (toy 0.05; OLMo2: 0.1)
+    z_loss: float = 1e-5  # OLMo2: keeps the log-normaliser near 0
+    clip: float = 1.0  # largest gradient norm
+    eval_every: int = 200  # steps between losses on the held-out text
+    eval_rows: int = 64  # rows of held-out text
+    save_every: int = 200  # steps between states for --resume
+    compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
+    seed: int = 0  # initial weights and order of the text
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    resume: bool = False  # go on from the last saved state; starts afresh if there is none
+    overwrite: bool = False  # replace what is there
+
+
+@torch.no_grad()
+def held_out_loss(model, stream, cfg, world) -> float:
+    """Mean negative log-likelihood (nats a token) of the first eval_rows windows of the validation text."""
+    count = min(cfg.eval_rows, stream.windows)
+    rows = [stream.window(i) for i in range(world.rank, count, world.size)]
+    total = 0.0
+    for i in range(0, len(rows), cfg.micro):
+        ids = torch.from_numpy(np.stack(rows[i : i + cfg.micro])).to(world.device)
+        loss, _ = model(ids, weight=torch.ones_like(ids[:, 1:], dtype=torch.float32))
+        total += float(loss)
+    return world.sum(total)[0] / (count * cfg.length)
+
+
+def main(cfg):
+    if cfg.preset not in PRESETS:
+        raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
+    cfg = run.fill(cfg, SIZES["toy" if cfg.preset == "toy" else "paper"])
+    world = run.start(cfg.device, cfg.dtype)
+    stream = tokens.Stream(cfg.data, "train", cfg.length, cfg.seed)
+    held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed)
+    enc = tokens.encoding(stream.encoding_name)
+    if cfg.batch_tokens % (cfg.length * world.size):
+        unit = cfg.length * world.size
+        near = cfg.batch_tokens // unit * unit
+        raise ValueError(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {world.size} ranks x {cfg.length} tokens: "
+                         f"{near or unit} or {near + unit} would be")  # fmt: skip
+    batch = cfg.batch_tokens // cfg.length  # rows a step, over all ranks
+    steps = max(1, round(cfg.tokens / cfg.batch_tokens))
+    keep = {round(t / cfg.batch_tokens) for t in cfg.save_tokens} | set(cfg.save_steps) | {steps}
+    if not all(0 < k <= steps for k in keep):
+        raise ValueError(f"--save_tokens or --save_steps lies outside the run of {steps} steps of {cfg.batch_tokens} tokens")
+    path = {k: str(Path(cfg.out) / f"step{k}.pt") for k in keep}
+
+    state = run.claim(path[steps], cfg, others=path.values())
+    first = state["step"] if state else 0
+    vocab = tokens.vocab_size(enc)
+    shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
+    model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
+    run.place(model.init_weights(cfg.seed), world)
+    optimizer = adam(model)
+    if state:
+        run.fill_model(model, state)
+        optimizer.load_state_dict(state["optimizers"][0])
+    if cfg.compile:
+        run.compile_blocks(model)
+
+    def meta(step):
+        return run.new_meta(
+            cfg, stage="pretrain", recipe="base", step=step, tokens=step * cfg.batch_tokens, parent="", preset=cfg.preset,
+            encoding=enc.name, world=Path(cfg.data).name, pretrain_seed=cfg.seed,
+            questions=cfg.questions or str(Path(cfg.data) / "easy"), tasks=cfg.tasks or str(Path(cfg.data) / "tasks"),
+        )  # fmt: skip
+
+    log = run.Log(path[steps], world, steps, first, "loss held_out tokens_per_s")
+    flops = model.flops_per_token(cfg.length)
+    for step in range(first, steps):
+        began = time.time()
+        lr = cosine(step, steps, cfg.lr, cfg.warmup)
+        rows = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
+        loss = 0.0
+        for ids in rows.split(cfg.micro):
+            ids = ids.to(world.device)
+            # one denominator: every token of the step, on all ranks, weighs the same
+            weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
+            part, _ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens)
+            part.backward()
+            loss += float(part.detach())
+        grads, norm = run.gradients(model, world, cfg.clip)
+        loss = world.sum(loss)[0]
+        run.check_finite(step, loss=loss, gradient_norm=norm)
+        update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+
+        done = step + 1
+        extra = {}
+        if done % cfg.eval_every == 0 or done in keep:
+            extra["held_out"] = held_out_loss(model, held_out, cfg, world)
+        log(step, loss=loss, lr=lr, gradient_norm=norm, tokens=done * cfg.batch_tokens, flops=flops * done * cfg.batch_tokens,
+            tokens_per_s=cfg.batch_tokens / (time.time() - began), **extra)  # fmt: skip
+        if world.rank == 0 and done in keep:
+            run.save(path[done], model, meta(done))
+        if world.rank == 0 and done % cfg.save_every == 0 and done < steps:
+            run.save_state(path[steps], model, meta(done), done, [optimizer])
+    log.close()
+    run.finish(path[steps])
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

@@ -1,0 +1,205 @@
+"""GRPO with verifiable rewards: M_t -> M_t^RL, or from an SFT checkpoint M_t^SFT -> M_t^SFT->RL.
+
+    python rl.py --init ckpt/toy/step1953.pt
+    torchrun --nproc_per_node 8 rl.py --init ckpt/1b/step5000.pt
+
+A step: draw questions, sample a group of answers to each, grade them, give each answer the advantage r - mean(r of its
+group), and take one gradient of  sum over answer tokens of  -advantage/n * log pi(token).  No solution is ever read.
+
+What differs from a textbook GRPO (arXiv 2402.03300), each a flag:
+ 1. --std_norm false   the advantage is not divided by the group's std (that is veRL's default): with a format reward a
+                       gap of 0.1 inside a group would be blown up to 1
+ 2. --updates 1        one update a batch of rollouts: the ratio to the old policy is 1 and nothing needs clipping
+ 3. --kl 0             no pull to the start
+ 4. the loss is summed over all tokens of the step and divided by their number: long answers are not discounted (DAPO)
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from data import problems, run, tokens
+from eval import solve
+from model import Model, ModelConfig, Sampler, adam, cosine, update
+
+SIZES = {
+    "toy": dict(lr=3e-4, questions_per_step=32, group=8, steps=60, max_new=64),
+    "paper": dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512),  # paper: n = 5 or 64; rest not given
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str  # checkpoint to start from
+    out: str | None = None  # checkpoint to write (default: INIT-rl.pt)
+    questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
+    limit: int = 0  # use only the first so many training questions (0: all)
+    steps: int | None = None  # rollout batches (toy 60; paper: 600 to 1,600)
+    questions_per_step: int | None = None  # over all ranks (toy 32; paper: not given)
+    group: int | None = None  # answers a question, the n of the paper (toy 8; paper: 5 and 64)
+    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 64)
+    temperature: float = 1.0  # of sampling and of the log-probs trained on: one distribution for both
+    format_reward: float = 0.1  # for a wrong answer in the right form; 0 for the pure reward (paper: has one, size not given)
+    std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
+    updates: int = 1  # updates a rollout batch; more than one turns on clipping
+    clip_ratio: float = 0.2  # PPO's epsilon, when updates > 1
+    kl: float = 0.0  # weight of the KL to the starting checkpoint (k3 estimate)
+    micro: int = 64  # rows a forward pass; never changes the result
+    lr: float | None = None  # learning rate, constant after the warm-up (toy 3e-4: 1e-3 collapses)
+    warmup: int = 5  # updates of linear warm-up
+    weight_decay: float = 0.0  # off, as in veRL
+    clip: float = 1.0  # largest gradient norm
+    max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
+    eval_every: int = 15  # steps between validations
+    eval_questions: int = 100  # validation questions; 0 to skip validation
+    eval_n: int = 32  # answers to each
+    save_every: int = 10  # steps between states for --resume
+    rows: int = 512  # answers sampled side by side; never changes the result
+    seed: int = 0  # order of the questions and noise of the sampling
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    resume: bool = False  # go on from the last saved state; starts afresh if there is none
+    overwrite: bool = False  # replace what is there
+
+
+def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
+    """(Q, G) rewards -> r - mean over the group, divided by its std (population) if std_norm; GRPO, eq. in section 4.1.2.
+    A flat group gets exactly 0: the mean of equal floats need not equal them."""
+    centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
+    if std_norm:
+        centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
+    flat = rewards_QG.amax(1, keepdim=True) == rewards_QG.amin(1, keepdim=True)
+    return torch.where(flat, 0.0, centred)
+
+
+def policy_loss(logp, old_logp, weight, clip_ratio):
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed: weight (B, T) is advantage/n, 0 outside the mask."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * weight, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weight).sum()
+
+
+def kl_to(reference_logp, logp):
+    """k3 estimate of KL(pi || reference) a token, >= 0, from samples of pi (Schulman, 'Approximating KL Divergence')."""
+    gap = reference_logp - logp
+    return gap.exp() - gap - 1
+
+
+def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch, dict]:
+    """From questions to a batch: sample, grade, advantage. This rank's rows of RL step `step`, and the step's numbers."""
+    chosen = [rows[i] for i in problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step)]
+    mine = chosen[world.share(cfg.questions_per_step, "--questions_per_step")]
+    prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
+    seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
+    began = time.time()
+    samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
+    sampled = time.time()
+
+    answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
+    texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
+    truth = [row["answer"] for row in mine for _ in range(cfg.group)]
+    ended = (~samples.cut).tolist()
+    graded = zip(texts, truth, ended, strict=True)
+    rewards = torch.tensor([problems.reward(text, answer, done, cfg.format_reward) for text, answer, done in graded], dtype=torch.float64)
+    advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
+
+    names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
+    formatted = [problems.well_formed(text) and done for text, done in zip(texts, ended, strict=True)]
+    flat = (advantage == 0).all(1).sum()
+    sums = (rewards.sum(), (rewards == 1).sum(), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
+    total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
+    n = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
+    weights = (advantage.flatten() / n).tolist()
+    logps = [row[:length] for row, length in zip(samples.logp, samples.lengths.tolist(), strict=True)]
+    prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
+    batch = problems.make_batch(prompts, answers, weights, tokens.pad_id(enc), logps)
+    stats = {name: total[name] / total["answers"] for name in ("reward", "correct", "formatted", "cut")}
+    stats |= {"flat": total["flat"] / total["groups"], "length": n / total["answers"], "sampled_tokens": int(n), "waste": samples.waste,
+              "sample_seconds": sampled - began, "grade_seconds": time.time() - sampled}  # fmt: skip
+    return batch, stats
+
+
+def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[float, dict]:
+    """Add the gradient of the batch to the model's; -> this rank's share of the loss, and of the sampler's mismatch.
+
+    On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
+    `reference` are log-probs of the same pieces from the same forward pass."""
+    loss, apart = 0.0, []
+    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device)):
+        if old is None and reference is None:
+            part, logp = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
+        else:
+            logp, _ = model(piece.ids, mask=piece.mask, temperature=cfg.temperature)
+            part = policy_loss(logp, logp.detach() if old is None else old[i], piece.weight, cfg.clip_ratio)
+            if reference is not None:
+                part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / batch_tokens(batch, world)
+        part.backward()
+        loss += float(part.detach())
+        gap = (logp.detach() - piece.logp)[piece.mask].double()
+        apart.append((gap.abs().sum(), gap.abs().amax(), kl_to(gap, 0 * gap).sum(), len(gap)))
+    total, worst, kl, count = (torch.tensor(x) for x in zip(*apart, strict=True))
+    total, kl, count = world.sum(float(total.sum()), float(kl.sum()), float(count.sum()))
+    return loss, {"mismatch": total / count, "mismatch_max": float(worst.max()), "mismatch_kl": kl / count}
+
+
+def batch_tokens(batch, world) -> float:
+    return world.sum(float(batch.mask.sum()))[0]
+
+
+@torch.no_grad()
+def piece_log_probs(model, batch, cfg, world) -> list:
+    """Log-probs of each piece under `model`, from the same forward pass that training uses."""
+    pieces = problems.pieces(batch, cfg.micro, world.device)
+    return [model(piece.ids, mask=piece.mask, temperature=cfg.temperature)[0] for piece in pieces]
+
+
+def main(cfg):
+    cfg, world, model, parent, state = run.begin(cfg, "rl", SIZES, Model, ModelConfig)
+    enc = tokens.encoding(parent["encoding"])
+    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
+    start = run.load_model(run.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
+
+    optimizer, first = adam(model), 0
+    if state:
+        optimizer.load_state_dict(state["optimizers"][0])
+        first = state["step"]
+    sampler = Sampler(model, cfg.rows)
+    log = run.Log(cfg.out, world, cfg.steps, first, "loss reward cut flat")
+
+    def validate(step):
+        if held_out:
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+
+    for step in range(first, cfg.steps):
+        if step % cfg.eval_every == 0:
+            validate(step)
+        began = time.time()
+        batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
+        old = piece_log_probs(model, batch, cfg, world) if cfg.updates > 1 else None
+        reference = piece_log_probs(start, batch, cfg, world) if cfg.kl else None
+        for again in range(cfg.updates):
+            loss, mismatch = rl_backward(model, batch, cfg, world, old, reference)
+            loss = world.sum(loss)[0]
+            if again == 0:
+                stats |= mismatch
+                if mismatch["mismatch"] > cfg.max_mismatch:
+                    raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
+                                     f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+            grads, norm = run.gradients(model, world, cfg.clip)
+            run.check_finite(step, loss=loss, gradient_norm=norm)
+            lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
+            update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+        sampler.refresh()
+        log(step, loss=loss, gradient_norm=norm, **stats, step_seconds=time.time() - began)
+        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            run.save_state(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", step + 1), step + 1, [optimizer])
+    validate(cfg.steps)
+    log.close()
+    if world.rank == 0:
+        run.save(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", cfg.steps))
+    run.finish(cfg.out)
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

@@ -1,0 +1,62 @@
+"""Look at what a checkpoint says.
+
+    python sample.py ckpt/toy/step1953-rl.pt --prompt " Q : sam has 2 apples . he finds 3 . how many now ? A :"
+    python sample.py ckpt/toy/step1953-rl.pt --questions data/out/toy/easy --first 3 --n 4
+
+With --prompt, n answers as they come. With --questions, questions of the validation split and the reward of rl.py beside
+each answer.
+"""
+
+from dataclasses import dataclass
+
+from data import problems, run, tokens
+from model import Model, ModelConfig, Sampler
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoints: tuple[str, ...] = ()  # checkpoint to sample from
+    prompt: str = ""  # text to go on from
+    questions: str | None = None  # folder or .jsonl of questions (default, without --prompt: what the checkpoint names)
+    split: str = "val"  # split of the folder: train or val
+    first: int = 4  # how many questions
+    shots: int = 0  # solved examples before each question
+    n: int = 4  # answers to each
+    max_new: int = 64  # longest answer
+    temperature: float = 1.0  # 0 takes the most probable token
+    format_reward: float = 0.1  # as in rl.py
+    seed: int = 0  # noise of the sampling
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+
+
+def main(cfg):
+    if len(cfg.checkpoints) != 1:
+        raise ValueError("name one checkpoint: python sample.py ckpt/toy/step1953.pt")
+    if cfg.split not in ("train", "val"):
+        raise ValueError(f"--split takes train or val, not {cfg.split!r}: only eval.py --final opens the test split")
+    world = run.start(cfg.device, cfg.dtype)
+    saved = run.load(cfg.checkpoints[0])
+    meta = saved["meta"]
+    enc = tokens.encoding(meta["encoding"])
+    if cfg.prompt:
+        rows, prompts, prefix = [{"id": "prompt"}], [tokens.encode(enc, cfg.prompt)], []
+    else:
+        folder = cfg.questions or meta["questions"]
+        rows = problems.load(folder, cfg.split)[: cfg.first]
+        prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in rows]
+        shots = problems.load(folder, "shots")[: cfg.shots] if cfg.shots else ()
+        prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
+    sampler = Sampler(run.load_model(saved, Model, ModelConfig, world), rows=cfg.n)
+    for row, prompt in zip(rows, prompts, strict=True):
+        print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
+        samples = sampler([prompt], cfg.n, cfg.max_new, problems.answer_seeds(cfg.seed, 0, [row], cfg.n), [enc.eot_token],
+                          cfg.temperature, prefix)  # fmt: skip
+        for ids, length, cut in zip(samples.tokens, samples.lengths.tolist(), samples.cut.tolist(), strict=True):
+            text = tokens.decode(enc, ids[: length - (not cut)].tolist())
+            reward = f"{problems.reward(text, row['answer'], not cut, cfg.format_reward):4.1f} " if "answer" in row else ""
+            print(f"  {reward}|{text}{' ...' if cut else ''}", flush=True)
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

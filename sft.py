@@ -1,0 +1,119 @@
+"""Supervised fine-tuning on solutions: M_t -> M_t^SFT (--solutions 1) or M_t^SFT-Gold (--solutions all).
+
+    python sft.py --init ckpt/toy/step1953.pt
+    torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step5000.pt --solutions all
+
+Next-token loss on the answer and its end token, each of the batch's n answer tokens weighs 1/n; the prompt weighs 0.
+"""
+
+import time
+from dataclasses import dataclass
+
+from data import problems, run, tokens
+from model import Model, ModelConfig, Sampler, adam, cosine, update
+
+# eval.solve is what tests the result; training watches the validation questions with the same code
+from eval import solve  # isort: skip
+
+SIZES = {
+    "toy": dict(batch=16, lr=2e-3, max_new=64),
+    "paper": dict(batch=64, lr=2e-5, max_new=512),  # the paper gives neither
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str  # checkpoint to start from
+    out: str | None = None  # checkpoint to write (default: INIT-sft.pt or INIT-sft-gold.pt)
+    questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
+    solutions: str = "1"  # solutions a question: 1 (the realistic case) or all (SFT-Gold)
+    epochs: float = 5.0  # paper: 5, "10 add nothing"
+    steps: int = 0  # train for so many steps instead (0: what --epochs makes)
+    limit: int = 0  # use only the first so many training questions (0: all)
+    batch: int | None = None  # solutions a step, over all ranks (toy 16)
+    micro: int = 32  # rows a forward pass; never changes the result
+    lr: float | None = None  # peak learning rate, cosine to a tenth (toy 2e-3: decides how much is forgotten)
+    warmup: int = 10  # steps of linear warm-up
+    weight_decay: float = 0.0  # off: a few hundred steps are not what decay is for
+    clip: float = 1.0  # largest gradient norm
+    max_new: int | None = None  # longest answer when the validation questions are answered (toy 64)
+    eval_every: int = 0  # steps between validations (0: only before and after)
+    eval_questions: int = 100  # validation questions; 0 to skip validation
+    eval_n: int = 32  # answers to each
+    save_every: int = 100  # steps between states for --resume
+    rows: int = 512  # answers sampled side by side; never changes the result
+    seed: int = 0  # which solution of a question, and the order
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    resume: bool = False  # go on from the last saved state; starts afresh if there is none
+    overwrite: bool = False  # replace what is there
+
+
+def tokenise(enc, rows, solutions: str, seed: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
+    pairs = problems.solution_pairs(rows, solutions, seed)
+    return [(tokens.encode(enc, problems.prompt(enc.name, question)), problems.answer_ids(enc, text)) for question, text in pairs]
+
+
+def sft_batch(pairs, pad: int, batch: int, seed: int, step: int, world) -> problems.Batch:
+    """This rank's rows of SFT step `step`: every answer token of the whole batch weighs 1/n, whichever rank has it."""
+    chosen = [pairs[i] for i in problems.shuffled(len(pairs), batch, seed, step)]
+    n = sum(len(answer) for _, answer in chosen)
+    mine = chosen[world.share(batch, "--batch")]
+    return problems.make_batch([p for p, _ in mine], [a for _, a in mine], [1 / n] * len(mine), pad)
+
+
+def sft_backward(model, batch, cfg, world) -> float:
+    """Add the gradient of the batch to the model's; -> the loss of this rank's share."""
+    loss = 0.0
+    for piece in problems.pieces(batch, cfg.micro, world.device):
+        part, _ = model(piece.ids, weight=piece.weight, mask=piece.mask)
+        part.backward()
+        loss += float(part.detach())
+    return loss
+
+
+def main(cfg):
+    name = "sft-gold" if cfg.solutions == "all" else "sft"
+    cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
+    enc = tokens.encoding(parent["encoding"])
+    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
+    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
+    steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
+
+    optimizer, first = adam(model), 0
+    if state:
+        optimizer.load_state_dict(state["optimizers"][0])
+        first = state["step"]
+    sampler = Sampler(model, cfg.rows)
+    log = run.Log(cfg.out, world, steps, first, "loss pass@1")
+
+    def validate(step):
+        if held_out:
+            sampler.refresh()
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+
+    seen = 0
+    for step in range(first, steps):
+        began = time.time()
+        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+            validate(step)
+        batch = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
+        loss = world.sum(sft_backward(model, batch, cfg, world))[0]
+        grads, norm = run.gradients(model, world, cfg.clip)
+        run.check_finite(step, loss=loss, gradient_norm=norm)
+        update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
+        seen += cfg.batch
+        log(step, loss=loss, gradient_norm=norm, tokens=int(world.sum(float(batch.mask.sum()))[0]), step_seconds=time.time() - began)
+        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            run.save_state(cfg.out, model, run.child_meta(cfg, parent, "sft", name, step + 1), step + 1, [optimizer])
+    validate(steps)
+    log.close()
+    if world.rank == 0:
+        run.save(cfg.out, model, run.child_meta(cfg, parent, "sft", name, steps))
+    run.finish(cfg.out)
+
+
+if __name__ == "__main__":
+    run.main(main, Config, __doc__)

@@ -48,7 +48,7 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     would begin (a base model likes to go on). The ranks share the questions; all return the same."""
     mine = rows[world.rank :: world.size]
     head = problems.PROMPTS[enc.name].split("{}")[0]
-    ends = [enc.eot_token, tokens.encode(enc, head)[0]]
+    ends = [enc.eot_token, tokens.encode(enc, head.rstrip())[0]]
     prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
     prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
     seeds = problems.answer_seeds(seed, "eval", mine, n)
@@ -57,7 +57,7 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     for place, row in enumerate(mine):
         block = range(place * n, (place + 1) * n)
         cut = samples.cut[block.start : block.stop].tolist()
-        texts = [tokens.decode(enc, samples.tokens[r, : samples.lengths[r] - (not c)].tolist()) for r, c in zip(block, cut, strict=True)]
+        texts = [tokens.decode(enc, samples.tokens[r, : int(samples.lengths[r]) - (not c)].tolist()) for r, c in zip(block, cut, strict=True)]
         counts[:, world.rank + place * world.size] = torch.tensor([
             sum(not c and problems.grade(text, row["answer"]) for text, c in zip(texts, cut, strict=True)),
             sum(not c and problems.well_formed(text) for text, c in zip(texts, cut, strict=True)),

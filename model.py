@@ -420,7 +420,7 @@ class Sampler:
         cut, spent = torch.zeros(R, dtype=torch.bool, device=device), 0
         for t in range(max_new):
             token, chosen = self._draw(x @ self.head.T, noise[:, t], temperature)
-            tokens[row, t], logp[row, t] = token, chosen
+            tokens[row, t], logp[row, t] = token, chosen.to(logp.dtype)
             lengths[row] += alive
             spent += len(row)
             alive &= (token[:, None] != stop).all(1)
@@ -435,7 +435,7 @@ class Sampler:
                     cache = cache[:, :, keep]  # a copy of what is read next anyway: costs about one step
                     row, alive, token, noise = row[keep], alive[keep], token[keep], noise[keep]
                     hole, cos, sin = hole[keep], cos[keep], sin[keep]
-            x = self._step(token, cache[:, :, :, :, : P + t + 1], cos[:, t], sin[:, t], hole, start, past)
+            x = self._step(token, cache, P + t + 1, cos[:, t], sin[:, t], hole, start, past)
         cut[row] = alive
         lengths_mask = torch.arange(max_new, device=device) < lengths[:, None]
         return tokens.where(lengths_mask, end), logp.where(lengths_mask, 0.0), lengths, cut, spent
@@ -452,30 +452,32 @@ class Sampler:
         token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
         return token.squeeze(1), logp.gather(1, token).squeeze(1)
 
-    def _step(self, token, cache, cos, sin, hole, start, past):
-        """One token for every row: token (R,), cache (L, 2, R, H, t, K) whose last column is written here -> (R, D)."""
+    def _step(self, token, cache, T, cos, sin, hole, start, past):
+        """One token (R,) for every row; cache (L, 2, R, H, columns, K), of which T are filled, the last one here.
+        -> final hidden states (R, D). Attention is two batched products over (R*H): a broadcast matmul would copy."""
         c = self.model.config
         R, H, K = len(token), c.heads, c.width // c.heads
         cos, sin = cos[:, None, None], sin[:, None, None]  # (R, 1, 1, K/2)
         x = F.embedding(token, self.embed).to(self.model.compute)
         for layer, (qkv, out, gate_up, down, qk_norm, attention_norm, mlp_norm) in enumerate(self.layers):
-            key, value = cache[layer]  # (R, H, t, K)
             mixed = x @ qkv.T
             qk = rotate(rms_norm(mixed[:, : 2 * c.width].view(R, 2, c.width), qk_norm, c.eps).view(R, 2, H, K), cos, sin)
-            key[:, :, -1], value[:, :, -1] = qk[:, 1], mixed[:, 2 * c.width :].view(R, H, K)
-            q = qk[:, 0] * K**-0.5  # (R, H, K)
-            score = (key @ q[..., None]).squeeze(3)  # (R, H, t)
-            score[:, :, start : start + hole.shape[2]] += hole
+            cache[layer, 0, :, :, T - 1], cache[layer, 1, :, :, T - 1] = qk[:, 1], mixed[:, 2 * c.width :].view(R, H, K)
+            key, value = cache[layer].view(2, R * H, -1, K)[:, :, :T].unbind()  # (R*H, T, K)
+            q = qk[:, 0].mul(K**-0.5).view(R * H, 1, K)
+            score = torch.bmm(q, key.transpose(1, 2)).view(R, H, T)
+            if hole.shape[2]:
+                score[:, :, start : start + hole.shape[2]] += hole
             if past:  # scores against the shared prefix are one product for all rows: it is read once, not R times
                 prefix_key, prefix_value = past[layer]  # (1, H, S, K)
                 S = prefix_key.shape[2]
-                score = torch.cat([(q.transpose(0, 1) @ prefix_key[0].transpose(1, 2)).transpose(0, 1), score], dim=2)
+                shared = torch.bmm(q.view(R, H, K).transpose(0, 1), prefix_key[0].transpose(1, 2)).transpose(0, 1)
+                score = torch.cat([score, shared], dim=2)  # (R, H, T + S)
             p = score.softmax(2, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
+            y = torch.bmm(p[:, :, :T].reshape(R * H, 1, T), value).view(R, H, K)
             if past:
-                y = (p[:, :, None, S:] @ value).squeeze(2) + (p[:, :, :S].transpose(0, 1) @ prefix_value[0]).transpose(0, 1)
-            else:
-                y = (p[:, :, None] @ value).squeeze(2)  # (R, H, K)
-            x = x + rms_norm(y.reshape(R, c.width) @ out.T, attention_norm, c.eps)
+                y = y + torch.bmm(p[:, :, T:].transpose(0, 1), prefix_value[0]).transpose(0, 1)
+            x = x + rms_norm(y.view(R, c.width) @ out.T, attention_norm, c.eps)
             gate, up = (x @ gate_up.T).chunk(2, dim=1)
             x = x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, c.eps)
         return rms_norm(x, self.model.norm.weight, c.eps)

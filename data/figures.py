@@ -4,6 +4,7 @@ import re
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from data import report
 
@@ -43,9 +44,9 @@ def style(name):
 
 
 def plot_ours(axis, r, metric, names):
-    for name in names:
+    for i, name in enumerate(names):  # bars a little apart
         levels = {t: r.level(name, t, metric) for t in r.tokens}
-        points = [(t / 1e6, 100 * e.mean, 100 * e.half()) for t, e in levels.items() if e]
+        points = [(t / 1e6 * 1.015 ** (i - 3), 100 * e.mean, 100 * e.half()) for t, e in levels.items() if e]
         if points:
             x, mean, half = zip(*points, strict=True)
             axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(name))
@@ -53,12 +54,12 @@ def plot_ours(axis, r, metric, names):
     axis.set_xticks([t / 1e6 for t in r.tokens], [f"{t / 1e6:.2g}" for t in r.tokens])
 
 
-def plot_paper(axis, metric):
+def plot_paper(axis, metric, base):
     for series in PAPER:
         name, recipe, *values = series.split()
         points = [(t, float(v)) for t, v in zip(PAPER_TOKENS, values, strict=True) if v != "-"]
         if name == metric:
-            axis.plot(*zip(*points, strict=True), **style(recipe))
+            axis.plot(*zip(*points, strict=True), **style(recipe.replace("base", base)))
     axis.set_xscale("log")
     axis.set_xticks([2, 4, 10, 20, 44], ["2", "4", "10", "20", "44"])
 
@@ -67,11 +68,14 @@ def save(figure, path, handles):
     """One legend for all panels, under them; no version or date in the file."""
     columns = 4 if len(handles) > 3 else len(handles)
     rows = -(-len(handles) // columns)
-    bottom = (0.1 + 0.27 * rows) / figure.get_figheight()
+    bottom = (0.05 + 0.2 * rows) / figure.get_figheight()
     figure.legend(handles=list(handles.values()), labels=list(handles), loc="lower center", ncol=columns, frameon=False,
                   columnspacing=1.2, handlelength=2.2)  # fmt: skip
     figure.tight_layout(rect=(0, bottom, 1, 1), h_pad=0.8, w_pad=0.6)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.set_dpi(150)
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    picture.quantize(64).save(path, optimize=True, dpi=(150, 150))  # a third of the bytes of full colour
     plt.close(figure)
     return path.name
 
@@ -90,14 +94,14 @@ def finish(axes):
 
 def draw_pass(r, folder, benchmark):
     """pass@1, 8, 32 against pre-training tokens, one line a recipe; the paper's GSM8K below the main benchmark."""
-    names = [n for n in r.names if n in STYLES or (n.startswith("base ") and n.endswith("-shot"))]
+    names = [n for n in r.names if n in [*STYLES][1:] or (n.startswith("base ") and n.endswith("-shot"))]
     below = benchmark == r.benchmarks[0]
-    figure, axes = plt.subplots(1 + below, 3, figsize=(7.2, 5.8 if below else 3.4), squeeze=False)
+    figure, axes = plt.subplots(1 + below, 3, figsize=(7.2, 5.4 if below else 3.2), squeeze=False)
     for column, k in enumerate((1, 8, 32)):
         plot_ours(axes[0, column], r, f"{benchmark} pass@{k}", names)
         axes[0, column].set(title=f"pass@{k}, {benchmark}", xlabel="tokens (M)")
         if below:
-            plot_paper(axes[1, column], f"pass@{k}")
+            plot_paper(axes[1, column], f"pass@{k}", "base 8-shot")
             axes[1, column].set(title=f"pass@{k}, paper", xlabel="tokens (B)")
     for row in axes:
         row[0].set_ylabel("%")
@@ -107,8 +111,8 @@ def draw_pass(r, folder, benchmark):
 def draw_general(r, folder):
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
     plot_ours(left, r, "accuracy", STYLES)
-    left.set(title=f"accuracy, {len(r.general)} tasks", xlabel="tokens (M)", ylabel="%")
-    plot_paper(right, "accuracy")
+    left.set(title=f"accuracy, {' + '.join(r.general)}", xlabel="tokens (M)", ylabel="%")
+    plot_paper(right, "accuracy", "base")
     right.set(title="paper, 5 benchmarks", xlabel="tokens (B)")
     return save(figure, folder / "general.png", finish((left, right)))
 
@@ -138,7 +142,7 @@ def draw_dynamics(r, folder):
     for axis, name in zip(axes, ("sft->rl", "rl"), strict=True):
         points = curve(r, name, tokens[-1])
         ks = sorted(int(field[5:]) for field in points if field.startswith("pass@"))
-        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, max(len(ks), 1)))
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(ks)))
         for k, colour, marker in zip(ks, colours, "ov^sDPX*"[: len(ks)], strict=True):
             steps = points[f"pass@{k}"]
             axis.plot([*steps], [100 * v for v in steps.values()], color=colour, marker=marker, markersize=5,
@@ -146,8 +150,8 @@ def draw_dynamics(r, folder):
         if "formatted" in points:
             axis.plot([*points["formatted"]], [100 * v for v in points["formatted"].values()], color="#D55E00",
                       linestyle="--", label="in format")  # fmt: skip
-        start = "SFT, then RL" if name == "sft->rl" else "direct RL"
-        axis.set(title=f"{start} at {report.tokens_name(tokens[-1])}" + ("" if points else ": no rows"), xlabel="RL step")
+        title = f"{'SFT, then' if name == 'sft->rl' else 'direct'} RL at {report.tokens_name(tokens[-1])}"
+        axis.set(title=title if points else f"{title}: no rows", xlabel="RL step")
     axes[0].set_ylabel("validation %")
     return save(figure, folder / "dynamics.png", finish(axes))
 
@@ -175,7 +179,7 @@ def outcome(finding, verdict):
     if e.df:
         half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
         text = f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}], p {verdict.p:.2g} "
-        text += f"(Holm {verdict.holm:.2g}), {e.seeds} seeds x {e.questions} questions"
+        text += f"(Holm {verdict.holm:.2g}), {e.seeds} seeds{f' x {e.questions} questions' * (e.questions > 1)}"
     else:
         text = f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} (one SE over questions)"
     runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
@@ -208,11 +212,10 @@ def details(r, name, tokens, benchmark):
     rows, general = [*r.rows("pass", name, tokens, benchmark).values()], re.sub(r" \d+-shot", "", name)
     rows += [row for task in r.general for row in r.rows("general", general, tokens, task).values()]
     cells = []
-    for field in DETAILS:
+    for field, column in DETAILS.items():
         values = [row[field] for row in rows if row.get(field) is not None]
-        share = 100 if "%" in DETAILS[field] else 1
-        cells.append("-" if not values else f"{share * np.mean(values):.1f}" if field not in ("questions", "sampled_tokens",
-                     "flops") else f"{np.mean(values):.3g}")  # fmt: skip
+        mean = np.mean(values) * (100 if "%" in column else 1) if values else 0
+        cells.append("-" if not values else f"{mean:.3g}" if mean >= 1000 else f"{mean:.1f}")
     try:
         metric, parent = f"{benchmark} solved", PARENT.get(name.split()[0], name)
         arms = [(sign, r.arm(arm, tokens, metric)) for sign, arm in ((1, name), (-1, parent))]
@@ -227,28 +230,29 @@ def page(r, verdicts, torn, pictures):
     """The text of report.md."""
     checkpoints = [report.tokens_name(t) for t in r.tokens]
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions; shares in %, differences in points. "
-             "±: half of the 95% interval over seeds and questions; with one seed, one standard error over questions.\n",
-             "## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], [
-                 [number, f.claim, f"{f.rule} ({f.kind}{' within 2 points' if f.kind == 'equivalence' else ''})",
-                  outcome(f, v), f.paper, f"**{v.verdict}**" + (f" ({v.reason})" if v.reason else "")]
-                 for (number, v), f in zip(verdicts.items(), report.FINDINGS, strict=True)]), report.RULES + "\n"]  # fmt: skip
-    rows = [[n, *row] for n, f in zip(verdicts, report.FINDINGS, strict=True) for row in secondary(r, f)]
+             "±: half of the 95% interval over seeds and questions, or one standard error with one seed.\n"]
+    findings = [[number, finding.claim, f"{finding.rule} ({finding.kind})", outcome(finding, v), finding.paper,
+                 f"**{v.verdict}**{f' ({v.reason})' if v.reason else ''}"]
+                for (number, v), finding in zip(verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
+    parts += ["## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], findings)]
+    parts += [report.RULES + "\n"] + [f"![{name}]({name})\n" for name in pictures]
+    rows = [[n, *row] for n, finding in zip(verdicts, report.FINDINGS, strict=True) for row in secondary(r, finding)]
     parts += ["## Secondary differences\n", table(["", "difference", *checkpoints], rows)] if rows else []
-    parts += [f"![{name}]({name})\n" for name in pictures]
     for metric in [f"{b} pass@{k}" for b in r.benchmarks for k in (1, 8, 32)] + ["accuracy"] * bool(r.general):
-        names = report.in_order({key[1] for key in r.index if key[0] == ("general" if metric == "accuracy" else "pass")})
-        rows = [[name] + [r.level(name, t, metric) or "-" for t in r.tokens] for name in names]
-        rows = [row for row in rows if set(row[1:]) != {"-"}]
-        parts += [f"## {metric}{', mean of ' + ', '.join(r.general) if metric == 'accuracy' else ''}\n",
-                  table(["", *checkpoints], rows)] if rows else []  # fmt: skip
+        names = [name for name in r.names if name != "base" or metric == "accuracy"]  # "base" is 0-shot or 8-shot
+        rows = [[name] + [str(r.level(name, t, metric) or "-") for t in r.tokens] for name in names]
+        rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+        title = f"accuracy, mean of {', '.join(r.general)}" if metric == "accuracy" else metric
+        parts += [f"## {title}\n", table(["", *checkpoints], rows)] if rows else []
+    header = ["", "tokens", *DETAILS.values(), "newly solved against the parent %", "lost %"]
     for benchmark in r.benchmarks:
         rows = [[name, report.tokens_name(t), *details(r, name, t, benchmark)] for name in r.names for t in r.tokens
                 if r.rows("pass", name, t, benchmark)]  # fmt: skip
-        keep = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows)] if rows else []
-        header = ["", "tokens", *DETAILS.values(), "newly solved against the parent %", "lost %"]
-        parts += [f"## Answers, {benchmark}\n", table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])]
-    absent = [f"{recipe} at {report.tokens_name(t)}" for t in r.tokens for recipe in STYLES
-              if not any(n.split()[0] == recipe and r.level(n, t, f"{r.benchmarks[0]} pass@1") for n in r.names)
-              ] if r.benchmarks else ["every evaluation"]  # fmt: skip
+        columns = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
+        first, *rest = zip(*columns, strict=True)
+        parts += [f"## Answers, {benchmark}\n", table(first, rest)] if rest else []
+    found = {(n.split()[0], t) for n in r.names for t in r.tokens for b in r.benchmarks if r.rows("pass", n, t, b)}
+    absent = [f"no rows for {name} at {report.tokens_name(t)}" for t in r.tokens for name in STYLES
+              if (name, t) not in found]  # fmt: skip
     parts += ["## Missing\n", "\n".join(f"- {line}" for line in [*absent, *torn]) or "Nothing."]
     return "\n".join(parts) + "\n"

@@ -29,7 +29,8 @@ from data import problems, run, tasks, tokens, toy  # noqa: E402
 @contextlib.contextmanager
 def new_folder(cfg, name):
     """A folder to fill. It becomes cfg.out when all went well; otherwise it is removed and what was there stays."""
-    out, new, old = Path(cfg.out), Path(f"{cfg.out}.new"), Path(f"{cfg.out}.old")
+    out = Path(cfg.out)
+    new, old = Path(f"{out}.new"), Path(f"{out}.old")
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"{out} exists: --overwrite replaces it, --out makes another")
     if out.exists() and not (out / "world.json").is_file():
@@ -237,10 +238,14 @@ def gsm8k_rows(cfg, split):
 
 def gsm8k_shots(path):
     """Shots whose last sentence is "The answer is N." as questions that end in the one ending, #### N."""
-    for index, row in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))):
-        reasons, _, answer = row["target"].rpartition("The answer is ")
+    try:
+        rows = [(row["question"].strip(), row["target"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        parts = [target.rpartition("The answer is ") for _, target in rows]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{path}: must be a JSON list of {{"question": text, "target": text}}') from None
+    for index, ((question, _), (reasons, _, answer)) in enumerate(zip(rows, parts, strict=True)):
         answer = answer.strip().removesuffix(".")
-        yield {"id": f"gsm8k-shot-{index}", "question": row["question"].strip(), "answer": answer,
+        yield {"id": f"gsm8k-shot-{index}", "question": question, "answer": answer,
                "solutions": [f"{reasons.strip()}\n#### {answer}"]}
 
 
@@ -266,12 +271,17 @@ def make_gsm8k(cfg):
 
 COMMANDS = {"toy": (Toy, make_toy), "text": (Text, make_text), "gsm8k": (Gsm8k, make_gsm8k)}
 
-if __name__ == "__main__":
-    if sys.argv[1:2] in ([], ["--help"], ["-h"]):
+
+def main(argv):
+    if argv[:1] in ([], ["--help"], ["-h"]):
         print(__doc__.strip())
-    elif sys.argv[1] not in COMMANDS:
-        print(f"prepare.py: error: {sys.argv[1]!r} is not a command: {', '.join(COMMANDS)} are", file=sys.stderr)
+    elif argv[0] not in COMMANDS:
+        print(f"prepare.py: error: {argv[0]!r} is not a command: {', '.join(COMMANDS)} are", file=sys.stderr)
         raise SystemExit(2)
     else:
-        Config, script = COMMANDS[sys.argv[1]]
-        run.main(script, Config, script.__doc__, sys.argv[2:])
+        Config, script = COMMANDS[argv[0]]
+        run.main(script, Config, script.__doc__, argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

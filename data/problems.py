@@ -13,7 +13,7 @@ import zlib
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,10 +70,11 @@ def load(path, split):
             raise ValueError(f"{where}: id {row['id'][:60]!r} is also on line {first[row['id']]}")
         if not row["question"].strip():
             raise ValueError(f"{where}: the question is empty")
-        if number(row["answer"]) is None:
+        value = number(row["answer"])
+        if value is None:
             raise ValueError(f"{where}: the answer must be a number, not {row['answer'][:60]!r}")
         for text in row["solutions"]:
-            if not (well_formed(text) and grade(text, row["answer"])):
+            if text.count(ENDING) != 1 or number(final_answer(text)) != value:
                 raise ValueError(f"{where}: a solution must end in '{ENDING} {row['answer'][:60]}', not {text[-60:]!r}")
     return rows
 
@@ -128,7 +129,10 @@ def number(text):
     sign, dollar_sign, whole, decimals, denominator = match.groups()
     if not (whole or decimals) or (denominator and not int(denominator)):
         return None
-    value = Fraction((whole.replace(",", "") or "0") + (decimals or "")) / int(denominator or 1)
+    whole = whole.replace(",", "") or "0"
+    value = Fraction(whole + decimals) if decimals else Fraction(int(whole))
+    if denominator:
+        value /= int(denominator)
     return -value if sign == "-" or dollar_sign else value
 
 
@@ -159,7 +163,7 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64, prompt and answer, filled up with padding on the right
     mask: torch.Tensor  # (B, T-1) bool, the answer tokens, its end token with them
     weight: torch.Tensor  # (B, T-1) f32, of each target in the loss, 0 outside the mask
-    logp: Optional[torch.Tensor]  # (B, T-1) f32, what the sampler gave each target, 0 outside the mask
+    logp: torch.Tensor | None  # (B, T-1) f32, what the sampler gave each target, 0 outside the mask
 
 
 def answer_seeds(seed, step, rows, n):

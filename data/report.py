@@ -1,31 +1,31 @@
 """Result rows -> report.md with tables and figures, and a verdict on each of the nine findings by rules fixed here.
 
-A replicate is a training seed. An arm is a recipe at a checkpoint, called by a name: "rl", "base 8-shot", "rl n=64",
-"mix share=0.25", "rl in toy-math60", "rl as wide" (another world, another model). Shares inside, percent in print.
+A replicate is a training seed. An arm has a name: "rl", "base 8-shot", "rl n=64", "mix share=0.25", "rl in toy-math60"
+(another world), "rl as wide" (another model). Shares inside, percent in print.
 """
 
-from collections import Counter
+from collections import Counter, namedtuple
+from functools import cache
 from json import dumps, loads
 from math import atan, comb, exp, lgamma, pi, sqrt
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 RECIPES = ("base", "rl", "sft", "sft->rl", "mix", "sft-gold", "sft-gold->rl")
 ROLLOUTS = (5, 64)  # rows with one of these as "group" are arms of their own (finding 7); any other is the usual one
 SHARE = 0.5  # so are rows with a "share" that is not this one
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)  # for the tail of Student's t
 MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
-RULES = """Fixed before the run: one primary contrast a finding. Differences are paired, on the same questions and seeds.
-SE^2 = var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or 3 pre-training seeds
-var(seed means) is taken within each (S - 2 or S - 3), the interval is about these pre-training runs, and each is shown;
-from 4 on they are the replicates. p: two-sided for a difference, of two one-sided tests for an equivalence; Holm over
-the nine at 5%, a finding not tested counting as p = 1. A difference holds if p (Holm) < 0.05 and its sign is the
-claim's, and is contradicted if the sign is the other one. An equivalence holds if its 90% interval lies inside +-2
-points, is contradicted if it lies entirely outside (either is p < 0.05), and Holm agrees. Otherwise not resolved. One
-seed or no rows of an arm: not tested. Brackets: 95% intervals, 90% for an equivalence, before Holm. `base` has the
-better of its shots on the contrast's metric, so that learning the answer format counts as little as it can. An arm is
-the last step of its run. The middle checkpoint is the first with base pass@32 >= 30%, on validation if it has rows."""
+RULES = """Fixed before the run: one primary contrast a finding, paired on the same questions and seeds. SE^2 =
+var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or 3 pre-training seeds the variance
+is taken within each (S - 2 or S - 3) and the interval is about these runs; from 4 on they are the replicates. p:
+two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested is p = 1. A
+difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An equivalence holds if its
+90% interval lies inside +-2 points, contradicted if outside (either is p < 0.05), and Holm agrees. Brackets: 95%, or
+90% for an equivalence, before Holm. `base`: the better of its shots, so that learning the format counts little. An arm
+is the end of its run. Middle checkpoint: the first with base pass@32 >= 30%, on validation if it has rows."""
 
 
 # ---- statistics ----
@@ -38,18 +38,18 @@ def pass_at_k(n, c, k):
 
 
 def standard_error(values):
-    """Standard error of the mean of independent values (of questions); 0 for a single one."""
+    """Standard error of the mean of independent values, of questions for one; 0 for a single value."""
     return float(np.std(values, ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def t_tail(t, df):
     """P(T > t) of Student's t. With T = sqrt(df) tan(angle) its density is cos(angle)^(df - 1) over a constant."""
-    node, weight = np.polynomial.legendre.leggauss(100)
     half = (pi / 2 - atan(t / sqrt(df))) / 2
-    area = half * (weight * np.cos(pi / 2 - half + half * node) ** (df - 1)).sum()
+    area = half * (WEIGHTS * np.cos(pi / 2 - half + half * NODES) ** (df - 1)).sum()
     return float(area * exp(lgamma((df + 1) / 2) - lgamma(df / 2)) / sqrt(pi))
 
 
+@cache
 def t_quantile(p, df):
     """The t with P(T <= t) = p, for p from 0.5 up, by bisection."""
     low, high = 0.0, 1e6
@@ -63,7 +63,7 @@ def holm(p_values):
     """Holm's adjusted p-values, in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        adjusted[i] = largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest = max(largest, min(1.0, len(p_values) * p_values[i]))
     return adjusted
 
 
@@ -90,8 +90,7 @@ def estimate(cells):
     runs = {int(r): values[run == r].mean(0) for r in np.unique(run)}
     if len(runs) >= 4:  # enough pre-training runs to be the replicates
         values, run = np.stack(list(runs.values())), np.zeros(len(runs))
-    S, Q = values.shape
-    means, df = values.mean(1), S - len(np.unique(run))
+    (S, Q), means, df = values.shape, values.mean(1), len(values) - len(np.unique(run))
     spread = sum(((means[run == r] - means[run == r].mean()) ** 2).sum() for r in np.unique(run))
     se = sqrt((spread / df / S if df else 0) + standard_error(values.mean(0)) ** 2)
     return Estimate(float(means.mean()), se, df, S, Q, {r: float(value.mean()) for r, value in runs.items()})
@@ -105,8 +104,7 @@ def p_value(kind, e):
 
 
 # ---- rows ----
-FIELDS = {"general": ("benchmark", "right"), "curve": ("points",),
-          "pass": ("benchmark", "shots", "n", "ids", "correct")}  # fmt: skip
+NEEDS = {"pass": ("benchmark", "shots", "n", "ids", "correct"), "general": ("benchmark", "right"), "curve": ("points",)}
 KEY = ("kind", "world", "model", "recipe", "tokens", "pretrain_seed", "seed", "step", "split")
 
 
@@ -116,11 +114,10 @@ class Missing(LookupError):
 
 def parse(line):
     row = loads(line)
-    if not isinstance(row, dict) or row.get("kind") not in FIELDS:
-        raise ValueError(f"not a result row, its kind is not one of {', '.join(FIELDS)}")
-    for field in KEY + FIELDS[row["kind"]]:
-        if field not in row:
-            raise ValueError(f"no field {field!r}")
+    if not isinstance(row, dict) or row.get("kind") not in NEEDS:
+        raise ValueError(f"not a result row, its kind is not one of {', '.join(NEEDS)}")
+    if absent := [field for field in KEY + NEEDS[row["kind"]] if field not in row]:
+        raise ValueError(f"no field {absent[0]!r}")
     counts = row.get("correct", ())
     if row["kind"] == "pass" and (len(row["ids"]) != len(counts) or not set(counts) <= {*range(row["n"] + 1)}):
         raise ValueError(f"needs a count of right answers, 0 to n = {row['n']}, for each of its {len(row['ids'])} ids")
@@ -169,13 +166,15 @@ class Results:
         self.world, self.model = max(sorted(counts), key=counts.get)
         self.split = "test" if any(row["split"] == "test" for row in rows if row["kind"] != "curve") else "val"
         self.tokens = sorted({row["tokens"] for row in rows})
+        self.arm, self.level = cache(self.arm), cache(self.level)  # tables and figures ask again and again
         self.index = {}  # (kind, arm, tokens, benchmark, split) -> {(pre-training seed, seed): row}, the last step
         for row in rows:
             key = row["kind"], self.name(row), row["tokens"], row.get("benchmark"), row["split"]
             self.index.setdefault(key, {})[row["pretrain_seed"], row["seed"]] = row
         self.benchmarks = sorted({key[3] for key in self.index if key[0] == "pass"})  # the first one is the main one
         self.general = sorted({key[3] for key in self.index if key[0] == "general"})
-        self.names = in_order({key[1] for key in self.index if key[0] == "pass"})
+        names = {key[1]: key[1].split()[0] for key in self.index}
+        self.names = sorted(names, key=lambda name: ((*RECIPES, names[name]).index(names[name]), name))
 
     def name(self, row):
         name = row["recipe"]
@@ -189,10 +188,9 @@ class Results:
         return self.index.get((kind, name, tokens, benchmark, split or self.split), {})
 
     def arm(self, name, tokens, metric, split=None):
-        """-> {(pre-training seed, seed): {(benchmark, question): value}}; of `base` also at seed None, its mean.
+        """-> {(pre-training seed, seed): {(benchmark, question): value}}; of `base` also its mean, at seed None.
 
-        metric: "pass@8", "accuracy", "solved" (any right answer of n), or "hard pass@1", "easy+hard pass@1" for other
-        benchmarks than the first one; several benchmarks weigh the same, whatever their lengths.
+        metric: "pass@8", "accuracy", "solved" (any of n right), or "easy+hard pass@1": benchmarks of the same weight.
         """
         *chosen, what = metric.split()
         kind = "general" if what == "accuracy" else "pass"
@@ -219,11 +217,10 @@ class Results:
     def values(row, what):
         if what == "accuracy":
             return dict(enumerate(map(float, row["right"])))
-        k = 1 if what == "solved" else int(what.removeprefix("pass@"))
+        k = row["n"] if what == "solved" else int(what.removeprefix("pass@"))
         if row["n"] < k:
             raise Missing(f"no {what} from {row['n']} answers a question")
-        values = np.array(row["correct"]) > 0 if what == "solved" else pass_at_k(row["n"], row["correct"], k)
-        return dict(zip(row["ids"], values.astype(float).tolist(), strict=True))
+        return dict(zip(row["ids"], pass_at_k(row["n"], row["correct"], k).tolist(), strict=True))
 
     def level(self, name, tokens, metric, split=None):
         """-> Estimate of one arm's mean, None if it has no rows."""
@@ -254,21 +251,20 @@ class Results:
         return f"{levels}; at {', '.join(tokens_name(t) for t in sorted({t for *_, t in terms}))}", cells
 
 
-def in_order(names):
-    """Arms in the order of RECIPES."""
-    return sorted(names, key=lambda name: ((*RECIPES, name.split()[0]).index(name.split()[0]), name))
-
-
 def tokens_name(tokens):
     return f"{tokens / 1e9:.3g}B" if tokens >= 1e9 else f"{tokens / 1e6:.3g}M"
 
 
 def minus(first, second, tokens):
-    """Terms of the difference of two arms, averaged over checkpoints."""
     return [(sign / len(tokens), name, t) for t in tokens for sign, name in ((1, first), (-1, second))]
 
 
 # ---- the nine findings ----
+def difference(metric, first, second, which=slice(None), low=0.0):
+    """Contrast of two arms, averaged over their checkpoints with base pass@32 of at least `low`, or the one chosen."""
+    return lambda r: r.contrast(metric, minus(first, second, r.checkpoints(metric, first, second, low=low)[which]))
+
+
 def pipeline(r):
     room = r.checkpoints("pass@32", "rl", "base", "sft->rl", "sft", low=0.3, high=0.8)
     return r.contrast("pass@32", minus("rl", "base", room) + minus("sft", "sft->rl", room))
@@ -284,62 +280,50 @@ def averaging(r):
 
 
 def data_or_size(r):
-    arms = [next((n for n in r.names if n.startswith(f"rl {word} ") and n.count(" ") == 2), f"rl {word} another {thing}")
-            for word, thing in (("in", "world"), ("as", "model"))]  # fmt: skip
-    return r.contrast("hard pass@1", minus(*arms, r.checkpoints("hard pass@1", *arms)[-1:]))
+    arms = [next((n for n in r.names if n.startswith(f"rl {other[:2]} ") and n.count(" ") == 2), f"rl {other}")
+            for other in ("in another world", "as another model")]  # fmt: skip
+    return difference("hard pass@1", *arms, slice(-1, None))(r)
 
 
 def rollouts(r):
     arms = "rl n=64", "rl n=5"
     both = [b for b in r.benchmarks if any(all(r.rows("pass", name, t, b) for name in arms) for t in r.tokens)]
-    metric = " ".join(["+".join(both), "pass@1"] if both else ["pass@1"])
-    return r.contrast(metric, minus(*arms, r.checkpoints(metric, *arms)))
+    return difference(f"{'+'.join(both or r.benchmarks[:1])} pass@1", *arms)(r)
 
 
 def brittle(r):
-    tokens, off, ends = r.checkpoints("pass@1", "rl", low=0.3), [], []
+    tokens, off, text = r.checkpoints("pass@1", "rl", low=0.3), [], []
     arms = [combine([(1, r.arm("rl", t, "pass@1"))]) for t in (tokens[0], tokens[-1])]
     units = sorted(set(arms[0]) & set(arms[1]))
-    if len(tokens) < 2 or len(units) < 8:
-        raise Missing(f"{len(units)} seed{'s' * (len(units) != 1)} at {len(tokens)} checkpoints, needs 8 at 2")
-    for arm in arms:  # distance of each seed from the median of its pre-training run
+    seeds = min(Counter(run for run, _ in units).values(), default=0)
+    if len(tokens) < 2 or seeds < 8:
+        raise Missing(f"{seeds} seed{'s' * (seeds != 1)} at {min(len(tokens), 2)} of 2 checkpoints, needs 8")
+    for t, arm in zip((tokens[0], tokens[-1]), arms, strict=True):  # distances from the median of a pre-training run
         mean = {unit: np.mean(list(arm[unit].values())) for unit in units}
         off.append({u: abs(mean[u] - np.median([mean[v] for v in units if v[0] == u[0]])) for u in units})
-        best = sum(m * comb(i, 3) for i, m in enumerate(sorted(mean.values()))) / comb(len(units), 4)
-        ends.append("mean {:.1f}, {:.1f} to {:.1f}, best of 4 {:.1f}".format(
-            *(100 * np.array([np.mean(list(mean.values())), min(mean.values()), max(mean.values()), best]))))  # fmt: skip
-    text = "; ".join(f"{tokens_name(t)}: {end}" for t, end in zip((tokens[0], tokens[-1]), ends, strict=True))
-    return text, {unit: {"distance": off[0][unit] - off[1][unit]} for unit in units}
+        end = 100 * np.sort([*mean.values()])
+        best = end @ [comb(i, 3) for i in range(len(end))] / comb(len(end), 4)  # of 4 drawn at random
+        text.append(f"{tokens_name(t)}: mean {end.mean():.1f}, {end[0]:.1f} to {end[-1]:.1f}, best of 4 {best:.1f}")
+    return "; ".join(text), {unit: {"distance": off[0][unit] - off[1][unit]} for unit in units}
 
 
-class Finding(NamedTuple):
-    claim: str
-    kind: str  # "difference > 0" or "equivalence"
-    rule: str  # the primary contrast in words
-    paper: str
-    contrast: Callable  # Results -> text, cells
-    secondary: tuple = ()  # (metric, arm, arm) shown at every checkpoint
-
-
-# "from the middle": checkpoints with base pass@32 >= 30%, where the paper's 6B lies; the first of them is "the middle"
+# rule: the primary contrast in words; contrast: Results -> text, cells; secondary: (metric, arm, arm) to be shown
+Finding = namedtuple("Finding", "claim kind rule paper contrast secondary", defaults=[()])
 FINDINGS = (
     Finding("RL works early", "difference > 0", "pass@1: rl - base at the middle checkpoint",
-            "4B: 1.8 -> 15.6, 6B: 2.4 -> 19.9",
-            lambda r: r.contrast("pass@1", minus("rl", "base", r.checkpoints("pass@1", "rl", "base", low=0.3)[:1])),
+            "4B: 1.8 -> 15.6, 6B: 2.4 -> 19.9", difference("pass@1", "rl", "base", slice(1), low=0.3),
             (("pass@1", "rl", "base 0-shot"), ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
     Finding("with one solution a question RL beats SFT", "difference > 0",
             "pass@1: rl - sft, mean of the checkpoints from the middle on", "rl - sft: 6B +1.1, 10B +5.3, 44B +17.0",
-            lambda r: r.contrast("pass@1", minus("rl", "sft", r.checkpoints("pass@1", "rl", "sft", low=0.3))),
+            difference("pass@1", "rl", "sft", low=0.3),
             (("pass@8", "sft-gold", "rl"), ("pass@32", "sft-gold", "rl"), ("pass@1", "sft-gold->rl", "sft->rl"))),
-    # the change that learning the format makes is in rl - base and not in sft->rl - sft: hence the better of base's shots
     Finding("RL expands, after SFT it sharpens", "difference > 0",
             "pass@32: (rl - base) - (sft->rl - sft), mean of the checkpoints with base pass@32 in 30 to 80%",
             "10B: +20.5 and -3.1, 44B: +13.1 and -3.5; the rise of rl is at its start; none of it on MATH", pipeline,
             (("pass@1", "rl", "base"), ("pass@32", "rl", "base"), ("pass@32", "rl", "base 0-shot"),
              ("pass@1", "sft->rl", "sft"), ("pass@32", "sft->rl", "sft"))),
     Finding("RL leaves general capability unchanged", "equivalence", "accuracy: rl - base, mean of all checkpoints",
-            "44B, six benchmarks: rl +0.4, sft -6.1, sft-gold -7.1",
-            lambda r: r.contrast("accuracy", minus("rl", "base", r.checkpoints("accuracy", "rl", "base"))),
+            "44B, six benchmarks: rl +0.4, sft -6.1, sft-gold -7.1", difference("accuracy", "rl", "base"),
             tuple(("accuracy", name, "base") for name in RECIPES[1:])),
     Finding("parallel averaging has the best pass@32 of one solution", "difference > 0",
             "pass@32: mix - the best of rl, sft and sft->rl at each checkpoint, mean of all checkpoints",
@@ -347,59 +331,45 @@ FINDINGS = (
             (*(("pass@32", "mix", name) for name in ("rl", "sft", "sft->rl")), ("pass@1", "mix", "rl"))),
     Finding("hard questions: more math in the text beats a larger model", "difference > 0",
             "hard pass@1: rl in the world with more math - rl as the larger model, last checkpoint of both",
-            "no figures in the text; 44B on MATH: base 1, rl 10, sft 21, sft->rl 33", data_or_size,
+            "no figures; 44B on MATH: base 1, rl 10, sft 21, sft->rl 33", data_or_size,
             (("hard pass@1", "rl", "base"), ("hard pass@1", "sft->rl", "rl"), ("hard pass@32", "sft->rl", "sft"))),
     Finding("64 and 5 rollouts end at the same place", "equivalence",
-            "pass@1: rl n=64 - rl n=5, mean of benchmarks and checkpoints that have both", "no figures in the text",
-            rollouts, (("easy pass@1", "rl n=64", "rl n=5"), ("hard pass@1", "rl n=64", "rl n=5"))),
+            "pass@1: rl n=64 - rl n=5, mean of benchmarks and checkpoints that have both", "no figures", rollouts,
+            (("easy pass@1", "rl n=64", "rl n=5"), ("hard pass@1", "rl n=64", "rl n=5"))),
     Finding("early RL is brittle", "difference > 0",
             "pass@1 of rl: distance of a seed from the median seed, at the middle checkpoint - at the last; 8 seeds",
             "two seeds at 4 to 10B: 15 and 4; best of 4 reported", brittle),
     Finding("8 shots measure the base best", "difference > 0", "pass@1: base 8-shot - base 0-shot, last checkpoint",
-            "0-shot falls behind from 28B on", lambda r: r.contrast("pass@1", minus(
-                "base 8-shot", "base 0-shot", r.checkpoints("pass@1", "base 8-shot", "base 0-shot")[-1:])),
+            "0-shot falls behind from 28B on", difference("pass@1", "base 8-shot", "base 0-shot", slice(-1, None)),
             (("pass@1", "base 8-shot", "base 0-shot"), ("pass@32", "base 8-shot", "base 0-shot"))),
 )  # fmt: skip
 
 
-class Verdict(NamedTuple):
-    verdict: str  # holds, contradicted, not resolved, not tested
-    reason: str  # of a finding not tested
-    text: str  # where, and the mean of each arm
-    estimate: Estimate | None
-    p: float
-    holm: float
+Verdict = namedtuple("Verdict", "verdict reason text estimate p holm")
 
 
 def decide(r, findings=FINDINGS):
-    """-> {"1": Verdict, ...}."""
+    """-> {"1": Verdict, ...}: holds, contradicted, not resolved, or not tested and the reason."""
     outcomes = []
     for finding in findings:
         try:
             text, cells = finding.contrast(r)
             e = estimate(cells)
-            seeds = f"{max(Counter(run for run, _ in cells).values())} seed"
-            outcomes.append(("" if e.df else seeds, text, e, p_value(finding.kind, e) if e.df else 1.0))
+            outcomes.append(("" if e.df else "1 seed", text, e, p_value(finding.kind, e) if e.df else 1.0))
         except Missing as missing:
             outcomes.append((str(missing), "", None, 1.0))
     verdicts = {}
-    for number, (outcome, adjusted) in enumerate(zip(outcomes, holm([o[-1] for o in outcomes]), strict=True), 1):
-        reason, text, e, p = outcome
-        if reason:
-            verdict = "not tested"
-        elif adjusted >= 0.05:
-            verdict = "not resolved"
-        else:
-            equivalence = findings[number - 1].kind == "equivalence"
-            verdict = "holds" if (abs(e.mean) < MARGIN if equivalence else e.mean > 0) else "contradicted"
-        verdicts[str(number)] = Verdict(verdict, reason, text, e, p, adjusted)
+    for number, (reason, text, e, p) in enumerate(outcomes):
+        adjusted = holm([outcome[-1] for outcome in outcomes])[number]
+        sign = MARGIN - abs(e.mean) if e and findings[number].kind == "equivalence" else e.mean if e else 0
+        verdict = "not resolved" if adjusted >= 0.05 else "holds" if sign > 0 else "contradicted"
+        verdicts[str(number + 1)] = Verdict("not tested" if reason else verdict, reason, text, e, p, adjusted)
     return verdicts
 
 
 def report(folder, json=False):
     """Writes report.md and its figures into the folder and prints the findings; -> {"1": Verdict, ...}."""
     from data import figures  # here: matplotlib takes a second that no trainer should wait for
-
     rows, torn = read(folder)
     r = Results(rows)
     verdicts = decide(r)

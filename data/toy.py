@@ -31,8 +31,8 @@ import tiktoken
 
 HE = "sam tom ben leo max omar ivan hugo finn paul".split()
 SHE = "ann eva mia zoe lena nora rosa tara iris jane".split()
-FAMILIES = "bell stone wood hill frost reed snow marsh vale moss birch thorn brook dale ford".split()
-VALUES = {  # what each of the 300 people has one of
+FAMILIES = "stone wood hill frost reed snow marsh vale moss birch".split()
+VALUES = {  # what each of the 200 people has one of
     "home": "rome oslo lima cairo delhi quito dakar tunis berlin prague vienna lisbon dublin athens kyoto".split(),
     "job": "baker nurse pilot farmer painter teacher doctor sailor tailor singer cook judge clerk miner guard".split(),
     "pet": "cat dog horse parrot rabbit turtle goat snake mouse duck pig frog".split(),
@@ -53,7 +53,9 @@ TAILS = ["", " every day", " at night", " here", " in the garden"]
 
 OBJECTS = "kite drum ball lamp book cup key ring hat coat bell map pen shoe".split()
 PLACES = "box bag drawer basket chest kitchen attic barn school shop".split()
-STORIES = [  # what happens to a first and a second object, then an end that asks for each; {s} may be a filler
+STORIES = [  # what happens to one object or two, then an end that asks for the first, for the second; {s}: a filler
+    ("{a} bought a {x} for the {p} .{s}", ("{b} also wanted a",)),
+    ("{a} lost the {x} in the {p} .{s}", ("{b} came to the {p} and found the",)),
     ("{a} put the {x} in the {p} and the {y} in the {q} .{s}",
      ("{b} looked in the {p} and found the", "{b} looked in the {q} and found the")),
     ("{a} gave the {x} to {b} and the {y} to {c} .{s}", ("{b} was glad about the", "{c} was glad about the")),
@@ -168,7 +170,7 @@ def facts(rng, seed):
             forms = [rng.choice(FACTS[kind]) for kind in kinds]
             if rng.random() < 0.3:
                 forms.insert(rng.randrange(5), rng.choice(TWO_FACTS))
-            if rng.random() < 0.5:
+            if rng.random() < 0.3:
                 forms[1:] = [form if form in TWO_FACTS else re.sub(r"^\{p}", "{he}", form) for form in forms[1:]]
             yield "".join(f" {form} ." for form in forms).format(**person)
             several = rng.sample(everybody, 4)
@@ -199,14 +201,14 @@ def agreement(rng):
 def story(rng, wanted=False):
     """(the story up to its last word, that word, the object that would be wrong), held out from the text or not."""
     while True:
-        which, asked = rng.randrange(len(STORIES)), rng.randrange(2)
-        pair = rng.sample(OBJECTS, 2)
-        if held_out(f"{which} {asked} {pair}") == wanted:
+        start, ends = rng.choice(STORIES)
+        asked, pair, (p, q) = rng.randrange(len(ends)), rng.sample(OBJECTS, 2), rng.sample(PLACES, 2)
+        (a, b, c), filler = rng.sample(HE + SHE, 3), rng.choice(FILLERS)
+        told = f"{start} {ends[asked]}".replace("{x}", pair[0]).replace("{y}", pair[1])
+        told = told.replace("{p}", p).replace("{q}", q)
+        if held_out(told) == wanted:  # people and filler do not make it another story
             break
-    (a, b, c), (p, q) = rng.sample(HE + SHE, 3), rng.sample(PLACES, 2)
-    start, ends = STORIES[which]
-    told = f"{start} {ends[asked]}".format(a=a, b=b, c=c, p=p, q=q, x=pair[0], y=pair[1], he=pronoun(a),
-                                           s=rng.choice(FILLERS))
+    told = told.format(a=a, b=b, c=c, he=pronoun(a), s=filler)
     return told, pair[asked], pair[1 - asked]
 
 

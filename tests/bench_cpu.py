@@ -1,0 +1,137 @@
+"""Tokens a second of pre-training and of rollouts beside the same model in transformers, on this machine, in one run.
+
+    python tests/bench_cpu.py [--json]
+
+Same weights, same shapes, fp32, both sides with their best settings: training compiled with fused AdamW and gradient
+clipping; transformers' `generate` with its default cache, no top-k, every answer exactly NEW tokens. The two sides take
+turns, and the ratio is the median over the turns, because the speed of a shared machine drifts.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
+
+from data import run, tokens  # noqa: E402
+from model import PRESETS, Model, ModelConfig, Sampler, adam, update  # noqa: E402
+
+ROWS, LENGTH = 32, 128  # the default pre-training step
+PROMPT, NEW, GROUP = 24, 32, 8  # a default-world question and answer
+
+
+def transformers_twin(model) -> Olmo2ForCausalLM:
+    """transformers' Olmo2ForCausalLM with the weights of `model`."""
+    c = model.config
+    twin = Olmo2ForCausalLM(Olmo2Config(
+        vocab_size=c.padded_vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.heads, max_position_embeddings=c.context, rms_norm_eps=c.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.theta}, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    ))  # fmt: skip
+    weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight, "lm_head.weight": model.head.weight}
+    for i, b in enumerate(model.blocks):
+        q, k, v = b.qkv.weight.chunk(3)
+        gate, up = b.gate_up.weight.chunk(2)
+        names = {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": b.out.weight,
+            "self_attn.q_norm": b.q_norm.weight, "self_attn.k_norm": b.k_norm.weight,
+            "post_attention_layernorm": b.attention_norm.weight, "post_feedforward_layernorm": b.mlp_norm.weight,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.down.weight,
+        }  # fmt: skip
+        weights |= {f"model.layers.{i}.{name}.weight": w for name, w in names.items()}
+    twin.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, strict=True)
+    return twin
+
+
+def turns(ours, theirs, count: int) -> tuple[float, float, float]:
+    """Median seconds of each, and the median over turns of theirs / ours."""
+    ours(), theirs()
+    pairs = []
+    for _ in range(count):
+        pair = []
+        for side in (ours, theirs):
+            began = time.perf_counter()
+            side()
+            pair.append(time.perf_counter() - began)
+        pairs.append(pair)
+    a, b = zip(*pairs, strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
+
+
+def training(model, twin, steps: int, count: int):
+    ids = torch.randint(0, model.config.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    weight = torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH))
+    world = run.start("cpu", "float32")
+    run.compile_blocks(model)
+    optimizer, peer_optimizer = adam(model), torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
+    compiled = torch.compile(twin)
+
+    def ours():
+        for _ in range(steps):
+            model(ids, weight=weight)[0].backward()
+            grads, _ = run.gradients(model, world, 1.0)
+            update(model, [(optimizer, 1e-5, grads)], 0.1)
+
+    def theirs():
+        for _ in range(steps):
+            compiled(input_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(), shift_labels=ids[:, 1:].contiguous()).loss.backward()
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+            peer_optimizer.step()
+            peer_optimizer.zero_grad(set_to_none=True)
+
+    a, b, ratio = turns(ours, theirs, count)
+    done = steps * ROWS * LENGTH
+    return done / a, done / b, ratio
+
+
+def rollouts(model, twin, batch: int, count: int):
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.config.vocab, (batch // GROUP, PROMPT), generator=generator)
+    sampler, never = Sampler(model, rows=batch), [model.config.vocab]  # an end token that is never drawn
+    expanded = prompts.repeat_interleave(GROUP, 0)
+
+    def ours():
+        sampler(prompts.tolist(), GROUP, NEW, list(range(batch)), never)
+
+    def theirs():
+        with torch.inference_mode():
+            twin.generate(expanded, attention_mask=torch.ones_like(expanded), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                          max_new_tokens=NEW, min_new_tokens=NEW)  # fmt: skip
+
+    a, b, ratio = turns(ours, theirs, count)
+    return batch * NEW / a, batch * NEW / b, ratio
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--turns", type=int, default=7, help="turns of each side")
+    args = parser.parse_args()
+    vocab = tokens.VOCABULARY["toy"]
+    model = Model(ModelConfig(**PRESETS["toy"], vocab=vocab, padded_vocab=-(-vocab // 128) * 128)).init_weights(0)
+    twin = transformers_twin(model).eval()
+    figures, table = {}, []
+    for batch in (64, 512):
+        *speeds, ratio = rollouts(model, twin, batch, args.turns)
+        figures[f"rollout_vs_transformers_b{batch}"] = round(ratio, 3)
+        table.append((f"rollout, {batch} rows, {PROMPT} + {NEW} tokens", *speeds, ratio))
+    *speeds, ratio = training(model, twin.train(), 5, args.turns)
+    figures["train_vs_transformers"] = round(ratio, 3)
+    table.append((f"training step, {ROWS} x {LENGTH} tokens, compiled", *speeds, ratio))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, toy model of {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"{'':42}{'ours':>12}{'transformers':>14}{'ratio':>8}   (tokens/s)")
+    for name, a, b, r in table:
+        print(f"{name:42}{a:12,.0f}{b:14,.0f}{r:8.2f}")
+    if args.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The KV-cache sampler against a loop that runs the whole sequence again for every token of every answer."""
+
+import pytest
+import torch
+from helpers import small_model
+
+from data import problems
+from model import Sampler, uniform_noise
+
+VOCAB, END = 37, 0
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
+PREFIX = [21, 22, 23, 24, 25]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """fp64, so that sampled ids cannot flip. The end token is made likely enough that answers end at all lengths."""
+    made = small_model(VOCAB, 64)
+    made.head.weight.data *= 0.3
+    return made
+
+
+def slowly(model, prompt, max_new, seed, ends=(END,), temperature=1.0):
+    """One answer, uncached, one row: ids, log-probs, cut."""
+    ids, logps = list(prompt), []
+    for u in uniform_noise([seed], max_new)[0].tolist():
+        logits = (model.hidden(torch.tensor([ids]))[0, -1] @ model.head.weight[: model.config.vocab].T).double().detach()
+        p = (logits / temperature).softmax(0)
+        token = next(i for i, total in enumerate(p.cumsum(0).tolist()) if total > u * float(p.sum()))
+        ids.append(token)
+        logps.append(float(p[token].log()))
+        if token in ends:
+            return ids[len(prompt) :], logps, False
+    return ids[len(prompt) :], logps, True
+
+
+def same(one, other, atol=1e-5):
+    """Equal ids, lengths and cuts; log-probs to 1e-5."""
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.lengths, other.lengths) and torch.equal(one.cut, other.cut)
+    torch.testing.assert_close(one.logp, other.logp, atol=atol, rtol=0)
+
+
+def answers(samples):
+    return zip(samples.tokens, samples.lengths.tolist(), samples.logp, samples.cut.tolist(), strict=True)
+
+
+def draw(model, prompts=PROMPTS, n=4, max_new=24, ends=(END, 1, 2), temperature=1.0, prefix=(), rows=512):
+    return Sampler(model, rows)(prompts, n, max_new, range(len(prompts) * n), list(ends), temperature, list(prefix))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_cached_decode_equals_uncached(model, temperature, prefix):
+    """Ragged prompts, several answers, compaction and a shared prefix against one row at a time without a cache. Seen to
+    fail with the answer's positions counted from the padded prompt, with the padding not masked, with `past` left out."""
+    samples = draw(model, temperature=temperature, prefix=prefix)
+    for row, (tokens, length, logp, cut) in enumerate(answers(samples)):
+        ids, logps, was_cut = slowly(model, [*prefix, *PROMPTS[row // 4]], 24, row, (END, 1, 2), temperature)
+        assert tokens[:length].tolist() == ids and cut == was_cut
+        torch.testing.assert_close(logp[:length], torch.tensor(logps), atol=1e-5, rtol=0)
+    assert 0 < int(samples.cut.sum()) < 20 and len(set(samples.lengths.tolist())) > 5  # the test is not of one case
+
+
+def test_ragged_equals_one_by_one(model):
+    """Seen to fail with the padding of the prompts not masked."""
+    whole = draw(model)
+    for q, prompt in enumerate(PROMPTS):
+        rows = slice(4 * q, 4 * q + 4)
+        alone = Sampler(model)([prompt], 4, 24, range(rows.start, rows.stop), [END, 1, 2])
+        same(type(whole)(*(x[rows] for x in whole[:4]), 0.0), alone)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9, 512])
+def test_rows_side_by_side_change_nothing(model, rows):
+    same(draw(model), draw(model, rows=rows))
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_compaction_changes_nothing(model, monkeypatch, prefix):
+    """Seen to fail with `noise` not compacted along with the rows."""
+    results = []
+    for check in (1, 3, 10**9):
+        monkeypatch.setattr(Sampler, "CHECK", check)
+        results.append(draw(model, prefix=prefix))
+    same(results[0], results[1])
+    same(results[0], results[2])
+    assert results[0].waste < results[1].waste < results[2].waste
+
+
+def test_waste_by_hand(model, monkeypatch):
+    """Without compaction a batch takes max_new steps of every row."""
+    assert draw(model, max_new=1).waste == 0
+    monkeypatch.setattr(Sampler, "CHECK", 10**9)
+    samples = draw(model)
+    assert samples.waste == pytest.approx(1 - int(samples.lengths.sum()) / (20 * 24))
+
+
+def test_shared_prefix_equals_concatenation(model):
+    """Also when a sampler is used with one prefix, another, and none."""
+    sampler, seeds = Sampler(model), range(20)
+    for prefix in (PREFIX, PREFIX[:2], [], PREFIX):
+        joined = sampler([prefix + prompt for prompt in PROMPTS], 4, 24, seeds, [END, 1, 2])
+        same(sampler(PROMPTS, 4, 24, seeds, [END, 1, 2], prefix=prefix), joined)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_log_probs_equal_the_trainers(dtype, atol, temperature):
+    """What RL relies on, through the batch that RL trains on."""
+    model = small_model(VOCAB, 64, dtype)
+    samples = draw(model, temperature=temperature)
+    prompts, lengths = [p for p in PROMPTS for _ in range(4)], samples.lengths.tolist()
+    said = [row[:length] for row, length in zip(samples.tokens.tolist(), lengths, strict=True)]
+    logps = [row[:length] for row, length in zip(samples.logp, lengths, strict=True)]
+    batch = problems.make_batch(prompts, said, [1.0] * 20, END, logps)
+    for logp in (model(batch.ids, weight=batch.weight, mask=batch.mask, temperature=temperature)[1],
+                 model(batch.ids, mask=batch.mask, temperature=temperature)[0]):  # fmt: skip
+        torch.testing.assert_close(logp.float(), batch.logp, atol=atol, rtol=0)
+
+
+def test_end_token_is_kept_and_the_rest_is_filled(model):
+    """Seen to fail with lengths that leave the end token out."""
+    samples = draw(model)
+    for tokens, length, logp, cut in answers(samples):
+        answer = tokens[:length].tolist()
+        assert not {END, 1, 2} & set(answer[:-1]) and ((answer[-1] in (END, 1, 2)) != cut)
+        assert (tokens[length:] == END).all() and not logp[length:].any() and (logp[:length] < 0).all()
+        assert length == 24 or not cut
+
+
+def test_answer_that_ends_on_the_last_token_is_not_cut(model):
+    """Ending exactly at max_new is ending. Seen to fail with cut = (length == max_new)."""
+    long = draw(model)
+    row = int(((long.lengths > 3) & ~long.cut).nonzero()[0])
+    exact = Sampler(model)([PROMPTS[row // 4]], 1, int(long.lengths[row]), [row], [END, 1, 2])
+    assert exact.tokens[0].tolist() == long.tokens[row, : long.lengths[row]].tolist() and not exact.cut.any()
+
+
+def test_noise_is_a_function_of_the_seed_alone(model):
+    """Seen to fail with one generator for all rows."""
+    noise = uniform_noise([3, 2**62, 7], 40)
+    assert noise.dtype == torch.float64 and 0 <= float(noise.min()) and float(noise.max()) < 1
+    assert torch.equal(noise[[2, 0]], uniform_noise([7, 3], 40)) and torch.equal(noise[:, :9], uniform_noise([3, 2**62, 7], 9))
+    state = torch.get_rng_state()
+    one, again = draw(model), draw(model)
+    same(one, again, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+    same(Sampler(model)([[5, 6, 7]], 3, 12, [4, 4, 4], [END]), Sampler(model)([[5, 6, 7]], 3, 12, [4, 4, 4], [END]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_the_softmax(temperature):
+    """Chi-square of 20,000 answers of two tokens over all 25 pairs: no top-k, no top-p, the second token drawn
+    independently of the first one's noise. Seen to fail with the least likely token cut off and with u[:, 0] for all."""
+    model, count = small_model(5, 8, torch.float32), 20_000
+    model.head.weight.data *= 0.3
+    samples = Sampler(model, rows=count)([[1, 2, 3]], count, 2, range(count), [99], temperature)
+    found = torch.bincount(5 * samples.tokens[:, 0] + samples.tokens[:, 1], minlength=25)
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    logp = model(torch.cat([torch.tensor([[1, 2, 3]]).expand(25, 3), pairs], 1), temperature=temperature)[0].detach()
+    expected = count * logp[:, 2:].sum(1).exp()
+    assert float(expected.min()) > 5  # the approximation is fair
+    assert float(((found - expected).square() / expected).sum()) < 51.2  # 24 degrees of freedom, p = 0.001
+
+
+def test_temperature_zero_takes_the_most_probable(model):
+    samples = draw(model, n=2, max_new=10, temperature=0)
+    assert torch.equal(samples.tokens[::2], samples.tokens[1::2])
+    for row in range(0, 10, 2):
+        ids = list(PROMPTS[row // 2])
+        for t in range(int(samples.lengths[row])):
+            law = (model.hidden(torch.tensor([ids]))[0, -1] @ model.head.weight[:VOCAB].T).log_softmax(0)
+            assert int(samples.tokens[row, t]) == int(law.argmax())
+            assert float(samples.logp[row, t]) == pytest.approx(float(law.max().detach()), abs=1e-5)
+            ids.append(int(law.argmax()))
+
+
+def test_padded_vocabulary_column_is_never_sampled():
+    """Seen to fail with the sampler's head not cut at vocab."""
+    model = small_model(VOCAB, 64)
+    before = draw(model)
+    model.head.weight.data[VOCAB:] = 1e3
+    after = draw(model)
+    same(before, after, atol=0)
+    assert int(after.tokens.max()) < VOCAB
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_refresh_takes_over_new_weights(prefix):
+    """Every weight, and a cached prefix of the old ones is dropped. Seen to fail without the last line of refresh."""
+    model = small_model(VOCAB, 64)
+    sampler = Sampler(model)
+    sampler(PROMPTS, 4, 24, range(20), [END], 1.0, list(prefix))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.1)
+    sampler.refresh()
+    same(sampler(PROMPTS, 4, 24, range(20), [END, 1, 2], 1.0, list(prefix)), draw(model, prefix=prefix), atol=0)
+
+
+def test_bfloat16_sampler_is_near_its_trainer():
+    """The copy of the weights is in the compute dtype; what is recorded is near what the trainer sees in that dtype."""
+    model = small_model(VOCAB, 64, torch.float32)
+    model.compute = torch.bfloat16
+    samples = draw(model, [[5, 6, 7]], n=20, max_new=8, ends=(99,))
+    ids = torch.cat([torch.tensor([[5, 6, 7]]).expand(20, 3), samples.tokens], 1)
+    assert samples.logp.dtype == torch.float32
+    assert float((model(ids)[0].detach()[:, 2:] - samples.logp).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("prompts, max_new, says", [
+    ([[1], []], 4, "a prompt is empty"), ([], 4, "a prompt is empty"), ([[1] * 60], 40, "60 .prompt. . 40 .answer. tokens are more than")])  # fmt: skip
+def test_impossible_requests_are_refused(model, prompts, max_new, says):
+    with pytest.raises(ValueError, match=says):
+        Sampler(model)(prompts, 1, max_new, range(len(prompts)), [END])
+
+
+def test_context_may_be_filled_to_the_last_token(model):
+    samples = Sampler(model)([[1] * 56], 2, 40, [0, 1], [99])
+    assert samples.lengths.tolist() == [40, 40] and samples.cut.all()

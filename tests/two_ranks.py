@@ -1,0 +1,12 @@
+"""Started by test_stages.py under torchrun: the scripts one after the other. Its argument is JSON, [[script, flags], ...]."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import helpers  # noqa: E402
+
+for script, words in json.loads(sys.argv[1]):
+    helpers.call(script, *words)

@@ -14,12 +14,19 @@ What differs from an ordinary code of it:
 """
 
 import math
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+triton = None
+if find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ):
+    import triton  # takes most of a second, and a CPU has no use for it but to test the kernels
+    import triton.language as tl
 
 # ----------------------------------------------------------------------------------------------------------- network
 
@@ -188,59 +195,98 @@ class Model(nn.Module):
 
 # ------------------------------------------------------------------------------------------- log-probs, never N x V
 # loss = sum_i w_i * -log pi(y_i | ...): pre-training has w = 1/n, SFT mask/n, on-policy GRPO advantage/n (its gradient
-# at ratio 1). The weights are known before the loss, so the gradient of a chunk of logits can be taken as soon as the
-# chunk exists and the chunk be thrown away: 6NDV FLOPs, the same as keeping all logits, in CHUNK floats of memory.
+# at ratio 1). Two uses, with the same arguments:
+#  (a) `weighted_nll`: the weights are known before the loss, so the gradient of a chunk of logits can be taken as soon as
+#      the chunk exists and the chunk be thrown away: 6NDV FLOPs, the same as keeping all logits.
+#  (b) `log_probs`: log-prob and entropy, 2NDV; its backward pass recomputes the logits, 6NDV more. Old and new log-probs
+#      of a clipped update both come from here, from one forward function with or without gradient, so their ratio is
+#      exactly 1 before the update. On-policy (a) takes the ratio as 1 and never divides, so the two need not agree in the
+#      last bits: in bf16 they do not, (a) rounds the logits to bf16 as PyTorch would, (b) keeps them in fp32.
+# Each is a loop in PyTorch, the reference and the CPU path, that hands its inner step to a Triton kernel on CUDA.
 
-CHUNK = 1 << 21  # logits held at once, in elements (8 MB in fp32: stays near the cache; 21 rows of a 100k vocabulary)
+CHUNK = 1 << 18  # logits held at once on a CPU, in elements: 1 MB in fp32 stays in the cache (with one chunk of 8 MB +40%)
+CHUNK_CUDA = 1 << 27  # the same on CUDA, where small vocabularies would make short launches
 
 
-def _chunks(count: int, vocab: int):
-    rows = max(64, CHUNK // vocab)  # at least 64 rows, or the products with the head starve
-    return [(i, min(i + rows, count)) for i in range(0, count, rows)]
+def use_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels serve x: on CUDA, unless in fp64."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
-def _logits(hidden_ND: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
-    logits = hidden_ND @ head_VD.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a softmax in bf16 loses two digits
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _chunks(count: int, head: Tensor, fast: bool):
+    """Rows a chunk, and the chunks as (first, end). The least rows keep the products with the head at speed: 64 on a CPU;
+    on an H200 2048, where reading and adding to dW (0.4 ms at 1B) hides behind a product of 1.2 ms. 411 MB of logits."""
+    rows = max(2048, CHUNK_CUDA // len(head)) if fast else max(64, CHUNK // len(head))
+    return min(rows, count), [(i, min(i + rows, count)) for i in range(0, count, rows)]
+
+
+def _operands(hidden: Tensor, head: Tensor, vocab: int):
+    """-> whether Triton does it, head in the compute dtype, dtype of sums. The padding is cut off; Triton keeps it, the
+    matrix units want round sizes, and reads none of its logits."""
+    fast = use_triton(hidden)
+    return fast, (head if fast else head[:vocab]).to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _softmax(logits: Tensor, target: Tensor, temperature: float):
+    """logits (C, V), divided by the temperature in place -> probabilities (C, V); log-prob, entropy, log-sum-exp (C,)."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    p = logits.softmax(1)
+    lse = logits.amax(1) - p.amax(1).log()  # the largest p is at least 1/V: as exact as logsumexp, in fewer passes
+    logp = logits.gather(1, target[:, None]).squeeze(1) - lse
+    return p, logp, lse - logits.mul_(p).sum(1), lse  # H = lse - E[logit]
+
+
+def _add_products(grad: Tensor, real: Tensor, hidden: Tensor, d_hidden: Tensor, d_head: Tensor):
+    """d_hidden = grad @ head and d_head += grad.T @ hidden for one chunk's gradient (C, V), all sums in fp32."""
+    if grad.dtype == d_head.dtype:
+        torch.mm(grad, real, out=d_hidden)
+        d_head[: len(real)].addmm_(grad.T, hidden)
+    elif grad.is_cuda:  # an fp32 result, or a product split over V = 100k would add its parts in bf16
+        d_hidden.copy_(torch.mm(grad, real, out_dtype=d_head.dtype))
+        torch.addmm(d_head, grad.T, hidden, out_dtype=d_head.dtype, out=d_head)
+    else:
+        torch.mm(grad, real, out=d_hidden)
+        d_head[: len(real)].addmm_(grad.T.to(d_head.dtype), hidden.to(d_head.dtype))
+
+
+def _nll(hidden, head, target, weight, vocab, temperature, z_loss):
+    """(a): log-prob, entropy and log-sum-exp (N,) of every row; gradients of the loss in hidden and head."""
+    fast, real, wide = _operands(hidden, head, vocab)
+    logp, entropy, lse = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+    d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
+    rows, chunks = _chunks(len(hidden), real, fast)
+    buffer = torch.empty(rows, len(real), dtype=hidden.dtype, device=hidden.device)  # one for all chunks
+    for i, j in chunks:
+        logits = torch.mm(hidden[i:j], real.T, out=buffer[: j - i])
+        if fast:
+            grad = _launch_rows(logits, target[i:j], weight[i:j], logp[i:j], entropy[i:j], lse[i:j], vocab, temperature, z_loss)
+        else:
+            p, logp[i:j], entropy[i:j], lse[i:j] = _softmax(logits.to(wide), target[i:j], temperature)
+            grad = p.mul_(((weight[i:j] + 2 * z_loss * lse[i:j]) / temperature)[:, None])  # d loss / d logits
+            grad = grad.scatter_add_(1, target[i:j, None], (-weight[i:j] / temperature)[:, None]).to(hidden.dtype)
+        _add_products(grad, real, hidden[i:j], d_hidden[i:j], d_head)
+    return logp, entropy, lse, d_hidden, d_head.to(head.dtype)
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, target, weight, vocab, temperature, z_loss):
-        real = head[:vocab].to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_head = torch.zeros_like(head) if wants_head else None
-        weight = weight.to(wide)
-        for i, j in _chunks(hidden.shape[0], vocab):
-            logits = _logits(hidden[i:j], real, temperature)  # (C, V)
-            picked, lse = logits.gather(1, target[i:j, None]), logits.logsumexp(1, keepdim=True)
-            logp[i:j] = (picked - lse).squeeze(1)
-            loss -= weight[i:j].dot(logp[i:j])
-            if z_loss:
-                loss += z_loss * lse.square().sum()
-            if wants_hidden or wants_head:
-                w = weight[i:j, None]
-                grad = logits.sub_(lse).exp_().mul_(w + 2 * z_loss * lse if z_loss else w)  # d loss / d logits, over the logits
-                grad.scatter_add_(1, target[i:j, None], -w)
-                grad = grad.div_(temperature).to(hidden.dtype)
-                if wants_hidden:
-                    torch.mm(grad, real, out=d_hidden[i:j])
-                if wants_head:
-                    d_head[:vocab].addmm_(grad.T.to(head.dtype), hidden[i:j].to(head.dtype))
-        ctx.save_for_backward(d_hidden, d_head)
+    def forward(ctx, hidden, head, target, weight, *settings):
+        logp, _, lse, *ctx.gradients = _nll(hidden, head, target, weight, *settings)
+        ctx.save_for_backward(hidden, head, target, weight)
+        ctx.settings = settings
         ctx.mark_non_differentiable(logp)
-        return loss, logp
+        return _total(weight, logp, lse, settings[-1]), logp
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        d_hidden, d_head = ctx.saved_tensors
-        scaled = [None if g is None else g * d_loss.to(g.dtype) for g in (d_hidden, d_head)]
-        return *scaled, None, None, None, None, None
+        # Handed over, not copied: the head's is 0.8 GB at 1B. Who goes backward a second time has them made again.
+        gradients, ctx.gradients = ctx.gradients or _nll(*ctx.saved_tensors, *ctx.settings)[3:], None
+        return *(g.mul_(d_loss) for g in gradients), None, None, None, None, None
+
+
+def _total(weight, logp, lse, z_loss):
+    return (z_loss * lse.square() - weight * logp).sum()
 
 
 def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 1.0, z_loss: float = 0.0):
@@ -250,20 +296,30 @@ def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 
     z_loss keeps the log-normaliser lse near 0 (PaLM, section 5); give it as coefficient / count of targets: it does not go
     with the weights, a negative one would reverse it. Returns the loss (scalar, differentiable in hidden and head) and
     logp (N,), detached. Gradients are made in the forward pass, chunk by chunk, the head's in the head's own dtype."""
-    return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
+    hidden, target = hidden.contiguous(), target.contiguous()
+    weight = weight.to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
+    logp, _, lse = _measure(hidden, head, target, vocab, temperature)
+    return _total(weight, logp, lse, z_loss), logp
+
+
+def _measure(hidden, head, target, vocab, temperature):
+    """(b): log-prob, entropy and log-sum-exp (N,) of every row."""
+    fast, real, wide = _operands(hidden, head, vocab)
+    if fast:
+        return _launch_log_probs(hidden, real, target, vocab, temperature)
+    logp, entropy, lse = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+    for i, j in _chunks(len(hidden), real, fast)[1]:
+        logits = (hidden[i:j] @ real.T).to(wide)
+        _, logp[i:j], entropy[i:j], lse[i:j] = _softmax(logits, target[i:j], temperature)
+    return logp, entropy, lse
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, target, vocab, temperature):
-        real = head[:vocab].to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, entropy, lse = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(3))
-        for i, j in _chunks(hidden.shape[0], vocab):
-            logits = _logits(hidden[i:j], real, temperature)
-            picked, lse[i:j] = logits.gather(1, target[i:j, None]).squeeze(1), logits.logsumexp(1)
-            logp[i:j] = picked - lse[i:j]
-            entropy[i:j] = lse[i:j] - (logits.sub(lse[i:j, None]).exp_() * logits).sum(1)  # H = lse - E[logit]
+        logp, entropy, lse = _measure(hidden, head, target, vocab, temperature)
         ctx.save_for_backward(hidden, head, target, lse, entropy)
         ctx.vocab, ctx.temperature = vocab, temperature
         return logp, entropy
@@ -271,24 +327,194 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp, d_entropy):
         hidden, head, target, lse, entropy = ctx.saved_tensors
-        vocab, real = ctx.vocab, head[: ctx.vocab].to(hidden.dtype)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for i, j in _chunks(hidden.shape[0], vocab):
-            log_p = _logits(hidden[i:j], real, ctx.temperature).sub_(lse[i:j, None])  # recomputed, never stored
-            p = log_p.exp()
-            # d logp / d logit_v = [v = y] - p_v          d H / d logit_v = -p_v (log p_v + H)
-            grad = -p * (d_logp[i:j, None] + d_entropy[i:j, None] * (log_p + entropy[i:j, None]))
-            grad.scatter_add_(1, target[i:j, None], d_logp[i:j, None].to(grad.dtype))
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(grad, real, out=d_hidden[i:j])
-            d_head[:vocab].addmm_(grad.T.to(head.dtype), hidden[i:j].to(head.dtype))
-        return d_hidden, d_head, None, None, None
+        fast, real, wide = _operands(hidden, head, ctx.vocab)
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
+        rows, chunks = _chunks(len(hidden), real, fast)
+        buffer = torch.empty(rows, len(real), dtype=hidden.dtype, device=hidden.device)
+        for i, j in chunks:
+            if fast:
+                row = target[i:j], lse[i:j], entropy[i:j], d_logp[i:j], d_entropy[i:j]
+                grad = _launch_gradient(hidden[i:j], real, *row, buffer[: j - i], ctx.vocab, ctx.temperature)
+            else:
+                logits = torch.mm(hidden[i:j], real.T, out=buffer[: j - i]).to(wide)  # recomputed, never stored
+                log_p = logits.div_(ctx.temperature).sub_(lse[i:j, None])
+                # d logp / d logit_v = [v = y] - p_v          d H / d logit_v = -p_v (log p_v + H)
+                down = (entropy[i:j] * d_entropy[i:j] + d_logp[i:j])[:, None]
+                grad = log_p.exp().mul_(log_p.mul_(d_entropy[i:j, None]).add_(down)).neg_()
+                grad = grad.scatter_add_(1, target[i:j, None], d_logp[i:j, None]).div_(ctx.temperature).to(hidden.dtype)
+            _add_products(grad, real, hidden[i:j], d_hidden[i:j], d_head)
+        return d_hidden, d_head.to(head.dtype), None, None, None
 
 
 def log_probs(hidden, head, target, vocab: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy (nats) of each distribution, both (N,) and differentiable; the arguments of
     `weighted_nll`. The backward pass recomputes the logits from the saved log-sum-exp: 2NDV forward, 6NDV backward."""
-    return _LogProbs.apply(hidden, head, target, vocab, temperature)
+    return _LogProbs.apply(hidden.contiguous(), head, target.contiguous(), vocab, temperature)
+
+
+# -------------------------------------------------------------------------------------- the same on CUDA, in Triton
+#
+#   (b) forward: a program owns BLOCK_N rows and a segment of       (a): cuBLAS fills a chunk of 2048 rows,
+#   the vocabulary, and walks over the segment tile by tile:        a program owns a row of it and walks over it twice:
+#
+#               V -->  segment 0     segment 1    padding                    V -->                      padding
+#             +------+------+------+------+------+- - -+                   +------+------+------+------+- - -+
+#      rows   | tile > tile > tile|| tile > tile | -inf|             row   | 1st: max, sum, target's logit   |  read
+#             +------+------+------+------+------+- - -+                   | 2nd: the gradient, in its place | 0 |
+#             m, s, e, y: registers || m, s, e, y                          +------+------+------+------+- - -+
+#
+#   A tile is BLOCK_N x BLOCK_V logits, summed over D in fp32 by tl.dot and gone after its update of m = maximum,
+#   s = sum of exp(x - m), e = sum of exp(x - m)(x - m), y = target's logit. The parts of a row are joined at the end.
+#   (b) backward makes the same tiles, with the same bits, and stores exp(x - lse) turned into the gradient.
+#
+# Counted at N = 32768, D = 2048, V = 100352, bf16 (13.5 TFLOP a product; H200: 0.99 PFLOP/s and 4.8 TB/s on paper):
+#   (a) forward and backward  6NDV = 40.4 TFLOP. Bytes: logits written, read twice (the second time from L2 if all goes well),
+#       overwritten, read twice by products: 6 * 6.6 GB; dW read and added to 16 times: 26 GB. Scratch: 0.41 GB of logits,
+#       0.41 GB of head in bf16.      (b) forward  2NDV = 13.5 TFLOP, no logits in memory, 32 bytes a row and segment.
+#       (b) backward  6NDV, and (a)'s bytes less the first write and two reads.
+# What bf16 tests do not show and an interpreter cannot, so it is ruled out by construction: fp32 products are in ieee
+# precision (the default is tf32); row offsets are 64 bits (N * V is 3.3e9); no two programs write one element, there are
+# no atomics, and no thread of (a) reads in its second walk what another has written: element for element, load then store,
+# and the walks are kept apart by the reductions of the first. A sum's order depends on the shapes alone: same bits twice.
+#
+# Sources: (b) is the idea of Apple's cut cross-entropy (Wijmans et al., arXiv 2411.09009), (a) Liger-Kernel's fused linear
+# cross-entropy (github.com/linkedin/Liger-Kernel), its row pass also in quack (github.com/Dao-AILab/quack). Different here:
+#   from cut cross-entropy: no atomics and locks, so deterministic; no gradient is filtered out as too small; the entropy
+#     comes along; where weights are known (a) is used, 6NDV instead of the 8NDV of a recomputing backward pass;
+#   from Liger: chunks are not made smaller as V/D grows, dW is always summed in fp32, weights of any sign, entropy, padding;
+#   from quack: plain Triton for any shape, the row is read twice instead of being held by a cluster of SMs.
+
+TILES = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}  # bytes of a dtype: BLOCK_N, BLOCK_V, BLOCK_D, warps, stages
+# 2 bytes: the largest tile whose sums fit the registers (128 of 255 a thread), 3 stages of 48 KB fit A100 and H200
+ROW_BLOCK = 8192  # columns of a step of (a): 32 a thread of 8 warps
+SEGMENTS, GROUP = 8, 16  # of (b): 8 * 16 programs are one wave on 132 SMs; together they read 8 MB of rows over and over and
+# stream the head once a wave, which L2 (50 MB) bears. Constants, so that a row's sums do not depend on N.
+
+if triton is not None:
+
+    @triton.jit
+    def _online(m, s, e, y, x, hit):
+        """Take further logits x (rows, columns) into m, s, e, y (rows,); hit marks the target's column."""
+        top = tl.maximum(m, tl.max(x, 1))
+        shifted = x - top[:, None]
+        p = tl.exp(shifted)
+        old = tl.exp(m - top)
+        e = old * (e + s * (m - top)) + tl.sum(p * tl.maximum(shifted, -1e30), 1)  # 0 * -inf would be nan
+        return top, old * s + tl.sum(p, 1), e, tl.maximum(y, tl.max(tl.where(hit, x, -float("inf")), 1))
+
+    @triton.jit
+    def _start(rows):
+        """m, s, e, y before any logit. m is finite: -inf minus -inf would be nan in a segment without columns."""
+        zero = tl.zeros(rows.shape, tl.float32)
+        return zero - 1e30, zero, zero, zero - float("inf")
+
+    @triton.jit
+    def _logits(hidden, head, rows, columns, D, inverse, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+        """(rows, columns) of hidden @ head.T / temperature in fp32; all indices int64 and inside."""
+        x = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            d = k + tl.arange(0, BLOCK_D)
+            inside = (d < D) | EVEN
+            a = tl.load(hidden + rows[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(head + columns[None, :] * D + d[:, None], mask=inside[:, None], other=0.0)
+            x = tl.dot(a, b, x, input_precision="ieee")
+        return x * inverse
+
+    @triton.jit
+    def _row_kernel(logits, target, weight, logp, entropy, lse, vocab, padded, inverse, z_loss, BLOCK: tl.constexpr):
+        """(a): logits (C, padded) -> gradient of the loss, in place; logp, entropy, lse (C,)."""
+        rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+        logits += rows[:, None] * padded
+        t, w = tl.load(target + rows), tl.load(weight + rows)
+        m, s, e, y = _start(rows)
+        for first in range(0, vocab, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            x = tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inverse
+            m, s, e, y = _online(m, s, e, y, x, column == t[:, None])
+        z = m + tl.log(s)
+        tl.store(lse + rows, z)
+        tl.store(logp + rows, y - z)
+        tl.store(entropy + rows, tl.log(s) - e / s)
+        for first in range(0, padded, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            x = tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inverse
+            g = tl.exp(x - z[:, None]) * (w + 2 * z_loss * z)[:, None]
+            g = tl.where(column == t[:, None], g - w[:, None], g) * inverse
+            tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < padded)
+
+    @triton.jit
+    def _log_prob_kernel(
+        hidden, head, target, parts, N, D, vocab, inverse,
+        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """(b) forward: m, s, e, y of BLOCK_N rows over one segment into parts (4, segments, N)."""
+        rows = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = tl.minimum(rows, N - 1)  # rows past the end repeat the last one and are not stored
+        t = tl.load(target + row)
+        segment, segments, tiles = tl.program_id(1), tl.num_programs(1), tl.cdiv(vocab, BLOCK_V)
+        m, s, e, y = _start(row)
+        for tile in range(segment * tiles // segments, (segment + 1) * tiles // segments):
+            column = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+            x = _logits(hidden, head, row, tl.minimum(column, vocab - 1), D, inverse, BLOCK_D, EVEN)
+            x = tl.where((column < vocab)[None, :], x, -float("inf"))
+            m, s, e, y = _online(m, s, e, y, x, column[None, :] == t[:, None])
+        out, step = parts + segment.to(tl.int64) * N + rows, segments.to(tl.int64) * N
+        tl.store(out, m, mask=rows < N)
+        tl.store(out + step, s, mask=rows < N)
+        tl.store(out + 2 * step, e, mask=rows < N)
+        tl.store(out + 3 * step, y, mask=rows < N)
+
+    @triton.jit
+    def _gradient_kernel(
+        hidden, head, target, lse, entropy, d_logp, d_entropy, grad, N, D, vocab, padded, inverse,
+        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """(b) backward: one tile of the gradient in the logits, into grad (N, padded)."""
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        row = tl.minimum(rows, N - 1)
+        log_p = _logits(hidden, head, row, tl.minimum(column, vocab - 1), D, inverse, BLOCK_D, EVEN) - tl.load(lse + row)[:, None]
+        t, a, b, H = tl.load(target + row), tl.load(d_logp + row), tl.load(d_entropy + row), tl.load(entropy + row)
+        g = -tl.exp(log_p) * (a[:, None] + b[:, None] * (log_p + H[:, None]))
+        g = tl.where(column[None, :] == t[:, None], g + a[:, None], g) * inverse
+        g = tl.where((column < vocab)[None, :], g, 0.0).to(grad.dtype.element_ty)
+        tl.store(grad + rows[:, None] * padded + column[None, :], g, mask=(rows < N)[:, None] & (column < padded)[None, :])
+
+
+def _tiles(hidden):
+    n, v, d, warps, stages = TILES[hidden.element_size()]
+    return n, v, dict(BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, EVEN=hidden.shape[1] % d == 0, num_warps=warps, num_stages=stages)
+
+
+def _launch_rows(logits, target, weight, logp, entropy, lse, vocab, temperature, z_loss):
+    rows, padded = logits.shape
+    block = min(ROW_BLOCK, triton.next_power_of_2(padded))
+    outputs = logp, entropy, lse
+    _row_kernel[(rows,)](logits, target, weight, *outputs, vocab, padded, 1 / temperature, z_loss, BLOCK=block, num_warps=8)
+    return logits
+
+
+def _launch_log_probs(hidden, real, target, vocab, temperature):
+    (N, D), (block, _, settings) = hidden.shape, _tiles(hidden)
+    parts = torch.empty(4, SEGMENTS, N, device=hidden.device)
+    blocks = triton.cdiv(N, block)
+    if blocks:
+        grid = min(GROUP, blocks), SEGMENTS, triton.cdiv(blocks, GROUP)
+        _log_prob_kernel[grid](hidden, real, target, parts, N, D, vocab, 1 / temperature, **settings)
+    m, s, e, y = parts
+    top = m.amax(0)
+    scale = (m - top).exp()
+    total = (scale * s).sum(0)
+    lse = top + total.log()
+    return y.amax(0) - lse, total.log() - (scale * (e + s * (m - top))).sum(0) / total, lse
+
+
+def _launch_gradient(hidden, real, target, lse, entropy, d_logp, d_entropy, grad, vocab, temperature):
+    (N, D), (n, v, settings) = hidden.shape, _tiles(hidden)
+    grid, numbers = (triton.cdiv(N, n), triton.cdiv(len(real), v)), (N, D, vocab, len(real), 1 / temperature)
+    rows = lse, entropy, d_logp.contiguous(), d_entropy.contiguous()  # a sum's gradient is one number with stride 0
+    _gradient_kernel[grid](hidden, real, target, *rows, grad, *numbers, **settings)
+    return grad
 
 
 # ----------------------------------------------------------------------------------------------------------- sampler

@@ -63,7 +63,7 @@ def holm(p_values):
     """Holm's adjusted p-values, in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        adjusted[i] = largest = max(largest, min(1.0, len(p_values) * p_values[i]))
+        adjusted[i] = largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
     return adjusted
 
 

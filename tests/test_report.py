@@ -98,7 +98,7 @@ def test_holm_by_hand():
 def test_intervals_cover_the_truth(seeds, seed_sd, question_sd, highest):
     """Nominal 95%, paired differences on 300 questions; sampling noise of 32 answers on top of both effects.
 
-    Over 6,000 runs, in the order of the cases: 96.7, 96.6, 97.5, then 98.5, 99.8, 98.1. Conservative, with 4 seeds up to
+    Over 6,000 runs, in the order of the cases: 96.7, 96.6, 97.5; 98.5, 99.8, 98.1. Conservative, with 4 seeds up to
     99.8%, where the questions' part of the variance is as large as the seeds': it is well known and yet gets the few
     degrees of freedom of the seeds. No upper bound is tested there.
     """

@@ -28,7 +28,7 @@ class Config:
     questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
     tasks: str | None = None  # folder of general-capability tasks (default: what the checkpoint names; "" for none)
     final: bool = False  # the test split; without it, validation
-    limit: int = 300  # questions taken from the split
+    limit: int = 300  # questions taken from the split (0: all)
     n: int = 32  # answers a question, at least the largest k
     k: tuple[int, ...] = (1, 8, 32)  # for pass@k
     temperature: float = 0.6  # paper: 0.6
@@ -56,8 +56,9 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     counts = torch.zeros(4, len(rows), dtype=torch.float64)  # right, in format, cut, distinct answers
     for place, row in enumerate(mine):
         block = range(place * n, (place + 1) * n)
-        cut = samples.cut[block.start : block.stop].tolist()
-        texts = [tokens.decode(enc, samples.tokens[r, : int(samples.lengths[r]) - (not c)].tolist()) for r, c in zip(block, cut, strict=True)]
+        cut, lengths = (x[block.start : block.stop].tolist() for x in (samples.cut, samples.lengths))
+        answers = zip(samples.tokens[block.start : block.stop].tolist(), lengths, cut, strict=True)
+        texts = [tokens.decode(enc, ids[: length - (not c)]) for ids, length, c in answers]
         counts[:, world.rank + place * world.size] = torch.tensor([
             sum(not c and problems.grade(text, row["answer"]) for text, c in zip(texts, cut, strict=True)),
             sum(not c and problems.well_formed(text) for text, c in zip(texts, cut, strict=True)),
@@ -88,12 +89,17 @@ def continuation_log_probs(model, pairs, pad, device, budget=16384) -> list[floa
     return out
 
 
-def curve(path) -> list[dict]:
-    """The validations along a training run, from its metrics file."""
+def training(path) -> tuple[list[dict], dict]:
+    """From a checkpoint's metrics file: the validations along the run, the training reward beside each, and its costs."""
     metrics = Path(f"{path}.metrics.jsonl")
-    lines = run.read_lines(metrics) if metrics.exists() else []
-    drop = ("correct", "n", "temperature")
-    return [{"step": x["step"], **{k: v for k, v in x["validation"].items() if k not in drop}} for x in lines if "validation" in x]
+    lines, points, reward = run.read_lines(metrics) if metrics.exists() else [], [], None
+    for x in lines:
+        reward = x.get("reward", reward)  # of the step before the validation
+        if "validation" in x:
+            kept = {k: v for k, v in x["validation"].items() if k not in ("correct", "n", "temperature")}
+            points.append({"step": x["step"], "reward": reward, **kept})
+    totals = [x["totals"] for x in lines if "totals" in x]
+    return points, totals[-1] if totals else {}
 
 
 def evaluate(path, cfg, world) -> list[dict]:
@@ -105,13 +111,16 @@ def evaluate(path, cfg, world) -> list[dict]:
     base = {"checkpoint": str(path), "config_hash": run.config_hash(meta), "model": meta["preset"], "split": split, "seed": meta["seed"]}
     base |= {k: meta[k] for k in ("world", "recipe", "tokens", "pretrain_seed", "step")}
     base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}
+    points, costs = training(path)
+    if meta["recipe"] != "base":
+        base |= costs
     file = Path(cfg.results) / f"{Path(path).stem}.jsonl"
     rows = run.read_lines(file) if file.exists() and not cfg.overwrite else []
     done = {(r["kind"], r.get("benchmark"), r.get("shots"), r["split"]) for r in rows if r["config_hash"] == base["config_hash"]}
     model = run.load_model(saved, Model, ModelConfig, world).eval()
     sampler = Sampler(model, cfg.rows)
     for folder in cfg.questions or (meta["questions"],):
-        questions = problems.load(folder, split)[: cfg.limit]
+        questions = problems.load(folder, split)[: cfg.limit or None]
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
             name = Path(folder).stem
             if ("pass", name, shots, split) in done:
@@ -128,7 +137,6 @@ def evaluate(path, cfg, world) -> list[dict]:
             result = tasks.score(items, enc, lambda pairs: continuation_log_probs(model, pairs, tokens.pad_id(enc), world.device))
             rows.append({"kind": "general", **base, "benchmark": name, **result})
             print(f"{path}  {name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}", flush=True)
-    points = curve(path)
     if points and ("curve", None, None, split) not in done:
         rows.append({"kind": "curve", **base, "points": points})
     if world.rank == 0:

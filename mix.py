@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from data import problems, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
-from rl import rl_backward, rl_batch
+from rl import rl_backward, rl_batch, rl_costs
 from sft import sft_backward, sft_batch, tokenise
 
 SIZES = {
@@ -47,7 +47,7 @@ class Config:
     weight_decay: float = 0.0  # of both
     clip: float = 1.0  # largest norm of each of the two gradients
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
-    eval_every: int = 15  # steps between validations
+    eval_every: int = 15  # steps between validations (0: only before and after)
     eval_questions: int = 100  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
@@ -81,7 +81,7 @@ def main(cfg):
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
     for step in range(first, cfg.steps):
-        if step % cfg.eval_every == 0:
+        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
         began = time.time()
         batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
@@ -90,7 +90,8 @@ def main(cfg):
             raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
                              f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
         rl_gradients, norm = run.gradients(model, world, cfg.clip)
-        sft_loss = sft_backward(model, sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world), cfg, world)
+        sft = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
+        sft_loss = sft_backward(model, sft, cfg, world)
         sft_gradients, sft_norm = run.gradients(model, world, cfg.clip)
         loss, sft_loss = world.sum(loss, sft_loss)
         run.check_finite(step, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
@@ -98,8 +99,9 @@ def main(cfg):
         sft_lr = (1 - cfg.share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
         update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
         sampler.refresh()
-        log(step, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
-            step_seconds=time.time() - began)  # fmt: skip
+        costs = rl_costs(model, batch, stats, cfg, began)
+        costs["flops"] += cfg.batch * sft.mask.shape[1] * model.flops_per_token(sft.mask.shape[1])
+        log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch)
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             meta = run.child_meta(cfg, parent, "mix", "mix", step + 1)
             run.save_state(cfg.out, model, meta, step + 1, [rl_optimizer, sft_optimizer])
@@ -107,7 +109,7 @@ def main(cfg):
     log.close()
     if world.rank == 0:
         run.save(cfg.out, model, run.child_meta(cfg, parent, "mix", "mix", cfg.steps))
-    run.finish(cfg.out)
+        run.finish(cfg.out)
 
 
 if __name__ == "__main__":

@@ -139,13 +139,14 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.width, config.eps)
         self.head = Linear(config.width, config.padded_vocab)
 
-    def init_weights(self, seed: int) -> "Model":
-        """Truncated normal, std 0.02, cut at 3 std (OLMo2); norms start at 1."""
+    def init_weights(self, seed: int, embed_std: float = 0.02) -> "Model":
+        """Truncated normal, std 0.02, cut at 3 std (OLMo2); norms start at 1. embed_std: the embedding's own std."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same weights
         for p in self.parameters():
             if p.dim() > 1:
                 fresh = torch.empty(p.shape)
-                p.data.copy_(nn.init.trunc_normal_(fresh, std=0.02, a=-0.06, b=0.06, generator=generator))
+                nn.init.trunc_normal_(fresh, std=0.02, a=-0.06, b=0.06, generator=generator)
+                p.data.copy_(fresh * (embed_std / 0.02) if p is self.embed.weight else fresh)
         return self
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
@@ -204,8 +205,10 @@ class Model(nn.Module):
 #      last bits: in bf16 they do not, (a) rounds the logits to bf16 as PyTorch would, (b) keeps them in fp32.
 # Each is a loop in PyTorch, the reference and the CPU path, that hands its inner step to a Triton kernel on CUDA.
 
-CHUNK = 1 << 18  # logits held at once on a CPU, in elements: 1 MB in fp32 stays in the cache (with one chunk of 8 MB +40%)
-CHUNK_CUDA = 1 << 27  # the same on CUDA, where small vocabularies would make short launches
+CHUNK, ROWS = 1 << 19, 64  # logits held at once on a CPU: 2 MB in fp32 stays near the cache (8 MB: +30% time), at least 64
+# rows, to keep the products with the head at speed
+CHUNK_CUDA, ROWS_CUDA = 1 << 27, 2048  # on an H200: with 2048 rows reading and adding to dW (0.35 ms at 1B) is little beside
+# a product (1.2 ms), and the logits are 0.41 GB; more of them for small vocabularies, whose launches would be short
 
 
 def use_triton(x: Tensor) -> bool:
@@ -214,9 +217,8 @@ def use_triton(x: Tensor) -> bool:
 
 
 def _chunks(count: int, head: Tensor, fast: bool):
-    """Rows a chunk, and the chunks as (first, end). The least rows keep the products with the head at speed: 64 on a CPU;
-    on an H200 2048, where reading and adding to dW (0.4 ms at 1B) hides behind a product of 1.2 ms. 411 MB of logits."""
-    rows = max(2048, CHUNK_CUDA // len(head)) if fast else max(64, CHUNK // len(head))
+    """Rows a chunk, and the chunks as (first, end)."""
+    rows = max(ROWS_CUDA, CHUNK_CUDA // len(head)) if fast else max(ROWS, CHUNK // len(head))
     return min(rows, count), [(i, min(i + rows, count)) for i in range(0, count, rows)]
 
 
@@ -228,13 +230,15 @@ def _operands(hidden: Tensor, head: Tensor, vocab: int):
 
 
 def _softmax(logits: Tensor, target: Tensor, temperature: float):
-    """logits (C, V), divided by the temperature in place -> probabilities (C, V); log-prob, entropy, log-sum-exp (C,)."""
+    """logits (C, V), divided by the temperature in place -> probabilities (C, V); log-prob and entropy (C,); log-sum-exp
+    (2, C) as maximum and the rest: one number near 20 would lose the digits that make the probabilities sum to 1."""
     if temperature != 1.0:
         logits.div_(temperature)
-    p = logits.softmax(1)
-    lse = logits.amax(1) - p.amax(1).log()  # the largest p is at least 1/V: as exact as logsumexp, in fewer passes
-    logp = logits.gather(1, target[:, None]).squeeze(1) - lse
-    return p, logp, lse - logits.mul_(p).sum(1), lse  # H = lse - E[logit]
+    p, top = logits.softmax(1), logits.amax(1)
+    rest = -p.amax(1).log()  # the largest p is exp(-rest): as exact as logsumexp, in fewer passes
+    logp = logits.gather(1, target[:, None]).squeeze(1) - top - rest
+    entropy = rest - logits.sub_(top[:, None]).mul_(p).sum(1)  # H = lse - E[logit]
+    return p, logp, entropy, torch.stack([top, rest])
 
 
 def _add_products(grad: Tensor, real: Tensor, hidden: Tensor, d_hidden: Tensor, d_head: Tensor):
@@ -242,7 +246,7 @@ def _add_products(grad: Tensor, real: Tensor, hidden: Tensor, d_hidden: Tensor, 
     if grad.dtype == d_head.dtype:
         torch.mm(grad, real, out=d_hidden)
         d_head[: len(real)].addmm_(grad.T, hidden)
-    elif grad.is_cuda:  # an fp32 result, or a product split over V = 100k would add its parts in bf16
+    elif grad.is_cuda:  # fp32 results (torch 2.10 or later): a product split over V = 100k would add its parts in bf16
         d_hidden.copy_(torch.mm(grad, real, out_dtype=d_head.dtype))
         torch.addmm(d_head, grad.T, hidden, out_dtype=d_head.dtype, out=d_head)
     else:
@@ -251,19 +255,20 @@ def _add_products(grad: Tensor, real: Tensor, hidden: Tensor, d_hidden: Tensor, 
 
 
 def _nll(hidden, head, target, weight, vocab, temperature, z_loss):
-    """(a): log-prob, entropy and log-sum-exp (N,) of every row; gradients of the loss in hidden and head."""
+    """(a): log-prob, entropy (N,) and log-sum-exp (2, N) of every row; gradients of the loss in hidden and head."""
     fast, real, wide = _operands(hidden, head, vocab)
-    logp, entropy, lse = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+    out = torch.empty(4, len(hidden), dtype=wide, device=hidden.device)
+    logp, entropy, lse = out[0], out[1], out[2:]
     d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
     rows, chunks = _chunks(len(hidden), real, fast)
     buffer = torch.empty(rows, len(real), dtype=hidden.dtype, device=hidden.device)  # one for all chunks
     for i, j in chunks:
         logits = torch.mm(hidden[i:j], real.T, out=buffer[: j - i])
         if fast:
-            grad = _launch_rows(logits, target[i:j], weight[i:j], logp[i:j], entropy[i:j], lse[i:j], vocab, temperature, z_loss)
+            grad = _launch_rows(logits, target[i:j], weight[i:j], out[:, i:j], vocab, temperature, z_loss)
         else:
-            p, logp[i:j], entropy[i:j], lse[i:j] = _softmax(logits.to(wide), target[i:j], temperature)
-            grad = p.mul_(((weight[i:j] + 2 * z_loss * lse[i:j]) / temperature)[:, None])  # d loss / d logits
+            p, logp[i:j], entropy[i:j], lse[:, i:j] = _softmax(logits.to(wide), target[i:j], temperature)
+            grad = p.mul_(((weight[i:j] + 2 * z_loss * lse[:, i:j].sum(0)) / temperature)[:, None])  # d loss / d logits
             grad = grad.scatter_add_(1, target[i:j, None], (-weight[i:j] / temperature)[:, None]).to(hidden.dtype)
         _add_products(grad, real, hidden[i:j], d_hidden[i:j], d_head)
     return logp, entropy, lse, d_hidden, d_head.to(head.dtype)
@@ -286,7 +291,7 @@ class _WeightedNLL(torch.autograd.Function):
 
 
 def _total(weight, logp, lse, z_loss):
-    return (z_loss * lse.square() - weight * logp).sum()
+    return (z_loss * lse.sum(0).square() - weight * logp).sum()
 
 
 def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 1.0, z_loss: float = 0.0):
@@ -305,15 +310,15 @@ def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 
 
 
 def _measure(hidden, head, target, vocab, temperature):
-    """(b): log-prob, entropy and log-sum-exp (N,) of every row."""
+    """(b): log-prob, entropy (N,) and log-sum-exp (2, N) of every row."""
     fast, real, wide = _operands(hidden, head, vocab)
     if fast:
         return _launch_log_probs(hidden, real, target, vocab, temperature)
-    logp, entropy, lse = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+    out = torch.empty(4, len(hidden), dtype=wide, device=hidden.device)
     for i, j in _chunks(len(hidden), real, fast)[1]:
         logits = (hidden[i:j] @ real.T).to(wide)
-        _, logp[i:j], entropy[i:j], lse[i:j] = _softmax(logits, target[i:j], temperature)
-    return logp, entropy, lse
+        _, out[0, i:j], out[1, i:j], out[2:, i:j] = _softmax(logits, target[i:j], temperature)
+    return out[0], out[1], out[2:]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -333,11 +338,11 @@ class _LogProbs(torch.autograd.Function):
         buffer = torch.empty(rows, len(real), dtype=hidden.dtype, device=hidden.device)
         for i, j in chunks:
             if fast:
-                row = target[i:j], lse[i:j], entropy[i:j], d_logp[i:j], d_entropy[i:j]
+                row = target[i:j], lse[:, i:j], entropy[i:j], d_logp[i:j], d_entropy[i:j]
                 grad = _launch_gradient(hidden[i:j], real, *row, buffer[: j - i], ctx.vocab, ctx.temperature)
             else:
                 logits = torch.mm(hidden[i:j], real.T, out=buffer[: j - i]).to(wide)  # recomputed, never stored
-                log_p = logits.div_(ctx.temperature).sub_(lse[i:j, None])
+                log_p = logits.div_(ctx.temperature).sub_(lse[0, i:j, None]).sub_(lse[1, i:j, None])
                 # d logp / d logit_v = [v = y] - p_v          d H / d logit_v = -p_v (log p_v + H)
                 down = (entropy[i:j] * d_entropy[i:j] + d_logp[i:j])[:, None]
                 grad = log_p.exp().mul_(log_p.mul_(d_entropy[i:j, None]).add_(down)).neg_()
@@ -365,7 +370,7 @@ def log_probs(hidden, head, target, vocab: int, temperature: float = 1.0) -> tup
 #
 #   A tile is BLOCK_N x BLOCK_V logits, summed over D in fp32 by tl.dot and gone after its update of m = maximum,
 #   s = sum of exp(x - m), e = sum of exp(x - m)(x - m), y = target's logit. The parts of a row are joined at the end.
-#   (b) backward makes the same tiles, with the same bits, and stores exp(x - lse) turned into the gradient.
+#   (b) backward makes the same tiles, with the same bits, and stores the gradient that follows from the saved lse = m + log s.
 #
 # Counted at N = 32768, D = 2048, V = 100352, bf16 (13.5 TFLOP a product; H200: 0.99 PFLOP/s and 4.8 TB/s on paper):
 #   (a) forward and backward  6NDV = 40.4 TFLOP. Bytes: logits written, read twice (the second time from L2 if all goes well),
@@ -381,12 +386,12 @@ def log_probs(hidden, head, target, vocab: int, temperature: float = 1.0) -> tup
 # cross-entropy (github.com/linkedin/Liger-Kernel), its row pass also in quack (github.com/Dao-AILab/quack). Different here:
 #   from cut cross-entropy: no atomics and locks, so deterministic; no gradient is filtered out as too small; the entropy
 #     comes along; where weights are known (a) is used, 6NDV instead of the 8NDV of a recomputing backward pass;
-#   from Liger: chunks are not made smaller as V/D grows, dW is always summed in fp32, weights of any sign, entropy, padding;
+#   from Liger: chunks are not made smaller as V/D grows, dW is summed in fp32 without being asked, entropy, padding;
 #   from quack: plain Triton for any shape, the row is read twice instead of being held by a cluster of SMs.
 
 TILES = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}  # bytes of a dtype: BLOCK_N, BLOCK_V, BLOCK_D, warps, stages
 # 2 bytes: the largest tile whose sums fit the registers (128 of 255 a thread), 3 stages of 48 KB fit A100 and H200
-ROW_BLOCK = 8192  # columns of a step of (a): 32 a thread of 8 warps
+ROW_BLOCK = 8192  # columns of a step of (a): 32 a thread of 8 warps; from 2048 on no element is held by two threads
 SEGMENTS, GROUP = 8, 16  # of (b): 8 * 16 programs are one wave on 132 SMs; together they read 8 MB of rows over and over and
 # stream the head once a wave, which L2 (50 MB) bears. Constants, so that a row's sums do not depend on N.
 
@@ -421,24 +426,28 @@ if triton is not None:
         return x * inverse
 
     @triton.jit
-    def _row_kernel(logits, target, weight, logp, entropy, lse, vocab, padded, inverse, z_loss, BLOCK: tl.constexpr):
-        """(a): logits (C, padded) -> gradient of the loss, in place; logp, entropy, lse (C,)."""
+    def _row_kernel(logits, target, weight, out, step, vocab, padded, inverse, z_loss, BLOCK: tl.constexpr):
+        """(a): logits (C, padded) -> gradient of the loss, in place; out (4, C), rows `step` apart: log-prob, entropy, lse."""
         rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         logits += rows[:, None] * padded
         t, w = tl.load(target + rows), tl.load(weight + rows)
         m, s, e, y = _start(rows)
         for first in range(0, vocab, BLOCK):
             column = first + tl.arange(0, BLOCK)[None, :]
-            x = tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inverse
+            x = tl.load(logits + column, mask=column < padded, other=0.0).to(tl.float32) * inverse  # 16 bytes a load, as
+            x = tl.where(column < vocab, x, -float("inf"))  # padded is round; a mask by vocab would make it 2
             m, s, e, y = _online(m, s, e, y, x, column == t[:, None])
-        z = m + tl.log(s)
-        tl.store(lse + rows, z)
-        tl.store(logp + rows, y - z)
-        tl.store(entropy + rows, tl.log(s) - e / s)
+        rest = tl.log(s)
+        tl.store(out + rows, y - m - rest)
+        tl.store(out + step + rows, rest - e / s)
+        tl.store(out + 2 * step + rows, m)
+        tl.store(out + 3 * step + rows, rest)
+        scale = (w + 2 * z_loss * (m + rest)) / s
         for first in range(0, padded, BLOCK):
             column = first + tl.arange(0, BLOCK)[None, :]
-            x = tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inverse
-            g = tl.exp(x - z[:, None]) * (w + 2 * z_loss * z)[:, None]
+            x = tl.load(logits + column, mask=column < padded, other=0.0).to(tl.float32) * inverse
+            x = tl.where(column < vocab, x, -float("inf"))
+            g = tl.exp(x - m[:, None]) * scale[:, None]
             g = tl.where(column == t[:, None], g - w[:, None], g) * inverse
             tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < padded)
 
@@ -466,14 +475,15 @@ if triton is not None:
 
     @triton.jit
     def _gradient_kernel(
-        hidden, head, target, lse, entropy, d_logp, d_entropy, grad, N, D, vocab, padded, inverse,
+        hidden, head, target, lse, entropy, d_logp, d_entropy, grad, step, N, D, vocab, padded, inverse,
         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
         """(b) backward: one tile of the gradient in the logits, into grad (N, padded)."""
         rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         row = tl.minimum(rows, N - 1)
-        log_p = _logits(hidden, head, row, tl.minimum(column, vocab - 1), D, inverse, BLOCK_D, EVEN) - tl.load(lse + row)[:, None]
+        x = _logits(hidden, head, row, tl.minimum(column, vocab - 1), D, inverse, BLOCK_D, EVEN)
+        log_p = x - tl.load(lse + row)[:, None] - tl.load(lse + step + row)[:, None]
         t, a, b, H = tl.load(target + row), tl.load(d_logp + row), tl.load(d_entropy + row), tl.load(entropy + row)
         g = -tl.exp(log_p) * (a[:, None] + b[:, None] * (log_p + H[:, None]))
         g = tl.where(column[None, :] == t[:, None], g + a[:, None], g) * inverse
@@ -486,11 +496,9 @@ def _tiles(hidden):
     return n, v, dict(BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, EVEN=hidden.shape[1] % d == 0, num_warps=warps, num_stages=stages)
 
 
-def _launch_rows(logits, target, weight, logp, entropy, lse, vocab, temperature, z_loss):
-    rows, padded = logits.shape
-    block = min(ROW_BLOCK, triton.next_power_of_2(padded))
-    outputs = logp, entropy, lse
-    _row_kernel[(rows,)](logits, target, weight, *outputs, vocab, padded, 1 / temperature, z_loss, BLOCK=block, num_warps=8)
+def _launch_rows(logits, target, weight, out, vocab, temperature, z_loss):
+    (rows, padded), step = logits.shape, out.stride(0)
+    _row_kernel[(rows,)](logits, target, weight, out, step, vocab, padded, 1 / temperature, z_loss, BLOCK=ROW_BLOCK, num_warps=8)
     return logits
 
 
@@ -505,13 +513,13 @@ def _launch_log_probs(hidden, real, target, vocab, temperature):
     top = m.amax(0)
     scale = (m - top).exp()
     total = (scale * s).sum(0)
-    lse = top + total.log()
-    return y.amax(0) - lse, total.log() - (scale * (e + s * (m - top))).sum(0) / total, lse
+    rest = total.log()
+    return y.amax(0) - top - rest, rest - (scale * (e + s * (m - top))).sum(0) / total, torch.stack([top, rest])
 
 
 def _launch_gradient(hidden, real, target, lse, entropy, d_logp, d_entropy, grad, vocab, temperature):
     (N, D), (n, v, settings) = hidden.shape, _tiles(hidden)
-    grid, numbers = (triton.cdiv(N, n), triton.cdiv(len(real), v)), (N, D, vocab, len(real), 1 / temperature)
+    grid, numbers = (triton.cdiv(N, n), triton.cdiv(len(real), v)), (lse.stride(0), N, D, vocab, len(real), 1 / temperature)
     rows = lse, entropy, d_logp.contiguous(), d_entropy.contiguous()  # a sum's gradient is one number with stride 0
     _gradient_kernel[grid](hidden, real, target, *rows, grad, *numbers, **settings)
     return grad
@@ -539,12 +547,46 @@ def uniform_noise(seeds: list[int], length: int) -> Tensor:
     return noise
 
 
+class Shared(NamedTuple):
+    """Keys and values that several rows read: the few-shot prefix (one group of all rows) or the prompts (a group a
+    question). One product a group reads them once, where a cache a row would read them for every answer."""
+
+    cache: list[tuple[Tensor, Tensor]]  # a layer: keys and values (G, H, S, K)
+    hole: Tensor  # (G, 1, 1, S), -inf where a prompt is shorter than the longest
+    group: Tensor  # (R,) the group of each row, ascending
+    place: Tensor  # (G, m) a row for each slot of each group, m = rows of the largest; slots left over repeat row 0
+    back: Tensor  # (R,) the slot of each row, counted through
+
+    def keep(self, rows: Tensor) -> "Shared":
+        used, group = torch.unique_consecutive(self.group[rows], return_inverse=True)
+        cache = self.cache if len(used) == len(self.hole) else [(k[used], v[used]) for k, v in self.cache]
+        return shared(cache, self.hole[used], group)
+
+    def scores(self, layer: int, q: Tensor) -> Tensor:
+        """q (R, H, K) -> (R, H, S)"""
+        score = q[self.place].transpose(1, 2) @ self.cache[layer][0].transpose(2, 3) + self.hole  # (G, H, m, S)
+        return score.transpose(1, 2).reshape(-1, *q.shape[1:2], score.shape[3])[self.back]
+
+    def mix(self, layer: int, p: Tensor) -> Tensor:
+        """Probabilities p (R, H, S) -> weighted sum of the values (R, H, K)"""
+        y = p[self.place].transpose(1, 2) @ self.cache[layer][1]  # (G, H, m, K)
+        return y.transpose(1, 2).reshape(-1, p.shape[1], y.shape[3])[self.back]
+
+
+def shared(cache, hole: Tensor, group: Tensor) -> Shared:
+    row, count = torch.arange(len(group), device=group.device), torch.bincount(group, minlength=len(hole))
+    slot, most = row - (count.cumsum(0) - count)[group], int(count.max())
+    place = torch.zeros(len(hole), most, dtype=torch.long, device=group.device)
+    place[group, slot] = row
+    return Shared(cache, hole, group, place, group * most + slot)
+
+
 class Sampler:
     """Draws answers with a key/value cache, in the compute dtype of the model.
 
-    A prompt is run once for its n answers, a few-shot prefix once for all prompts. The columns of the cache are
-    [prompt, padded to the longest | answer], so that every row writes the same column and reads a plain slice; the
-    padding is masked and positions count real tokens. Rows that finished are dropped when a quarter of the batch has.
+    A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys stay shared while the
+    answers grow (`Shared`). Every row writes the same column of its own cache and reads a plain slice; positions count
+    real tokens. Rows that finished are dropped when a quarter of the batch has.
     Call `refresh()` after the weights of the model have changed.
     """
 
@@ -627,17 +669,15 @@ class Sampler:
         ids = torch.tensor([p + [end] * (P - len(p)) for p in prompts], device=device)  # causal: padding changes nothing
         x, prompt_cache = self._prefill(ids, past)
         x = x[torch.arange(Q, device=device), size - 1].repeat_interleave(n, 0)  # (R, D), state at the last prompt token
-
-        cache = torch.empty(c.layers, 2, R, c.heads, P + max_new, c.width // c.heads, dtype=m.compute, device=device)
-        for layer, pair in enumerate(prompt_cache):
-            for kind, y in enumerate(pair):
-                cache[layer, kind, :, :, :P] = y.repeat_interleave(n, 0)
-        del prompt_cache
-        size = size.repeat_interleave(n)
-        start = int(size.min())  # columns before it are real in every row
-        hole = torch.zeros(R, 1, P - start, dtype=m.compute, device=device)  # (R, 1, P - start), -inf on padding
-        hole.masked_fill_(torch.arange(start, P, device=device) >= size[:, None, None], -math.inf)
-        cos, sin = rope_table(size[:, None] + len(prefix) + torch.arange(max_new, device=device), c.width // c.heads, c.theta)
+        group = torch.arange(Q, device=device).repeat_interleave(n)
+        hole = torch.zeros(Q, 1, 1, P, dtype=m.compute, device=device)
+        hole.masked_fill_(torch.arange(P, device=device) >= size[:, None, None, None], -math.inf)
+        sources = [shared(prompt_cache, hole, group)]
+        if past:
+            sources.append(shared(past, torch.zeros(1, 1, 1, len(prefix), dtype=m.compute, device=device), group * 0))
+        cache = torch.empty(c.layers, 2, R, c.heads, max_new, c.width // c.heads, dtype=m.compute, device=device)
+        position = size[group, None] + len(prefix) + torch.arange(max_new, device=device)  # (R, max_new)
+        cos, sin = rope_table(position, c.width // c.heads, c.theta)
 
         tokens = torch.full((R, max_new), end, device=device)
         logp = torch.zeros(R, max_new, device=device)
@@ -658,10 +698,9 @@ class Sampler:
                     break
                 if live <= 0.75 * len(row):
                     keep = alive.nonzero().squeeze(1)
-                    cache = cache[:, :, keep]  # a copy of what is read next anyway: costs about one step
-                    row, alive, token, noise = row[keep], alive[keep], token[keep], noise[keep]
-                    hole, cos, sin = hole[keep], cos[keep], sin[keep]
-            x = self._step(token, cache, P + t + 1, cos[:, t], sin[:, t], hole, start, past)
+                    cache, sources = cache[:, :, keep], [source.keep(keep) for source in sources]
+                    row, alive, token, noise, cos, sin = (y[keep] for y in (row, alive, token, noise, cos, sin))
+            x = self._step(token, cache, t + 1, cos[:, t], sin[:, t], sources)
         cut[row] = alive
         lengths_mask = torch.arange(max_new, device=device) < lengths[:, None]
         return tokens.where(lengths_mask, end), logp.where(lengths_mask, 0.0), lengths, cut, spent
@@ -678,9 +717,9 @@ class Sampler:
         token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
         return token.squeeze(1), logp.gather(1, token).squeeze(1)
 
-    def _step(self, token, cache, T, cos, sin, hole, start, past):
-        """One token (R,) for every row; cache (L, 2, R, H, columns, K), of which T are filled, the last one here.
-        -> final hidden states (R, D). Attention is two batched products over (R*H): a broadcast matmul would copy."""
+    def _step(self, token, cache, T, cos, sin, sources):
+        """One token (R,) for every row; cache (L, 2, R, H, max_new, K), of which T columns are filled, the last one here;
+        sources: Shared keys and values before them. -> final hidden states (R, D)."""
         c = self.model.config
         R, H, K = len(token), c.heads, c.width // c.heads
         cos, sin = cos[:, None, None], sin[:, None, None]  # (R, 1, 1, K/2)
@@ -690,19 +729,14 @@ class Sampler:
             qk = rotate(rms_norm(mixed[:, : 2 * c.width].view(R, 2, c.width), qk_norm, c.eps).view(R, 2, H, K), cos, sin)
             cache[layer, 0, :, :, T - 1], cache[layer, 1, :, :, T - 1] = qk[:, 1], mixed[:, 2 * c.width :].view(R, H, K)
             key, value = cache[layer].view(2, R * H, -1, K)[:, :, :T].unbind()  # (R*H, T, K)
-            q = qk[:, 0].mul(K**-0.5).view(R * H, 1, K)
-            score = torch.bmm(q, key.transpose(1, 2)).view(R, H, T)
-            if hole.shape[2]:
-                score[:, :, start : start + hole.shape[2]] += hole
-            if past:  # scores against the shared prefix are one product for all rows: it is read once, not R times
-                prefix_key, prefix_value = past[layer]  # (1, H, S, K)
-                S = prefix_key.shape[2]
-                shared = torch.bmm(q.view(R, H, K).transpose(0, 1), prefix_key[0].transpose(1, 2)).transpose(0, 1)
-                score = torch.cat([score, shared], dim=2)  # (R, H, T + S)
+            q = qk[:, 0] * K**-0.5  # (R, H, K)
+            own = torch.bmm(q.view(R * H, 1, K), key.transpose(1, 2)).view(R, H, T)
+            score = torch.cat([own, *(source.scores(layer, q) for source in sources)], dim=2)
             p = score.softmax(2, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
-            y = torch.bmm(p[:, :, :T].reshape(R * H, 1, T), value).view(R, H, K)
-            if past:
-                y = y + torch.bmm(p[:, :, T:].transpose(0, 1), prefix_value[0]).transpose(0, 1)
+            own, *others = p.split([T, *(source.hole.shape[3] for source in sources)], dim=2)
+            y = torch.bmm(own.reshape(R * H, 1, T), value).view(R, H, K)
+            for source, part in zip(sources, others, strict=True):
+                y += source.mix(layer, part)
             x = x + rms_norm(y.view(R, c.width) @ out.T, attention_norm, c.eps)
             gate, up = (x @ gate_up.T).chunk(2, dim=1)
             x = x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, c.eps)

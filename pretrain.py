@@ -6,6 +6,7 @@
 Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
 SIZES = {
-    "toy": dict(tokens=8_000_000, batch_tokens=4096, length=128, lr=4e-3, weight_decay=0.05, warmup=50),
-    "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000),
+    "toy": dict(tokens=8_000_000, batch_tokens=2048, length=256, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
+    "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
 
 
@@ -27,18 +28,21 @@ SIZES = {
 class Config:
     data: str = "data/out/toy"  # folder of token shards, train_*.bin and val_*.bin
     out: str = "ckpt/toy"  # folder for step*.pt
-    questions: str = ""  # questions that later stages take by default (default: DATA/easy)
-    tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks)
+    questions: str = ""  # questions that later stages take by default (default: DATA/easy if it is there)
+    tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks if it is there)
     preset: str = "toy"  # toy, 190m, 1b or 4b
     tokens: int | None = None  # length of the run (toy 8M; paper: 50B)
     save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[int, ...] = ()  # the same, in steps
-    batch_tokens: int | None = None  # tokens a step over all ranks (toy 4096; paper: 512 x 4096)
-    length: int | None = None  # tokens a row (toy 128; paper: 4096)
+    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
+    length: int | None = None  # tokens a row (toy 256; paper: 4096)
     micro: int = 32  # rows a forward pass; never changes the result
-    lr: float | None = None  # peak learning rate (toy 4e-3; paper: 4e-4, cosine)
-    warmup: int | None = None  # steps of linear warm-up (toy 50; paper: not given, OLMo2: 2000)
+    lr: float | None = None  # peak learning rate (toy 3e-3; paper: 4e-4, cosine)
+    warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
     weight_decay: float | None = None  # on everything but the embedding (toy 0.05; OLMo2: 0.1)
+    # OLMo2: 0.02. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS 0.02: a short run spends its first half
+    # on making the embedding heard. From 0.5 the toy needs half the tokens for the same loss.
+    embed_std: float | None = None  # initial std of the embedding (toy 0.5; OLMo2: 0.02)
     z_loss: float = 1e-5  # OLMo2: keeps the log-normaliser near 0
     clip: float = 1.0  # largest gradient norm
     eval_every: int = 200  # steps between losses on the held-out text
@@ -75,9 +79,9 @@ def main(cfg):
     enc = tokens.encoding(stream.encoding_name)
     if cfg.batch_tokens % (cfg.length * world.size):
         unit = cfg.length * world.size
-        near = cfg.batch_tokens // unit * unit
+        near = cfg.batch_tokens // unit * unit or unit
         raise ValueError(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {world.size} ranks x {cfg.length} tokens: "
-                         f"{near or unit} or {near + unit} would be")  # fmt: skip
+                         f"{near} or {near + unit} would be")  # fmt: skip
     batch = cfg.batch_tokens // cfg.length  # rows a step, over all ranks
     steps = max(1, round(cfg.tokens / cfg.batch_tokens))
     keep = {round(t / cfg.batch_tokens) for t in cfg.save_tokens} | set(cfg.save_steps) | {steps}
@@ -90,7 +94,7 @@ def main(cfg):
     vocab = tokens.vocab_size(enc)
     shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
     model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
-    run.place(model.init_weights(cfg.seed), world)
+    run.place(model.init_weights(cfg.seed, cfg.embed_std), world)
     optimizer = adam(model)
     if state:
         run.fill_model(model, state)
@@ -98,11 +102,17 @@ def main(cfg):
     if cfg.compile:
         run.compile_blocks(model)
 
+    def beside(name):  # what prepare.py toy puts next to the text
+        return str(Path(cfg.data) / name) if (Path(cfg.data) / name).is_dir() else ""
+
+    world_file = Path(cfg.data) / "world.json"
+    world_name = json.loads(world_file.read_text())["name"] if world_file.exists() else Path(cfg.data).name
+
     def meta(step):
         return run.new_meta(
             cfg, stage="pretrain", recipe="base", step=step, tokens=step * cfg.batch_tokens, parent="", preset=cfg.preset,
-            encoding=enc.name, world=Path(cfg.data).name, pretrain_seed=cfg.seed,
-            questions=cfg.questions or str(Path(cfg.data) / "easy"), tasks=cfg.tasks or str(Path(cfg.data) / "tasks"),
+            encoding=enc.name, world=world_name, pretrain_seed=cfg.seed,
+            questions=cfg.questions or beside("easy"), tasks=cfg.tasks or beside("tasks"),
         )  # fmt: skip
 
     log = run.Log(path[steps], world, steps, first, "loss held_out tokens_per_s")
@@ -126,16 +136,18 @@ def main(cfg):
 
         done = step + 1
         extra = {}
-        if done % cfg.eval_every == 0 or done in keep:
+        if (cfg.eval_every and done % cfg.eval_every == 0) or done in keep:
             extra["held_out"] = held_out_loss(model, held_out, cfg, world)
-        log(step, loss=loss, lr=lr, gradient_norm=norm, tokens=done * cfg.batch_tokens, flops=flops * done * cfg.batch_tokens,
-            tokens_per_s=cfg.batch_tokens / (time.time() - began), **extra)  # fmt: skip
+        seconds = time.time() - began
+        log(step, dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds), loss=loss, lr=lr,
+            gradient_norm=norm, tokens_per_s=cfg.batch_tokens / seconds, **extra)  # fmt: skip
         if world.rank == 0 and done in keep:
             run.save(path[done], model, meta(done))
         if world.rank == 0 and done % cfg.save_every == 0 and done < steps:
             run.save_state(path[steps], model, meta(done), done, [optimizer])
     log.close()
-    run.finish(path[steps])
+    if world.rank == 0:
+        run.finish(path[steps])
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Config:
     weight_decay: float = 0.0  # off, as in veRL
     clip: float = 1.0  # largest gradient norm
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
-    eval_every: int = 15  # steps between validations
+    eval_every: int = 15  # steps between validations (0: only before and after)
     eval_questions: int = 100  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
@@ -119,6 +119,15 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     return batch, stats
 
 
+def rl_costs(model, batch, stats, cfg, began) -> dict:
+    """What the step cost, for the log: FLOPs of sampling (a forward pass) and of cfg.updates passes of training."""
+    rows, size = cfg.questions_per_step * cfg.group, batch.mask.shape[1]
+    prompts = rows * size - stats["sampled_tokens"]  # roughly: padding counts as work done
+    passes = stats["sampled_tokens"] / 3 + prompts / 3 / cfg.group + rows * size * getattr(cfg, "updates", 1)
+    return dict(flops=passes * model.flops_per_token(size), questions=cfg.questions_per_step, answers=rows,
+                sampled_tokens=stats["sampled_tokens"], seconds=time.time() - began)  # fmt: skip
+
+
 def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[float, dict]:
     """Add the gradient of the batch to the model's; -> this rank's share of the loss, and of the sampler's mismatch.
 
@@ -172,7 +181,7 @@ def main(cfg):
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
     for step in range(first, cfg.steps):
-        if step % cfg.eval_every == 0:
+        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
         began = time.time()
         batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
@@ -191,14 +200,14 @@ def main(cfg):
             lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             update(model, [(optimizer, lr, grads)], cfg.weight_decay)
         sampler.refresh()
-        log(step, loss=loss, gradient_norm=norm, **stats, step_seconds=time.time() - began)
+        log(step, rl_costs(model, batch, stats, cfg, began), loss=loss, gradient_norm=norm, **stats)
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             run.save_state(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", step + 1), step + 1, [optimizer])
     validate(cfg.steps)
     log.close()
     if world.rank == 0:
         run.save(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", cfg.steps))
-    run.finish(cfg.out)
+        run.finish(cfg.out)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Config:
 
 def tokenise(enc, rows, solutions: str, seed: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
+    if solutions != "all" and not (solutions.isdigit() and int(solutions)):
+        raise ValueError(f"--solutions takes a whole number from 1, or all, not {solutions!r}")
     pairs = problems.solution_pairs(rows, solutions, seed)
     return [(tokens.encode(enc, problems.prompt(enc.name, question)), problems.answer_ids(enc, text)) for question, text in pairs]
 
@@ -94,7 +96,6 @@ def main(cfg):
             sampler.refresh()
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
-    seen = 0
     for step in range(first, steps):
         began = time.time()
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
@@ -104,15 +105,16 @@ def main(cfg):
         grads, norm = run.gradients(model, world, cfg.clip)
         run.check_finite(step, loss=loss, gradient_norm=norm)
         update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
-        seen += cfg.batch
-        log(step, loss=loss, gradient_norm=norm, tokens=int(world.sum(float(batch.mask.sum()))[0]), step_seconds=time.time() - began)
+        size = batch.mask.shape[1]  # padding counts as work done
+        costs = dict(flops=cfg.batch * size * model.flops_per_token(size), questions=cfg.batch, seconds=time.time() - began)
+        log(step, costs, loss=loss, gradient_norm=norm, tokens=int(world.sum(float(batch.mask.sum()))[0]))
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_state(cfg.out, model, run.child_meta(cfg, parent, "sft", name, step + 1), step + 1, [optimizer])
     validate(steps)
     log.close()
     if world.rank == 0:
         run.save(cfg.out, model, run.child_meta(cfg, parent, "sft", name, steps))
-    run.finish(cfg.out)
+        run.finish(cfg.out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data import tokens
+
 # ------------------------------------------------------------------------------------------------------------- flags
+
+# no whole number is negative, and these are not 0 either
+COUNTS = set("tokens batch_tokens length batch questions_per_step group updates micro rows max_new n k save_every".split())
 
 
 def configure(Config, argv: list[str], doc: str = ""):
@@ -95,12 +100,14 @@ def _parse(name: str, text: str, kind):
         if kind is int:
             scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
             value = int(text) if scale == 1 and text.lstrip("-").isdigit() else float(text[:-1] if scale > 1 else text) * scale
-            if value != round(value):
+            if value != round(value) or value < int(name in COUNTS):
                 raise ValueError
             return round(value)
-        return kind(text)
+        if (value := kind(text)) != value:  # a learning rate of nan would only show after the update
+            raise ValueError
+        return value
     except (ValueError, KeyError, OverflowError):
-        want = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        want = {bool: "true or false", int: f"a whole number from {int(name in COUNTS)}", float: "a number"}.get(kind, kind.__name__)
         raise ValueError(f"--{name} takes {want}, not {text!r}") from None
 
 
@@ -137,8 +144,8 @@ class World(NamedTuple):
     def share(self, count: int, what: str) -> slice:
         """This rank's part of a batch. Raises ValueError with the nearest counts that divide."""
         if count % self.size:
-            near = count // self.size * self.size
-            raise ValueError(f"{what} {count} does not divide over {self.size} ranks: {near or self.size} or {near + self.size} would")
+            near = count // self.size * self.size or self.size
+            raise ValueError(f"{what} {count} does not divide over {self.size} ranks: {near} or {near + self.size} would")
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
@@ -171,7 +178,7 @@ def start(device: str = "auto", dtype: str = "auto") -> World:
 
 def gradients(model, world: World, clip: float) -> tuple[list, float]:
     """The one place where gradients are summed over ranks, clipped and checked. -> gradients (taken out of the model),
-    norm before clipping. Raises FloatingPointError before anything is updated if the norm is not finite."""
+    norm before clipping, which `check_finite` is to see before anything is updated."""
     for p in model.parameters():
         if p.grad is None:  # a rank whose rows had nothing to train on still takes part
             p.grad = torch.zeros_like(p)
@@ -231,8 +238,14 @@ def load(path) -> dict:
 
 def load_model(saved: dict, Model, ModelConfig, world: World):
     """The model of a loaded checkpoint, on the world's device."""
-    model = Model(ModelConfig(**saved["config"]), world.compute)
-    fill_model(model, saved)
+    vocab = tokens.vocab_size(tokens.encoding(saved["meta"]["encoding"]))
+    try:
+        model = Model(ModelConfig(**saved["config"]), world.compute)
+        fill_model(model, saved)
+    except (TypeError, RuntimeError) as error:  # an unknown field; tensors of another shape
+        raise ValueError(f"the checkpoint is of another model than its config says: {str(error)[:150]}") from None
+    if saved["config"]["vocab"] != vocab:
+        raise ValueError(f"the checkpoint knows {saved['config']['vocab']} ids, its encoding {saved['meta']['encoding']} has {vocab}")
     return place(model, world)
 
 
@@ -288,16 +301,16 @@ def claim(out, cfg, others=()) -> dict | None:
     exits 0 if --resume finds the run finished."""
     out, state = Path(out), Path(f"{out}.resume")
     if cfg.overwrite:
+        state.unlink(missing_ok=True)  # or a later --resume would go on with what was replaced
         return None
     if cfg.resume:
-        if out.is_file():
+        if out.is_file() and not state.exists():
             print(f"{out} is finished", flush=True)
             raise SystemExit(0)
         if not state.exists():
             return None
         saved = load(state)
-        was, now = saved["meta"]["run"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-        was = json.loads(json.dumps(was))
+        was, now = (json.loads(json.dumps(x)) for x in (saved["meta"]["run"], dataclasses.asdict(cfg)))
         for name in now:
             if name not in OPERATIONAL and was.get(name) != now[name]:
                 raise ValueError(f"{state} was started with --{name} {was.get(name)}, now {now[name]}: keep the setting or --overwrite")
@@ -334,22 +347,25 @@ class Log:
 
     def __init__(self, out, world: World, steps: int, first: int, shown: str):
         self.path, self.shown, self.active = Path(f"{out}.metrics.jsonl"), shown.split(), world.rank == 0
-        self.began = time.time()
+        self.totals = {}
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = read_lines(self.path) if first and self.path.exists() else []
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] < first]  # steps after the saved state are done again
         self.path.write_text("".join(kept))
+        self.totals = next((line["totals"] for line in reversed(lines) if line["step"] < first and "totals" in line), {})
         self.file = open(self.path, "a", buffering=1)
         self.bar = tqdm(total=steps, initial=first, desc=Path(out).name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20,
                         bar_format="{desc}: {n}/{total}  {postfix}|  {remaining} left", postfix="")  # fmt: skip
 
-    def __call__(self, step: int, **values):
-        """Record update `step` (from 0)."""
+    def __call__(self, step: int, costs: dict, **values):
+        """Record update `step` (from 0). `costs` (flops, seconds, questions, sampled_tokens ...) of this step are summed
+        over the run, resumes included, and written as "totals"."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **values, "seconds": round(time.time() - self.began, 3)}) + "\n")
+        self.totals = {name: self.totals.get(name, 0) + cost for name, cost in costs.items()}
+        self.file.write(json.dumps({"step": step, **values, "totals": self.totals}) + "\n")
         shown = "  ".join(f"{name} {values[name]:.3g}" for name in self.shown if name in values)
         self.bar.set_postfix_str(shown + "  ", refresh=False)
         self.bar.update(step + 1 - self.bar.n)

@@ -12,6 +12,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # triton reads it when kernels are defined; the processes that tests start need none
+    os.environ["TRITON_INTERPRET"] = "1"
+    import model  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +24,7 @@ def world(tmp_path_factory):
     """data: toy text and 32 questions; base: a checkpoint of 10 steps; taught: one that writes answers in format, some
     right and some wrong, so that groups are not flat and an RL step moves the weights."""
     import helpers
+
     from data import prepare
 
     folder = tmp_path_factory.mktemp("world")

@@ -183,7 +183,8 @@ def test_rl_batch_by_hand():
     batch, stats = rl.rl_batch(sampler, QUESTIONS, enc, rl_config(), 0, ALONE)
 
     n = len(right) + len(cut) + len(formatted) + len(nothing)
-    for row, (ids, question, advantage) in enumerate([(right, first, 0.5), (cut, first, -0.5), (formatted, second, 0.05), (nothing, second, -0.05)]):
+    rows = [(right, first, 0.5), (cut, first, -0.5), (formatted, second, 0.05), (nothing, second, -0.05)]
+    for row, (ids, question, advantage) in enumerate(rows):
         prompt = tokens.encode(enc, problems.prompt("toy", question["question"]))
         span = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
         assert batch.ids[row, : span.stop + 1].tolist() == prompt + ids
@@ -207,12 +208,13 @@ def test_sampled_stop_token_is_trained():
     assert int(taught.ids[:, 1:][taught.weight != 0][-1]) == enc.eot_token
 
 
-def test_reward_never_reads_the_prompt():
-    """The question holds the ending and the answer; the model says nothing. Seen to fail with the prompt decoded too."""
-    enc = tokens.encoding("toy")
-    rows = [row | {"question": f"{row['question']} #### {row['answer']}"} for row in QUESTIONS]
-    nothing = ([enc.eot_token], False, -1.0)
-    assert rl.rl_batch(answers_of(*[nothing] * 4), rows, enc, rl_config(), 0, ALONE)[1]["reward"] == 0
+def test_reward_never_reads_the_prompt(monkeypatch):
+    """The grader is handed what was sampled and nothing else. Seen to fail with the prompt decoded in front of it."""
+    enc, seen = tokens.encoding("toy"), []
+    monkeypatch.setattr(problems, "reward", lambda text, *_: seen.append(text) or 0.0)
+    said = [([enc.eot_token], False, -1.0), (say(" #### 2", enc), False, -1.0)] * 2
+    rl.rl_batch(answers_of(*said), QUESTIONS, enc, rl_config(), 0, ALONE)
+    assert seen == ["", " #### 2"] * 2
 
 
 def test_answer_after_the_stop_is_not_read():
@@ -314,8 +316,7 @@ def test_sampling_and_training_see_one_temperature(toy_model, temperature):
 
 def test_nothing_writes_through_a_view(toy_model):
     """Every function leaves what it is given as it was: a slice is a view, and a write into one has corrupted a loss
-    denominator before. Seen to fail with `rewards_QG -= ...` in advantages, with `piece.weight.mul_` in sft_backward, and
-    with the logits of the sampler's log-probs taken in place from the prompt's hidden states."""
+    denominator before. Seen to fail with `rewards_QG -= ...` in advantages and with `hidden.mul_` in weighted_nll."""
     hidden, head, target, weight = numbers(9)
     rewards, batch = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), ragged_batch()
     cfg = SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.1)

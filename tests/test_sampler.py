@@ -209,7 +209,8 @@ def test_bfloat16_sampler_is_near_its_trainer():
 
 
 @pytest.mark.parametrize("prompts, max_new, says", [
-    ([[1], []], 4, "a prompt is empty"), ([], 4, "a prompt is empty"), ([[1] * 60], 40, "60 .prompt. . 40 .answer. tokens are more than")])  # fmt: skip
+    ([[1], []], 4, "a prompt is empty"), ([], 4, "a prompt is empty"),
+    ([[1] * 60], 40, "60 .prompt. . 40 .answer. tokens are more than")])  # fmt: skip
 def test_impossible_requests_are_refused(model, prompts, max_new, says):
     with pytest.raises(ValueError, match=says):
         Sampler(model)(prompts, 1, max_new, range(len(prompts)), [END])

@@ -457,18 +457,25 @@ def text(seed, split, math_share=0.3, format_share=0.04):
 
 
 def questions(seed, level, split, count):
-    """count different questions [{"id", "question", "answer", "solutions"}, ...], SOLUTIONS each in random order."""
+    """count different questions [{"id", "question", "answer", "solutions"}, ...], SOLUTIONS each in random order.
+
+    The shots of both levels are easy questions of one step, the shortest solution first: eight of them, a question and
+    its answer have to fit the length that a model was trained on."""
     if level not in LEVELS or split not in OWNERS or split == "text":
         raise ValueError(f"no questions {level!r} {split!r}: levels are easy, hard; splits train, val, test, shots")
     rng = Random(f"{seed} {level} {split}")
     rows = {}
     while len(rows) < count:
-        task = problem(rng, level, split)
+        task = problem(rng, "easy" if split == "shots" else level, split)
+        if split == "shots" and len(task.steps) > 1:
+            continue
         solutions = set()
         while len(solutions) < SOLUTIONS:
             solutions.add(f"{solve(rng, task)[0]} #### {task.answer}")
         rows[task.question] = {"id": f"{level}-{split}-{len(rows)}", "question": task.question,
                                "answer": str(task.answer), "solutions": rng.sample(sorted(solutions), SOLUTIONS)}
+        if split == "shots":
+            rows[task.question]["solutions"].sort(key=length)
     return list(rows.values())
 
 

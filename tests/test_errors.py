@@ -166,6 +166,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("inside", ["torch", "pickle"])
 def test_pickle_with_code_is_refused_and_not_run(refused, world, tmp_path, inside):
     """Seen to fail with weights_only=False."""

@@ -164,7 +164,8 @@ class Model(nn.Module):
         """Log-probs of ids[:, 1:] given what precedes them: the one way into the head for all trainers.
 
         ids (B, T+1); mask (B, T) bool, which targets count (None: all); weight (B, T).
-        With weight:    -> loss, logp (B, T).  loss = sum of weight * -logp + z_loss * sum of lse^2 over the mask; logp detached
+        With weight:    -> loss, logp, entropy (B, T).  loss = sum of weight * -logp + z_loss * sum of lse^2 over the mask;
+                           logp and entropy are detached
         Without weight: -> logp, entropy (B, T), both differentiable (clipped updates, KL, evaluation).
         Positions outside the mask come back as exactly 0 and cost no head products.
         """
@@ -183,8 +184,8 @@ class Model(nn.Module):
         if weight is None:
             return tuple(map(spread, log_probs(hidden, self.head.weight, target, self.config.vocab, temperature)))
         weight = weight.reshape(B * T) if rows is None else weight.reshape(B * T)[rows]
-        loss, logp = weighted_nll(hidden, self.head.weight, target, weight, self.config.vocab, temperature, z_loss)
-        return loss, spread(logp)
+        loss, *told = weighted_nll(hidden, self.head.weight, target, weight, self.config.vocab, temperature, z_loss)
+        return loss, *map(spread, told)
 
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs a token: 6 a weight outside the embedding, 12*layers*D*T for attention with the causal
@@ -277,14 +278,14 @@ def _nll(hidden, head, target, weight, vocab, temperature, z_loss):
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, target, weight, *settings):
-        logp, _, lse, *ctx.gradients = _nll(hidden, head, target, weight, *settings)
+        logp, entropy, lse, *ctx.gradients = _nll(hidden, head, target, weight, *settings)
         ctx.save_for_backward(hidden, head, target, weight)
         ctx.settings = settings
-        ctx.mark_non_differentiable(logp)
-        return _total(weight, logp, lse, settings[-1]), logp
+        ctx.mark_non_differentiable(logp, entropy)
+        return _total(weight, logp, lse, settings[-1]), logp, entropy
 
     @staticmethod
-    def backward(ctx, d_loss, _):
+    def backward(ctx, d_loss, *_):
         # Handed over, not copied: the head's is 0.8 GB at 1B. Who goes backward a second time has them made again.
         gradients, ctx.gradients = ctx.gradients or _nll(*ctx.saved_tensors, *ctx.settings)[3:], None
         return *(g.mul_(d_loss) for g in gradients), None, None, None, None, None
@@ -299,14 +300,15 @@ def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 
 
     hidden (N, D) compute dtype, head (V, D) master weights, target (N,) ids below vocab, weight (N,) any sign.
     z_loss keeps the log-normaliser lse near 0 (PaLM, section 5); give it as coefficient / count of targets: it does not go
-    with the weights, a negative one would reverse it. Returns the loss (scalar, differentiable in hidden and head) and
-    logp (N,), detached. Gradients are made in the forward pass, chunk by chunk, the head's in the head's own dtype."""
+    with the weights, a negative one would reverse it. Returns the loss (scalar, differentiable in hidden and head),
+    logp (N,) and entropy (N,) in nats, both detached. Gradients are made in the forward pass, chunk by chunk, the head's
+    in the head's own dtype."""
     hidden, target = hidden.contiguous(), target.contiguous()
     weight = weight.to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
-    logp, _, lse = _measure(hidden, head, target, vocab, temperature)
-    return _total(weight, logp, lse, z_loss), logp
+    logp, entropy, lse = _measure(hidden, head, target, vocab, temperature)
+    return _total(weight, logp, lse, z_loss), logp, entropy
 
 
 def _measure(hidden, head, target, vocab, temperature):

@@ -19,7 +19,7 @@ from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
 SIZES = {
-    "toy": dict(tokens=8_000_000, batch_tokens=2048, length=256, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
+    "toy": dict(tokens=8_000_000, batch_tokens=2560, length=320, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
     "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
 
@@ -34,8 +34,8 @@ class Config:
     tokens: int | None = None  # length of the run (toy 8M; paper: 50B)
     save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[int, ...] = ()  # the same, in steps
-    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
-    length: int | None = None  # tokens a row (toy 256; paper: 4096)
+    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2560; paper: 512 x 4096)
+    length: int | None = None  # tokens a row (toy 320: eight shots and a question fit; paper: 4096)
     micro: int = 32  # rows a forward pass; never changes the result
     lr: float | None = None  # peak learning rate (toy 3e-3; paper: 4e-4, cosine)
     warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
@@ -64,7 +64,7 @@ def held_out_loss(model, stream, cfg, world) -> float:
     total = 0.0
     for i in range(0, len(rows), cfg.micro):
         ids = torch.from_numpy(np.stack(rows[i : i + cfg.micro])).to(world.device)
-        loss, _ = model(ids, weight=torch.ones_like(ids[:, 1:], dtype=torch.float32))
+        loss, *_ = model(ids, weight=torch.ones_like(ids[:, 1:], dtype=torch.float32))
         total += float(loss)
     return world.sum(total)[0] / (count * cfg.length)
 
@@ -126,7 +126,7 @@ def main(cfg):
             ids = ids.to(world.device)
             # one denominator: every token of the step, on all ranks, weighs the same
             weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
-            part, _ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens)
+            part, *_ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens)
             part.backward()
             loss += float(part.detach())
         grads, norm = run.gradients(model, world, cfg.clip)

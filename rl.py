@@ -129,26 +129,28 @@ def rl_costs(model, batch, stats, cfg, began) -> dict:
 
 
 def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[float, dict]:
-    """Add the gradient of the batch to the model's; -> this rank's share of the loss, and of the sampler's mismatch.
+    """Add the gradient of the batch to the model's; -> this rank's share of the loss, and over all ranks the sampler's
+    mismatch (|log-prob| apart, a token: mean, largest, k3 estimate of the KL) and the entropy of the policy (nats a token).
 
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
     `reference` are log-probs of the same pieces from the same forward pass."""
     loss, apart = 0.0, []
     for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device)):
         if old is None and reference is None:
-            part, logp = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
+            part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
         else:
-            logp, _ = model(piece.ids, mask=piece.mask, temperature=cfg.temperature)
+            logp, entropy = model(piece.ids, mask=piece.mask, temperature=cfg.temperature)
             part = policy_loss(logp, logp.detach() if old is None else old[i], piece.weight, cfg.clip_ratio)
             if reference is not None:
                 part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / batch_tokens(batch, world)
         part.backward()
         loss += float(part.detach())
         gap = (logp.detach() - piece.logp)[piece.mask].double()
-        apart.append((gap.abs().sum(), gap.abs().amax(), kl_to(gap, 0 * gap).sum(), len(gap)))
-    total, worst, kl, count = (torch.tensor(x) for x in zip(*apart, strict=True))
-    total, kl, count = world.sum(float(total.sum()), float(kl.sum()), float(count.sum()))
-    return loss, {"mismatch": total / count, "mismatch_max": float(worst.max()), "mismatch_kl": kl / count}
+        apart.append([float(x) for x in (gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().sum(), len(gap), gap.abs().amax())])
+    *sums, worst = zip(*apart, strict=True)
+    total, kl, entropy, count = world.sum(*map(sum, sums))
+    told = {"mismatch": total / count, "mismatch_max": world.max(max(worst)), "mismatch_kl": kl / count, "entropy": entropy / count}
+    return loss, told
 
 
 def batch_tokens(batch, world) -> float:

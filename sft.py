@@ -69,7 +69,7 @@ def sft_backward(model, batch, cfg, world) -> float:
     """Add the gradient of the batch to the model's; -> the loss of this rank's share."""
     loss = 0.0
     for piece in problems.pieces(batch, cfg.micro, world.device):
-        part, _ = model(piece.ids, weight=piece.weight, mask=piece.mask)
+        part, *_ = model(piece.ids, weight=piece.weight, mask=piece.mask)
         part.backward()
         loss += float(part.detach())
     return loss

@@ -174,10 +174,13 @@ def answer_seeds(seed, step, rows, n):
 
 
 def shuffled(count, batch, seed, step):
-    """The places of batch `step` in a list of `count`, shuffled anew each epoch: arithmetic of (seed, step)."""
-    places = [divmod(place, count) for place in range(step * batch, (step + 1) * batch)]
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in {e for e, _ in places}}
-    return [int(orders[epoch][index]) for epoch, index in places]
+    """The places of batch `step` in a list of `count`, shuffled anew each epoch: arithmetic of (seed, step). What is left
+    of an epoch after its last whole batch is not used, so no batch has a row twice."""
+    if batch > count:
+        raise ValueError(f"a batch of {batch} needs at least as many questions or solutions to train on, there are {count}")
+    epoch, index = divmod(step, count // batch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[index * batch:(index + 1) * batch].tolist()
 
 
 def pieces(batch, micro, device):

@@ -23,7 +23,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 import types
 import typing
 from pathlib import Path
@@ -51,22 +50,22 @@ def configure(Config, argv: list[str], doc: str = ""):
     if "--help" in rest or "-h" in rest:
         print((doc or "").strip() + "\n\nflags:")
         for field, comment in zip(dataclasses.fields(Config), _comments(Config), strict=True):
-            default = "" if field.default is dataclasses.MISSING else f" [{_show(field.default)}]"
-            print(f"  --{field.name:<16} {comment}{default}")
+            default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
+            print(f"  --{field.name:<18} {comment}{default}")
         raise SystemExit(0)
     first = dataclasses.fields(Config)[0].name
+    words = hints[first] == tuple[str, ...]
     while rest:
-        if not rest[0].startswith("--") and hints[first] == tuple[str, ...]:
+        if words and not rest[0].startswith("--"):
             values[first] = (*values.get(first, ()), rest.pop(0))
             continue
         flag, equals, value = rest.pop(0).partition("=")
         name = flag.removeprefix("--")
         if not flag.startswith("--") or name not in hints:
             near = difflib.get_close_matches(name, hints, 1)
-            hint = f", did you mean --{near[0]}?" if near else "; --help lists them"
-            raise ValueError(f"unknown flag {flag}{hint}")
+            raise ValueError(f"unknown flag {flag}" + (f", did you mean --{near[0]}?" if near else "; --help lists them"))
         if not equals:
-            if hints[name] is bool and (not rest or rest[0].startswith("--")):
+            if hints[name] is bool and (not rest or rest[0].startswith("--") or words and rest[0] not in ("true", "false")):
                 value = "true"
             elif not rest:
                 raise ValueError(f"--{name} needs a value")
@@ -77,10 +76,6 @@ def configure(Config, argv: list[str], doc: str = ""):
     if missing:
         raise ValueError(f"--{missing[0]} is needed; --help says what it is")
     return Config(**values)
-
-
-def _show(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _comments(Config) -> list[str]:
@@ -149,12 +144,17 @@ class World(NamedTuple):
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
+    def max(self, value: float) -> float:
+        most = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return float(most)
+
     def sum(self, *values: float) -> list[float]:
         """Sums over the ranks, in fp64."""
-        if self.size == 1:
-            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        if self.size > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
 
@@ -172,8 +172,8 @@ def start(device: str = "auto", dtype: str = "auto") -> World:
     known["auto"] = torch.bfloat16 if device.startswith("cuda") else torch.float32
     if dtype not in known:
         raise ValueError(f"--dtype takes auto, bfloat16, float32 or float64, not {dtype!r}")
-    joined = dist.is_initialized()
-    return World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, torch.device(device), known[dtype])
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return World(rank, size, torch.device(device), known[dtype])
 
 
 def gradients(model, world: World, clip: float) -> tuple[list, float]:
@@ -209,9 +209,10 @@ def save(path, model, meta: dict, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     beside = path.with_name(path.name + ".tmp")
+    saved = {"format": FORMAT, "config": dataclasses.asdict(model.config), "meta": meta, "model": weights, **more}
     try:
         with open(beside, "wb") as file:
-            torch.save({"format": FORMAT, "config": dataclasses.asdict(model.config), "meta": meta, "model": weights, **more}, file)
+            torch.save(saved, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -255,8 +256,7 @@ def fill_model(model, saved: dict):
     model.load_state_dict(saved["model"], strict=True)
 
 
-def place(model, world: World):
-    """Move to the device; weights are fp32 masters, fp64 only when everything is."""
+def place(model, world: World):  # weights are fp32 masters, fp64 only when everything is
     return model.to(world.device, torch.float64 if world.compute == torch.float64 else torch.float32)
 
 
@@ -266,13 +266,11 @@ def compile_blocks(model):
         block.compile()
 
 
-def recipe(parent: str, stage: str) -> str:
-    """base -> rl, sft, sft-gold or mix; anything later is written parent->stage."""
+def recipe(parent: str, stage: str) -> str:  # base -> rl, sft, sft-gold or mix; anything later is parent->stage
     return stage if parent == "base" else f"{parent}->{stage}"
 
 
-def default_out(init: str, stage: str) -> str:
-    """ckpt/step5000.pt, rl -> ckpt/step5000-rl.pt"""
+def default_out(init: str, stage: str) -> str:  # ckpt/step5000.pt, rl -> ckpt/step5000-rl.pt
     return str(Path(init).with_name(f"{Path(init).stem}-{stage}.pt"))
 
 
@@ -284,9 +282,10 @@ def new_meta(cfg, **meta) -> dict:
 
 
 def config_hash(meta: dict) -> str:
-    """Twelve hex digits of everything that shapes a run; what only says where or how it ran is left out."""
+    """Twelve hex digits of everything that shapes a checkpoint, its parents included; where and how it ran is left out."""
     shaping = {k: v for k, v in meta["run"].items() if k not in OPERATIONAL and k not in ("init", "out")}
-    return hashlib.sha256(json.dumps([meta["recipe"], shaping], sort_keys=True).encode()).hexdigest()[:12]
+    key = json.dumps([meta["recipe"], meta["step"], shaping, meta.get("parent_hash")], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------- outputs, resume, metrics log
@@ -304,17 +303,17 @@ def claim(out, cfg, others=()) -> dict | None:
         state.unlink(missing_ok=True)  # or a later --resume would go on with what was replaced
         return None
     if cfg.resume:
-        if out.is_file() and not state.exists():
+        before = [state] if state.exists() else [path for path in (out, *map(Path, others)) if path.exists()]
+        saved = {path: load(path) for path in before}
+        for path in before:
+            was, now = (json.loads(json.dumps(x)) for x in (saved[path]["meta"]["run"], dataclasses.asdict(cfg)))
+            for name in now:
+                if name not in OPERATIONAL and was.get(name) != now[name]:
+                    raise ValueError(f"{path} was made with --{name} {was.get(name)}, now {now[name]}: keep the setting or --overwrite")
+        if out in saved:
             print(f"{out} is finished", flush=True)
             raise SystemExit(0)
-        if not state.exists():
-            return None
-        saved = load(state)
-        was, now = (json.loads(json.dumps(x)) for x in (saved["meta"]["run"], dataclasses.asdict(cfg)))
-        for name in now:
-            if name not in OPERATIONAL and was.get(name) != now[name]:
-                raise ValueError(f"{state} was started with --{name} {was.get(name)}, now {now[name]}: keep the setting or --overwrite")
-        return saved
+        return saved.get(state)
     for path in (out, state, *map(Path, others)):
         if path.exists():
             raise ValueError(f"{path} exists: --resume continues that run, --overwrite replaces it")
@@ -329,17 +328,17 @@ def begin(cfg, stage: str, sizes: dict, Model, ModelConfig):
     world = start(cfg.device, cfg.dtype)
     parent = load(cfg.init)
     meta = parent["meta"]
-    open_fields = {"questions": meta["questions"], "out": default_out(cfg.init, stage)}
-    cfg = fill(cfg, {**open_fields, **sizes["toy" if meta["preset"] == "toy" else "paper"]})
+    named = {"questions": meta["questions"], "out": default_out(cfg.init, stage)}
+    cfg = fill(cfg, named | sizes["toy" if meta["preset"] == "toy" else "paper"])
     state = claim(cfg.out, cfg)
     return cfg, world, load_model(state or parent, Model, ModelConfig, world), meta, state
 
 
-def child_meta(cfg, parent: dict, stage: str, recipe_name: str, step: int, **more) -> dict:
+def child_meta(cfg, parent: dict, stage: str, recipe_name: str, step: int) -> dict:
     """The meta of a checkpoint made from another one: where it came from is kept, the rest is new."""
     kept = {k: parent[k] for k in ("tokens", "preset", "encoding", "world", "pretrain_seed", "tasks")}
-    return new_meta(cfg, **kept, stage=stage, recipe=recipe(parent["recipe"], recipe_name), step=step, parent=cfg.init,
-                    questions=cfg.questions, **more)  # fmt: skip
+    kept |= {"parent": cfg.init, "parent_hash": config_hash(parent), "questions": cfg.questions}
+    return new_meta(cfg, **kept, stage=stage, recipe=recipe(parent["recipe"], recipe_name), step=step)
 
 
 class Log:
@@ -399,6 +398,5 @@ def save_state(out, model, meta: dict, step: int, optimizers: list):
     save(f"{out}.resume", model, meta, step=step, optimizers=[o.state_dict() for o in optimizers])
 
 
-def finish(out):
-    """The result is written: the state for resuming is no longer needed."""
+def finish(out):  # the result is written: the state for resuming is no longer needed
     Path(f"{out}.resume").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
 from data import run, tokens  # noqa: E402
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
-ROWS, LENGTH = 32, 128  # the default pre-training step
+ROWS, LENGTH = 8, 320  # the default pre-training step
 PROMPT, NEW, GROUP = 24, 32, 8  # a default-world question and answer
 
 
@@ -71,7 +71,7 @@ def training(model, twin, steps: int, count: int):
     world = run.start("cpu", "float32")
     run.compile_blocks(model)
     optimizer, peer_optimizer = adam(model), torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
-    compiled = torch.compile(twin)
+    compiled, inputs, targets = torch.compile(twin), ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def ours():
         for _ in range(steps):
@@ -81,7 +81,7 @@ def training(model, twin, steps: int, count: int):
 
     def theirs():
         for _ in range(steps):
-            compiled(input_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(), shift_labels=ids[:, 1:].contiguous()).loss.backward()
+            compiled(input_ids=inputs, labels=targets, shift_labels=targets).loss.backward()
             torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
             peer_optimizer.step()
             peer_optimizer.zero_grad(set_to_none=True)
@@ -125,7 +125,8 @@ def main():
     *speeds, ratio = training(model, twin.train(), 5, args.turns)
     figures["train_vs_transformers"] = round(ratio, 3)
     table.append((f"training step, {ROWS} x {LENGTH} tokens, compiled", *speeds, ratio))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, toy model of {sum(p.numel() for p in model.parameters()):,} parameters")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, toy model of {size:,} parameters")
     print(f"{'':42}{'ours':>12}{'transformers':>14}{'ratio':>8}   (tokens/s)")
     for name, a, b, r in table:
         print(f"{name:42}{a:12,.0f}{b:14,.0f}{r:8.2f}")

@@ -114,7 +114,7 @@ def test_errors_against_fp64(path, case, dtype):
         within(found, everything(reference(dtype, nll), hidden, head, *weights), exact, factors)
         assert not found[-1][vocab:].any(), "the padding has a gradient"
     with torch.no_grad():  # no gradient: (b) in both
-        loss, logp = weighted_nll(hidden, head, target, weight, vocab, temperature, z_loss)
+        loss, logp, _ = weighted_nll(hidden, head, target, weight, vocab, temperature, z_loss)
         assert torch.equal(logp, log_probs(hidden, head, target, vocab, temperature)[0])
         lse = plain(hidden, head, target, vocab, temperature, torch.float64)[2]
         torch.testing.assert_close(loss, (z_loss * lse.square() - weight * logp).sum().float(), atol=1e-3, rtol=1e-3)
@@ -128,11 +128,11 @@ def test_entropy_of_the_row_kernel(path):
 
 def test_rows_without_weight_get_exact_zeros(path):
     hidden, head, target, weight, _ = numbers(N=9, dtype=HALF)
-    loss, _ = weighted_nll(hidden, head, target, weight, 150)
+    loss, *_ = weighted_nll(hidden, head, target, weight, 150)
     loss.backward()
     assert not hidden.grad[weight == 0].any() and hidden.grad[weight != 0].any(1).all()
     hidden.grad = head.grad = None
-    loss, logp = weighted_nll(hidden, head, target, 0 * weight, 150)
+    loss, logp, _ = weighted_nll(hidden, head, target, 0 * weight, 150)
     loss.backward()
     assert float(loss.detach()) == 0 and not hidden.grad.any() and not head.grad.any() and (logp < 0).all()
 
@@ -153,7 +153,7 @@ def test_same_bits_twice_and_a_second_backward(path):
     hidden, head, target, weight, other = numbers(N=9, dtype=HALF)
     runs = []
     for _ in range(2):
-        loss, logp = weighted_nll(hidden, head, target, weight, 150, 0.7, 0.01)
+        loss, logp, _ = weighted_nll(hidden, head, target, weight, 150, 0.7, 0.01)
         first = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
         runs.append([loss, logp, *first, *torch.autograd.grad(loss, (hidden, head))])
         assert all(map(torch.equal, first, runs[-1][-2:]))

@@ -43,7 +43,7 @@ def test_weighted_nll_equals_the_plain_one(monkeypatch, chunk, temperature, z_lo
     monkeypatch.setattr(network, "CHUNK", chunk)
     hidden, head, target, weight = numbers(150)
     results = []
-    for function in (lambda *x: weighted_nll(*x, VOCAB, temperature, z_loss), lambda *x: plain(*x, temperature, z_loss)):
+    for function in (lambda *x: weighted_nll(*x, VOCAB, temperature, z_loss)[:2], lambda *x: plain(*x, temperature, z_loss)):
         loss, logp = function(hidden, head, target, weight)
         results.append((loss, logp, *torch.autograd.grad(3 * loss, (hidden, head))))
     torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
@@ -91,7 +91,7 @@ def test_negative_weight_does_not_reverse_the_z_loss():
 def test_no_rows_at_all(dtype):
     """A rank whose rows have nothing to train on."""
     hidden, head, target, weight = numbers(0, torch.float32)
-    loss, logp = weighted_nll(hidden.to(dtype), head, target, weight, VOCAB)
+    loss, logp, _ = weighted_nll(hidden.to(dtype), head, target, weight, VOCAB)
     loss.backward()
     assert float(loss.detach()) == 0 and logp.shape == (0,) and not head.grad.any()
     (log_probs(hidden.to(dtype), head, target, VOCAB)[0].sum()).backward()
@@ -100,7 +100,7 @@ def test_no_rows_at_all(dtype):
 
 def test_extreme_logits_stay_finite():
     hidden, head, target, weight = numbers(8)
-    loss, logp = weighted_nll(hidden * 1e4, head, target, weight, VOCAB)
+    loss, logp, _ = weighted_nll(hidden * 1e4, head, target, weight, VOCAB)
     assert all(bool(torch.isfinite(x).all()) for x in (loss, logp, *torch.autograd.grad(loss, (hidden, head))))
 
 

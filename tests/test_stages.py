@@ -212,7 +212,7 @@ def test_checkpoints_say_where_they_come_from(whole, world):
 
 
 def test_config_hash_ignores_where_and_how():
-    meta = {"recipe": "rl", "run": {"lr": 1.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
-    same = {"recipe": "rl", "run": {"lr": 1.0, "out": "c", "init": "d", "rows": 8, "seed": 0}}
-    other = {"recipe": "rl", "run": {"lr": 2.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
+    meta = {"recipe": "rl", "step": 6, "run": {"lr": 1.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
+    same = {"recipe": "rl", "step": 6, "run": {"lr": 1.0, "out": "c", "init": "d", "rows": 8, "seed": 0}}
+    other = {"recipe": "rl", "step": 6, "run": {"lr": 2.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
     assert run.config_hash(meta) == run.config_hash(same) != run.config_hash(other)

@@ -218,7 +218,10 @@ def test_a_wrong_equation_is_caught():
 
 
 def test_levels(questions):
-    for (level, _), rows in questions.items():
+    for (level, split), rows in questions.items():
+        if split == "shots":  # easy ones of one step, whatever the level, so that eight of them fit
+            assert all(len(parse(row["question"])[1]) + parse(row["question"])[2] == 1 for row in rows)
+            continue
         counts, first, others, most = toy.LEVELS[level]
         seen = Counter()
         for row in rows:

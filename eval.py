@@ -33,7 +33,7 @@ class Config:
     k: tuple[int, ...] = (1, 8, 32)  # for pass@k
     temperature: float = 0.6  # paper: 0.6
     shots: tuple[int, ...] | None = None  # solved examples before the question (default: 8 and 0 for a base, else 0)
-    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 64 for a toy base, else 512)
+    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 48 for a toy base, else 512)
     rows: int = 1024  # answers sampled side by side; never changes the result
     seed: int = 1234  # noise of the sampling
     device: str = "auto"  # auto, cpu or cuda
@@ -107,7 +107,7 @@ def evaluate(path, cfg, world) -> list[dict]:
     saved = run.load(path)
     meta = saved["meta"]
     enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
-    max_new = cfg.max_new or meta["run"].get("max_new") or (64 if meta["preset"] == "toy" else 512)
+    max_new = cfg.max_new or meta["run"].get("max_new") or (48 if meta["preset"] == "toy" else 512)
     base = {"checkpoint": str(path), "config_hash": run.config_hash(meta), "model": meta["preset"], "split": split, "seed": meta["seed"]}
     base |= {k: meta[k] for k in ("world", "recipe", "tokens", "pretrain_seed", "step")}
     base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}

@@ -16,19 +16,19 @@ cd "$(dirname "$0")"
 SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} PRETRAIN=${PRETRAIN:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
 OUT=${OUT:-ckpt/$SCALE} DATA=${DATA:-data/out/$SCALE}
 RESULTS=${RESULTS:-$OUT/results}
-threads=${OMP_NUM_THREADS:-$(nproc)}
 
 # Each stage's flags; what is not here is the script's own default for this size of model. STEPS: the checkpoints M_t.
 prepare() { "$PYTHON" data/prepare.py toy --out "$DATA" --seed "$1" $TEXT; }
 TEXT="" PRE="" RL="" SFT="" GOLD="" MIX="" EVAL=""
 case $SCALE in
   toy)
-    STEPS="684 1172 1953" ;;  # 2.8M, 4.8M and 8M tokens
+    STEPS="1250 1875 2500"  # 3.2M, 4.8M and 6.4M tokens
+    GOLD="--epochs 1 --batch 64 --compile true" ;;  # 24 solutions a question: 12,000 examples, as many as 24 epochs of one
   smoke)
     STEPS="20 40"
-    TEXT="--tokens 200000 --train_questions 64 --val_questions 16 --test_questions 16"
-    PRE="--tokens 163840 --warmup 5 --compile false --save_every 15"
-    RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32"
+    TEXT="--tokens 150000 --train_questions 64 --val_questions 16 --test_questions 16"
+    PRE="--tokens 102400 --warmup 5 --compile false --save_every 15"
+    RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
     SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
     MIX=$RL EVAL="--limit 8" ;;
   gsm8k)
@@ -37,8 +37,8 @@ case $SCALE in
       "$PYTHON" data/prepare.py text --source "$SOURCE/pretrain_text" --out "$DATA"
       "$PYTHON" data/prepare.py gsm8k --source "$SOURCE/gsm8k" --out "$DATA/gsm8k"
     }
-    PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA/gsm8k --tasks none --compile false"
-    RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8"
+    PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA/gsm8k --compile false"
+    RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8 --compile false"
     SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8"
     EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48" ;;
   1b)
@@ -92,6 +92,8 @@ finished() {  # the rows of a chain's last cell exist
   [ -f "$rows/$stem.jsonl" ] && grep -q "\"split\": \"$([ "$FINAL" = 1 ] && echo test || echo val)\"" "$rows/$stem.jsonl"
 }
 
+ranks=1  # for pre-training, whose batch of 8 rows they share
+while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)); done
 began=$SECONDS
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for ((p = 0; p < PRETRAIN; p++)); do
@@ -100,8 +102,9 @@ for ((p = 0; p < PRETRAIN; p++)); do
   data=$DATA
   if [ "$SCALE" != gsm8k ]; then DATA=$DATA/p$p; fi
   [ -f "$DATA/world.json" ] || prepare "$p"
-  [ "$SCALE" != gsm8k ] || PRE="$PRE"
-  OMP_NUM_THREADS=$threads "$PYTHON" pretrain.py --data "$DATA" --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE
+  # one process a core and one thread each: on small models two ranks are faster than two threads
+  OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node $ranks pretrain.py --data "$DATA" \
+    --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE
   DATA=$data
 done
 

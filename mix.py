@@ -18,7 +18,7 @@ from rl import rl_backward, rl_batch, rl_costs
 from sft import sft_backward, sft_batch, tokenise
 
 SIZES = {
-    "toy": dict(lr=3e-4, sft_lr=2e-3, questions_per_step=32, group=8, batch=16, steps=60, max_new=64),
+    "toy": dict(lr=3e-4, sft_lr=2e-3, questions_per_step=24, group=8, batch=16, steps=50, max_new=48),
     "paper": dict(lr=1e-6, sft_lr=2e-5, questions_per_step=128, group=64, batch=64, steps=1000, max_new=512),
 }
 
@@ -30,10 +30,10 @@ class Config:
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
     share: float = 0.5  # of the RL update; the SFT update has the rest (paper: one half)
-    steps: int | None = None  # steps, as many RL as SFT batches (toy 60)
-    questions_per_step: int | None = None  # RL: over all ranks (toy 32)
+    steps: int | None = None  # steps, as many RL as SFT batches (toy 50)
+    questions_per_step: int | None = None  # RL: over all ranks (toy 24)
     group: int | None = None  # RL: answers a question (toy 8)
-    max_new: int | None = None  # RL: longest answer (toy 64)
+    max_new: int | None = None  # RL: longest answer (toy 48; its hard questions need 84)
     temperature: float = 1.0  # RL: of sampling and of the log-probs trained on
     format_reward: float = 0.1  # RL: for a wrong answer in the right form
     std_norm: bool = False  # RL: divide the advantage by the group's std
@@ -47,10 +47,11 @@ class Config:
     weight_decay: float = 0.0  # of both
     clip: float = 1.0  # largest norm of each of the two gradients
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
-    eval_every: int = 15  # steps between validations (0: only before and after)
-    eval_questions: int = 100  # validation questions; 0 to skip validation
+    eval_every: int = 10  # steps between validations (0: only before and after)
+    eval_questions: int = 48  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
+    compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions, noise of the sampling, which solution
     device: str = "auto"  # auto, cpu or cuda
@@ -74,6 +75,8 @@ def main(cfg):
             optimizer.load_state_dict(kept)
         first = state["step"]
     sampler = Sampler(model, cfg.rows)
+    if cfg.compile:
+        run.compile_blocks(model)
     log = run.Log(cfg.out, world, cfg.steps, first, "loss sft_loss reward cut flat")
 
     def validate(step):

@@ -19,7 +19,7 @@ from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
 SIZES = {
-    "toy": dict(tokens=8_000_000, batch_tokens=2560, length=320, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
+    "toy": dict(tokens=6_400_000, batch_tokens=2560, length=320, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
     "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
 
@@ -31,7 +31,7 @@ class Config:
     questions: str = ""  # questions that later stages take by default (default: DATA/easy if it is there)
     tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks if it is there)
     preset: str = "toy"  # toy, 190m, 1b or 4b
-    tokens: int | None = None  # length of the run (toy 8M; paper: 50B)
+    tokens: int | None = None  # length of the run (toy 6.4M; paper: 50B)
     save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[int, ...] = ()  # the same, in steps
     batch_tokens: int | None = None  # tokens a step over all ranks (toy 2560; paper: 512 x 4096)
@@ -100,7 +100,7 @@ def main(cfg):
         run.fill_model(model, state)
         optimizer.load_state_dict(state["optimizers"][0])
     if cfg.compile:
-        run.compile_blocks(model)
+        run.compile_blocks(model, dynamic=False)
 
     def beside(name):  # what prepare.py toy puts next to the text
         return str(Path(cfg.data) / name) if (Path(cfg.data) / name).is_dir() else ""

@@ -24,7 +24,7 @@ from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
 SIZES = {
-    "toy": dict(lr=3e-4, questions_per_step=32, group=8, steps=60, max_new=64),
+    "toy": dict(lr=3e-4, questions_per_step=24, group=8, steps=50, max_new=48),
     "paper": dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512),  # paper: n = 5 or 64; rest not given
 }
 
@@ -35,10 +35,10 @@ class Config:
     out: str | None = None  # checkpoint to write (default: INIT-rl.pt)
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
-    steps: int | None = None  # rollout batches (toy 60; paper: 600 to 1,600)
-    questions_per_step: int | None = None  # over all ranks (toy 32; paper: not given)
+    steps: int | None = None  # rollout batches (toy 50; paper: 600 to 1,600)
+    questions_per_step: int | None = None  # over all ranks (toy 24; paper: not given)
     group: int | None = None  # answers a question, the n of the paper (toy 8; paper: 5 and 64)
-    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 64)
+    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 48; its hard questions need 84)
     temperature: float = 1.0  # of sampling and of the log-probs trained on: one distribution for both
     format_reward: float = 0.1  # for a wrong answer in the right form; 0 for the pure reward (paper: has one, size not given)
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
@@ -51,10 +51,11 @@ class Config:
     weight_decay: float = 0.0  # off, as in veRL
     clip: float = 1.0  # largest gradient norm
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
-    eval_every: int = 15  # steps between validations (0: only before and after)
-    eval_questions: int = 100  # validation questions; 0 to skip validation
+    eval_every: int = 10  # steps between validations (0: only before and after)
+    eval_questions: int = 48  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
+    compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions and noise of the sampling
     device: str = "auto"  # auto, cpu or cuda
@@ -135,7 +136,7 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
     `reference` are log-probs of the same pieces from the same forward pass."""
     loss, apart = 0.0, []
-    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device)):
+    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device, idle=reference is not None)):
         if old is None and reference is None:
             part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
         else:
@@ -147,10 +148,10 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
         loss += float(part.detach())
         gap = (logp.detach() - piece.logp)[piece.mask].double()
         apart.append([float(x) for x in (gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().sum(), len(gap), gap.abs().amax())])
-    *sums, worst = zip(*apart, strict=True)
+    *sums, worst = zip(*apart, strict=True) if apart else [[0.0]] * 5  # all groups of this rank may be flat
     total, kl, entropy, count = world.sum(*map(sum, sums))
-    told = {"mismatch": total / count, "mismatch_max": world.max(max(worst)), "mismatch_kl": kl / count, "entropy": entropy / count}
-    return loss, told
+    told = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
+    return loss, {name: value / max(1, count) for name, value in told.items()} | {"mismatch_max": world.max(max(worst))}
 
 
 def batch_tokens(batch, world) -> float:
@@ -160,7 +161,7 @@ def batch_tokens(batch, world) -> float:
 @torch.no_grad()
 def piece_log_probs(model, batch, cfg, world) -> list:
     """Log-probs of each piece under `model`, from the same forward pass that training uses."""
-    pieces = problems.pieces(batch, cfg.micro, world.device)
+    pieces = problems.pieces(batch, cfg.micro, world.device, idle=cfg.kl != 0)
     return [model(piece.ids, mask=piece.mask, temperature=cfg.temperature)[0] for piece in pieces]
 
 
@@ -176,6 +177,8 @@ def main(cfg):
         optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
     sampler = Sampler(model, cfg.rows)
+    if cfg.compile:
+        run.compile_blocks(model)
     log = run.Log(cfg.out, world, cfg.steps, first, "loss reward cut flat")
 
     def validate(step):

@@ -22,7 +22,7 @@ class Config:
     first: int = 4  # how many questions
     shots: int = 0  # solved examples before each question
     n: int = 4  # answers to each
-    max_new: int = 64  # longest answer
+    max_new: int = 48  # longest answer
     temperature: float = 1.0  # 0 takes the most probable token
     format_reward: float = 0.1  # as in rl.py
     seed: int = 0  # noise of the sampling

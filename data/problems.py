@@ -183,11 +183,14 @@ def shuffled(count, batch, seed, step):
     return order[index * batch:(index + 1) * batch].tolist()
 
 
-def pieces(batch, micro, device):
-    """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row."""
+def pieces(batch, micro, device, idle=False):
+    """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row. Rows whose
+    weights are all 0 (the answers of a flat group) have no gradient and are left out, unless `idle` ones are wanted."""
     width = batch.ids.shape[1] - 1
     last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets up to the last that counts
-    for rows in last.argsort(descending=True, stable=True).split(micro):
+    order = last.argsort(descending=True, stable=True)
+    order = order if idle else order[batch.weight[order].any(1)]
+    for rows in order.split(micro) if len(order) else ():
         targets = -(-int(last[rows].max()) // 8) * 8
         yield Batch(*(None if x is None else x[rows, :targets + extra].to(device)
                       for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))

@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -182,9 +183,11 @@ def gradients(model, world: World, clip: float) -> tuple[list, float]:
     for p in model.parameters():
         if p.grad is None:  # a rank whose rows had nothing to train on still takes part
             p.grad = torch.zeros_like(p)
-    if world.size > 1:
-        for pending in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
-            pending.wait()
+    if world.size > 1:  # one message for many small tensors: forty of them took longer than the step
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        dist.all_reduce(flat)
+        for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            p.grad.copy_(part.view_as(p))
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     taken = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -260,10 +263,13 @@ def place(model, world: World):  # weights are fp32 masters, fp64 only when ever
     return model.to(world.device, torch.float64 if world.compute == torch.float64 else torch.float32)
 
 
-def compile_blocks(model):
-    """torch.compile each block in place (the names of the parameters stay); all blocks share one compiled code."""
+def compile_blocks(model, dynamic: bool = True):
+    """torch.compile each block in place (the names of the parameters stay); all blocks, and if dynamic all lengths, share
+    one code."""
+    if next(model.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        return print("no C++ compiler (g++ or $CXX): running without --compile", file=sys.stderr)
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=dynamic)
 
 
 def recipe(parent: str, stage: str) -> str:  # base -> rl, sft, sft-gold or mix; anything later is parent->stage

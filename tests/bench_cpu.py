@@ -69,7 +69,7 @@ def training(model, twin, steps: int, count: int):
     ids = torch.randint(0, model.config.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     weight = torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH))
     world = run.start("cpu", "float32")
-    run.compile_blocks(model)
+    run.compile_blocks(model, dynamic=False)
     optimizer, peer_optimizer = adam(model), torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
     compiled, inputs, targets = torch.compile(twin), ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 

@@ -16,7 +16,7 @@ import model as network
 from data import run
 
 SFT = dict(batch=8, steps=4, save_every=1, eval_questions=0, warmup=1)
-RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, save_every=1, eval_questions=0)
+RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, save_every=1, eval_questions=0, compile="false")
 TRAINERS = {"sft": SFT, "rl": RL, "mix": RL | {"batch": 8}}
 
 

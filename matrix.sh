@@ -95,16 +95,18 @@ finished() {  # the rows of a chain's last cell exist
 ranks=1  # for pre-training, whose batch of 8 rows they share
 while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)); done
 began=$SECONDS
+stop() { echo "matrix.sh: error: $1 failed" >&2; exit 1; }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for ((p = 0; p < PRETRAIN; p++)); do
   folder=$OUT/p$p
   mkdir -p "$folder" "$RESULTS"
   data=$DATA
   if [ "$SCALE" != gsm8k ]; then DATA=$DATA/p$p; fi
-  [ -f "$DATA/world.json" ] || prepare "$p"
+  [ -f "$DATA/world.json" ] || prepare "$p" || stop "data/prepare.py (seed $p, into $DATA)"
   # one process a core and one thread each: on small models two ranks are faster than two threads
   OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node $ranks pretrain.py --data "$DATA" \
-    --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE
+    --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE \
+    || stop "pretrain.py --data $DATA --out $folder --save_steps ${STEPS// /,} --seed $p --resume $PRE"
   DATA=$data
 done
 

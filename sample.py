@@ -40,20 +40,21 @@ def main(cfg):
     meta = saved["meta"]
     enc = tokens.encoding(meta["encoding"])
     if cfg.prompt:
-        rows, prompts, prefix = [{"id": "prompt"}], [tokens.encode(enc, cfg.prompt)], []
+        text = cfg.prompt if enc.name != "toy" else f" {cfg.prompt.strip()}"  # toy words begin with their space
+        rows, prompts, prefix = [{"id": "prompt"}], [tokens.encode(enc, text)], []
     else:
         folder = cfg.questions or meta["questions"]
         rows = problems.load(folder, cfg.split)[: cfg.first]
         prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in rows]
         shots = problems.load(folder, "shots")[: cfg.shots] if cfg.shots else ()
         prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
-    sampler = Sampler(run.load_model(saved, Model, ModelConfig, world), rows=cfg.n)
+    sampler = Sampler(run.load_model(saved, Model, ModelConfig, world))
     for row, prompt in zip(rows, prompts, strict=True):
         print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
-        samples = sampler([prompt], cfg.n, cfg.max_new, problems.answer_seeds(cfg.seed, 0, [row], cfg.n), [enc.eot_token],
-                          cfg.temperature, prefix)  # fmt: skip
-        for ids, length, cut in zip(samples.tokens, samples.lengths.tolist(), samples.cut.tolist(), strict=True):
-            text = tokens.decode(enc, ids[: length - (not cut)].tolist())
+        for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):  # one by one, to show each when it is there
+            samples = sampler([prompt], 1, cfg.max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
+            cut = bool(samples.cut)
+            text = tokens.decode(enc, samples.tokens[0, : int(samples.lengths) - (not cut)].tolist())
             reward = f"{problems.reward(text, row['answer'], not cut, cfg.format_reward):4.1f} " if "answer" in row else ""
             print(f"  {reward}|{text}{' ...' if cut else ''}", flush=True)
 

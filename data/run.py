@@ -45,14 +45,15 @@ def configure(Config, argv: list[str], doc: str = ""):
     """`--field value` or `--field=value` for every field of the dataclass Config (`--flag` alone for a bool).
 
     Integers may be written 2000, 50e9, 2.8M; tuples 1000,2000. Words without a flag go to the first field if that is a
-    tuple of str (eval.py ckpt/*.pt). Raises ValueError for what is not a field or has the
-    wrong type; prints the help and exits 0 on --help."""
+    tuple of str (eval.py ckpt/*.pt). Raises ValueError for what is not a field or has the wrong type; prints the help and
+    exits 0 on --help."""
     hints, values, rest = typing.get_type_hints(Config), {}, list(argv)
     if "--help" in rest or "-h" in rest:
         print((doc or "").strip() + "\n\nflags:")
-        for field, comment in zip(dataclasses.fields(Config), _comments(Config), strict=True):
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.*)$", inspect.getsource(Config), re.M))
+        for field in dataclasses.fields(Config):
             default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
-            print(f"  --{field.name:<18} {comment}{default}")
+            print(f"  --{field.name:<18} {comments.get(field.name, '')}{default}")
         raise SystemExit(0)
     first = dataclasses.fields(Config)[0].name
     words = hints[first] == tuple[str, ...]
@@ -77,12 +78,6 @@ def configure(Config, argv: list[str], doc: str = ""):
     if missing:
         raise ValueError(f"--{missing[0]} is needed; --help says what it is")
     return Config(**values)
-
-
-def _comments(Config) -> list[str]:
-    """The comment behind each field, in order."""
-    found = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    return [found.get(field.name, "") for field in dataclasses.fields(Config)]
 
 
 def _parse(name: str, text: str, kind):
@@ -276,15 +271,11 @@ def recipe(parent: str, stage: str) -> str:  # base -> rl, sft, sft-gold or mix;
     return stage if parent == "base" else f"{parent}->{stage}"
 
 
-def default_out(init: str, stage: str) -> str:  # ckpt/step5000.pt, rl -> ckpt/step5000-rl.pt
-    return str(Path(init).with_name(f"{Path(init).stem}-{stage}.pt"))
-
-
 def new_meta(cfg, **meta) -> dict:
     """What a checkpoint says of itself; keyword arguments (stage, recipe, step, ...) come first."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {**meta, "run": dataclasses.asdict(cfg), "seed": cfg.seed, "commit": commit.stdout.strip() or "unknown",
-            "torch": str(torch.__version__)}  # fmt: skip
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {**meta, "run": dataclasses.asdict(cfg), "seed": cfg.seed, "commit": commit or "unknown", "torch": str(torch.__version__)}
 
 
 def config_hash(meta: dict) -> str:
@@ -296,7 +287,7 @@ def config_hash(meta: dict) -> str:
 
 # ------------------------------------------------------------------------------------- outputs, resume, metrics log
 
-OPERATIONAL = {"resume", "overwrite", "device", "save_every", "rows", "compile"}  # may differ when a run is resumed
+OPERATIONAL = {"resume", "overwrite", "device", "save_every", "rows", "micro", "compile"}  # may differ when a run is resumed
 
 
 def claim(out, cfg, others=()) -> dict | None:
@@ -317,7 +308,8 @@ def claim(out, cfg, others=()) -> dict | None:
                 if name not in OPERATIONAL and was.get(name) != now[name]:
                     raise ValueError(f"{path} was made with --{name} {was.get(name)}, now {now[name]}: keep the setting or --overwrite")
         if out in saved:
-            print(f"{out} is finished", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{out} is finished", flush=True)
             raise SystemExit(0)
         return saved.get(state)
     for path in (out, state, *map(Path, others)):
@@ -334,7 +326,7 @@ def begin(cfg, stage: str, sizes: dict, Model, ModelConfig):
     world = start(cfg.device, cfg.dtype)
     parent = load(cfg.init)
     meta = parent["meta"]
-    named = {"questions": meta["questions"], "out": default_out(cfg.init, stage)}
+    named = {"questions": meta["questions"], "out": str(Path(cfg.init).with_suffix("")) + f"-{stage}.pt"}
     cfg = fill(cfg, named | sizes["toy" if meta["preset"] == "toy" else "paper"])
     state = claim(cfg.out, cfg)
     return cfg, world, load_model(state or parent, Model, ModelConfig, world), meta, state
@@ -351,8 +343,7 @@ class Log:
     """One JSON line a step in `<out>.metrics.jsonl`, and a progress bar that shows some of them. Rank 0 only."""
 
     def __init__(self, out, world: World, steps: int, first: int, shown: str):
-        self.path, self.shown, self.active = Path(f"{out}.metrics.jsonl"), shown.split(), world.rank == 0
-        self.totals = {}
+        self.path, self.shown, self.active, self.totals = Path(f"{out}.metrics.jsonl"), shown.split(), world.rank == 0, {}
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -361,8 +352,8 @@ class Log:
         self.path.write_text("".join(kept))
         self.totals = next((line["totals"] for line in reversed(lines) if line["step"] < first and "totals" in line), {})
         self.file = open(self.path, "a", buffering=1)
-        self.bar = tqdm(total=steps, initial=first, desc=Path(out).name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20,
-                        bar_format="{desc}: {n}/{total}  {postfix}|  {remaining} left", postfix="")  # fmt: skip
+        pace = 0.5 if sys.stderr.isatty() else 20  # seconds between refreshes
+        self.bar = tqdm(total=steps, initial=first, mininterval=pace, bar_format="{desc}  |  {remaining} left")
 
     def __call__(self, step: int, costs: dict, **values):
         """Record update `step` (from 0). `costs` (flops, seconds, questions, sampled_tokens ...) of this step are summed
@@ -372,7 +363,8 @@ class Log:
         self.totals = {name: self.totals.get(name, 0) + cost for name, cost in costs.items()}
         self.file.write(json.dumps({"step": step, **values, "totals": self.totals}) + "\n")
         shown = "  ".join(f"{name} {values[name]:.3g}" for name in self.shown if name in values)
-        self.bar.set_postfix_str(shown + "  ", refresh=False)
+        name = self.path.name.removesuffix(".metrics.jsonl")
+        self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {shown}", refresh=False)
         self.bar.update(step + 1 - self.bar.n)
 
     def add(self, step: int, **values):

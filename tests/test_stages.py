@@ -14,7 +14,8 @@ from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics, sa
 
 from data import run
 
-RL = dict(questions_per_step=4, group=4, max_new=24, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, lr=1e-3, compile="false")
+RL = dict(questions_per_step=4, group=4, max_new=24, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, lr=1e-3,
+          compile="false")  # fmt: skip
 SFT = dict(batch=8, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, max_new=24, warmup=2)
 MIX = RL | dict(batch=8, sft_warmup=2)
 PRE = dict(tokens=6 * 1024, save_every=2, eval_every=3)

@@ -8,12 +8,14 @@ measured with 8 shots and with none, everything else with none. Questions come f
 the test split. Rows of a checkpoint are written together to RESULTS/CHECKPOINT.jsonl, and those that are there are kept.
 """
 
+import functools
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data import problems, report, run, tasks, tokens
 from model import Model, ModelConfig, Sampler
@@ -97,7 +99,7 @@ def training(path) -> tuple[list[dict], dict]:
         reward = x.get("reward", reward)  # of the step before the validation
         if "validation" in x:
             kept = {k: v for k, v in x["validation"].items() if k not in ("correct", "n", "temperature")}
-            points.append({"step": x["step"], "reward": reward, **kept})
+            points.append({"step": x["step"], **({} if reward is None else {"reward": reward}), **kept})
     totals = [x["totals"] for x in lines if "totals" in x]
     return points, totals[-1] if totals else {}
 
@@ -107,7 +109,7 @@ def evaluate(path, cfg, world) -> list[dict]:
     saved = run.load(path)
     meta = saved["meta"]
     enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
-    max_new = cfg.max_new or meta["run"].get("max_new") or (48 if meta["preset"] == "toy" else 512)
+    max_new = cfg.max_new or meta["run"].get("max_new") or (48 if meta["preset"].startswith("toy") else 512)
     base = {"checkpoint": str(path), "config_hash": run.config_hash(meta), "model": meta["preset"], "split": split, "seed": meta["seed"]}
     base |= {k: meta[k] for k in ("world", "recipe", "tokens", "pretrain_seed", "step")}
     base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}
@@ -116,6 +118,10 @@ def evaluate(path, cfg, world) -> list[dict]:
         base |= costs
     file = Path(cfg.results) / f"{Path(path).stem}.jsonl"
     rows = run.read_lines(file) if file.exists() else []
+    others = {row["checkpoint"] for row in rows} - {str(path)}
+    if others and not cfg.overwrite:
+        raise ValueError(f"{file} has the rows of {others.pop()}: give another --results, or --overwrite")
+    rows = [row for row in rows if row["checkpoint"] == str(path)]
 
     def missing(kind, benchmark=None, **settings):
         """Is there no such row yet? What was measured on another version of the checkpoint, or otherwise, goes."""
@@ -129,27 +135,35 @@ def evaluate(path, cfg, world) -> list[dict]:
 
     model = run.load_model(saved, Model, ModelConfig, world).eval()
     sampler = Sampler(model, cfg.rows)
+    if world.rank == 0:
+        sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
+    def say(text):
+        if world.rank == 0:
+            print(f"{path}  {text}", flush=True)
+
     for folder in cfg.questions or (meta["questions"],):
+        if Path(folder).name == "test.jsonl" and not cfg.final:
+            raise ValueError(f"{folder} looks like a test split: only --final opens one")
         questions = problems.load(folder, split)[: cfg.limit or None]
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
-            name = Path(folder).stem
+            name, shown = Path(folder).stem, problems.load(folder, "shots")[:shots] if shots else []
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=cfg.seed,
-                       ids=[row["id"] for row in questions])  # fmt: skip
+                       ids=[row["id"] for row in questions], content=run.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
                 continue
-            shown = problems.load(folder, "shots")[:shots] if shots else ()
             result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
             rows.append({"kind": "pass", **base, "benchmark": name, **how, **result})
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
-            print(f"{path}  {name} {split} {shots}-shot  {told}  in format {100 * result['formatted']:.0f}%", flush=True)
+            say(f"{name} {split} {shots}-shot  {told}  in format {100 * result['formatted']:.0f}%")
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
-        if missing("general", name):
+        if missing("general", name, content=run.fingerprint(items)):
             result = tasks.score(items, enc, lambda pairs: continuation_log_probs(model, pairs, tokens.pad_id(enc), world.device))
-            rows.append({"kind": "general", **base, "benchmark": name, **result})
-            print(f"{path}  {name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}", flush=True)
+            rows.append({"kind": "general", **base, "benchmark": name, "content": run.fingerprint(items), **result})
+            say(f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}")
+    split = "val"  # what a trainer watches, whatever is measured here
     if points and missing("curve"):
-        rows.append({"kind": "curve", **base, "points": points})
+        rows.append({"kind": "curve", **base, "split": split, "points": points})
     if world.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(file.name + ".tmp")
@@ -165,8 +179,10 @@ def main(cfg):
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):
         raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
+    if cfg.json:
+        raise ValueError("--json goes with --report")
     world = run.start(cfg.device, cfg.dtype)
-    for path in cfg.checkpoints:
+    for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)
 
 

@@ -10,7 +10,7 @@
 # SEEDS        post-training seeds 0 .. SEEDS-1                    JOBS     cells side by side, one thread each (2)
 # PRETRAIN     pre-training seeds 0 .. PRETRAIN-1 (1)              PYTHON   the interpreter (python)
 # OUT          checkpoints, logs (ckpt/$SCALE)                     RESULTS  rows, report.md, figures ($OUT/results)
-# DATA         prepared data (data/out/$SCALE)                     FINAL    1: the test split, 0: validation (1)
+# DATA         prepared data, DATA-p0 ... (data/out/$SCALE)        FINAL    1: the test split, 0: validation (1)
 set -euo pipefail
 cd "$(dirname "$0")"
 SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} PRETRAIN=${PRETRAIN:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
@@ -18,26 +18,26 @@ OUT=${OUT:-ckpt/$SCALE} DATA=${DATA:-data/out/$SCALE}
 RESULTS=${RESULTS:-$OUT/results}
 
 # Each stage's flags; what is not here is the script's own default for this size of model. STEPS: the checkpoints M_t.
-prepare() { "$PYTHON" data/prepare.py toy --out "$DATA" --seed "$1" $TEXT; }
+prepare() { [ -f "$1/world.json" ] || "$PYTHON" data/prepare.py toy --out "$1" --seed "$2" $TEXT; }
 TEXT="" PRE="" RL="" SFT="" GOLD="" MIX="" EVAL=""
 case $SCALE in
   toy)
-    STEPS="1250 1875 2500"  # 3.2M, 4.8M and 6.4M tokens
-    GOLD="--epochs 1 --batch 64 --compile true" ;;  # 24 solutions a question: 12,000 examples, as many as 24 epochs of one
+    STEPS="1367 2051 2734"  # 2.8M, 4.2M and 5.6M tokens
+    GOLD="--epochs 1 --batch 64 --compile true" ;;  # 24 solutions a question: 9,600 examples, where --solutions 1 sees 2,000
   smoke)
     STEPS="20 40"
     TEXT="--tokens 150000 --train_questions 64 --val_questions 16 --test_questions 16"
     PRE="--tokens 102400 --warmup 5 --compile false --save_every 15"
     RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
     SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
-    MIX=$RL EVAL="--limit 8" ;;
+    MIX=$RL EVAL="--limit 8 --max_new 32" ;;
   gsm8k)
     STEPS="8 16"
     prepare() {
-      "$PYTHON" data/prepare.py text --source "$SOURCE/pretrain_text" --out "$DATA"
-      "$PYTHON" data/prepare.py gsm8k --source "$SOURCE/gsm8k" --out "$DATA/gsm8k"
+      { [ -f "$1/world.json" ] || "$PYTHON" data/prepare.py text --source "$SOURCE/pretrain_text" --out "$1"; } &&
+        { [ -f "$1-questions/world.json" ] || "$PYTHON" data/prepare.py gsm8k --source "$SOURCE/gsm8k" --out "$1-questions"; }
     }
-    PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA/gsm8k --compile false"
+    PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA-p0-questions --compile false"
     RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8 --compile false"
     SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8"
     EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48" ;;
@@ -54,7 +54,7 @@ for M in 1000 2000 3000 5000 6000 7000 10000 14000 22000; do
   torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step$M.pt --solutions all
   torchrun --nproc_per_node 8 rl.py  --init ckpt/1b/step$M-sft-gold.pt
   torchrun --nproc_per_node 8 mix.py --init ckpt/1b/step$M.pt
-  torchrun --nproc_per_node 8 eval.py ckpt/1b/step$M*.pt --questions data/out/gsm8k,data/out/math --limit 0 --final --results results/1b
+  torchrun --nproc_per_node 8 eval.py ckpt/1b/step$M.pt ckpt/1b/step$M-*.pt --questions data/out/gsm8k,data/out/math --limit 0 --final --results results/1b
 done
 python eval.py --report results/1b
 TEXT
@@ -64,7 +64,8 @@ esac
 if [ "$SCALE" = gsm8k ] && [ ! -d "${SOURCE:-/nowhere}/gsm8k" ]; then
   echo "matrix.sh: error: SCALE=gsm8k needs SOURCE=FOLDER with gsm8k/ and pretrain_text/ in it" >&2; exit 2
 fi
-[ "$FINAL" = 1 ] && EVAL="$EVAL --final"
+if [ "$FINAL" = 1 ]; then EVAL="$EVAL --final"; fi
+if ! [ "$JOBS" -ge 1 ] 2>/dev/null; then echo "matrix.sh: error: JOBS is a number from 1, not '$JOBS'" >&2; exit 2; fi
 
 # One chain of cells: the commands that have to wait for each other. Prints each command, so that a log says what failed.
 run() { echo "+ $*"; OMP_NUM_THREADS=1 "$@"; }
@@ -96,18 +97,19 @@ ranks=1  # for pre-training, whose batch of 8 rows they share
 while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)); done
 began=$SECONDS
 stop() { echo "matrix.sh: error: $1 failed" >&2; exit 1; }
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+set -m  # each chain is a process group of its own, so that nothing of it stays behind when this script ends
+trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 for ((p = 0; p < PRETRAIN; p++)); do
   folder=$OUT/p$p
   mkdir -p "$folder" "$RESULTS"
-  data=$DATA
-  if [ "$SCALE" != gsm8k ]; then DATA=$DATA/p$p; fi
-  [ -f "$DATA/world.json" ] || prepare "$p" || stop "data/prepare.py (seed $p, into $DATA)"
+  data=$DATA-p$p  # a world of its own for each pre-training seed
+  prepare "$data" "$p" || stop "data/prepare.py (seed $p, into $data)"
   # one process a core and one thread each: on small models two ranks are faster than two threads
-  OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node $ranks pretrain.py --data "$DATA" \
+  OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node $ranks pretrain.py --data "$data" \
     --out "$folder" --save_steps "${STEPS// /,}" --seed "$p" --resume $PRE \
-    || stop "pretrain.py --data $DATA --out $folder --save_steps ${STEPS// /,} --seed $p --resume $PRE"
-  DATA=$data
+    || stop "pretrain.py --data $data --out $folder --save_steps ${STEPS// /,} --seed $p --resume $PRE"
 done
 
 todo=() total=0
@@ -134,7 +136,7 @@ reap() {  # wait for one chain; stop everything if it failed
     read -r init recipe seed <<< "${cell[$pid]}"
     log=${init%.pt}-$recipe-s$seed.log
     echo "matrix.sh: error: $(grep '^+ ' "$log" | tail -n 1 | cut -c 3-) exited with status $status" >&2
-    grep -v '^+ ' "$log" | tail -n 3 >&2
+    tr '\r' '\n' < "$log" | grep -v '^+ ' | tail -n 3 >&2
     exit 1
   fi
   local left=$(((SECONDS - matrix_began) * (${#todo[@]} - count) / count))
@@ -144,6 +146,7 @@ running=0
 for job in ${todo[@]+"${todo[@]}"}; do
   if [ $running -ge "$JOBS" ]; then reap; running=$((running - 1)); fi
   read -r init recipe seed <<< "$job"
+  echo "start  $init $recipe $seed  (${init%.pt}-$recipe-s$seed.log)"
   chain "$init" "$recipe" "$seed" > "${init%.pt}-$recipe-s$seed.log" 2>&1 &
   cell[$!]=$job
   running=$((running + 1))

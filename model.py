@@ -52,6 +52,7 @@ class ModelConfig:
 
 PRESETS = {
     "toy": dict(layers=4, width=96, heads=4, ffn=256, context=512),  # half a million parameters
+    "toy-large": dict(layers=6, width=192, heads=6, ffn=512, context=512),  # five times that: data against size
     "190m": dict(layers=12, width=768, heads=12, ffn=3072, context=4096),  # 190M beside the embedding
     "1b": dict(layers=16, width=2048, heads=16, ffn=8192, context=4096),  # OLMo-2-0425-1B
     "4b": dict(layers=30, width=3072, heads=24, ffn=8192, context=4096),  # paper: "4B", shape not given; here: 4.01B
@@ -189,7 +190,7 @@ class Model(nn.Module):
 
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs a token: 6 a weight outside the embedding, 12*layers*D*T for attention with the causal
-        half counted in full, as most reports do (PaLM, appendix B): 9.286 GFLOP at 1B and 4096. Forward: a third."""
+        half counted in full, as most reports do (PaLM, appendix B): 9.287 GFLOP at 1B and 4096. Forward: a third."""
         c = self.config
         weights = sum(p.numel() for p in self.parameters()) - c.padded_vocab * c.width
         return 6.0 * weights + 12.0 * c.layers * c.width * length
@@ -549,45 +550,48 @@ def uniform_noise(seeds: list[int], length: int) -> Tensor:
     return noise
 
 
-class Shared(NamedTuple):
+class SharedKV(NamedTuple):
     """Keys and values that several rows read: the few-shot prefix (one group of all rows) or the prompts (a group a
-    question). One product a group reads them once, where a cache a row would read them for every answer."""
+    question). One product a group reads them once, where a cache a row would read them for every answer.
+
+    Three questions with two answers each: group = [0 0 1 1 2 2], row_of_slot = [[0 1] [2 3] [4 5]]. Once the second
+    answer of question 1 is finished: group = [0 0 1 2 2], row_of_slot = [[0 1] [2 0] [3 4]], slot_of_row = [0 1 2 4 5]."""
 
     cache: list[tuple[Tensor, Tensor]]  # a layer: keys and values (G, H, S, K)
     hole: Tensor  # (G, 1, 1, S), -inf where a prompt is shorter than the longest
     group: Tensor  # (R,) the group of each row, ascending
-    place: Tensor  # (G, m) a row for each slot of each group, m = rows of the largest; slots left over repeat row 0
-    back: Tensor  # (R,) the slot of each row, counted through
+    row_of_slot: Tensor  # (G, m) a row for each slot of each group, m = rows of the largest; slots left over repeat row 0
+    slot_of_row: Tensor  # (R,) the slot of each row, counted through
 
-    def keep(self, rows: Tensor) -> "Shared":
+    def keep(self, rows: Tensor) -> "SharedKV":
         used, group = torch.unique_consecutive(self.group[rows], return_inverse=True)
         cache = self.cache if len(used) == len(self.hole) else [(k[used], v[used]) for k, v in self.cache]
-        return shared(cache, self.hole[used], group)
+        return share(cache, self.hole[used], group)
 
     def scores(self, layer: int, q: Tensor) -> Tensor:
         """q (R, H, K) -> (R, H, S)"""
-        score = q[self.place].transpose(1, 2) @ self.cache[layer][0].transpose(2, 3) + self.hole  # (G, H, m, S)
-        return score.transpose(1, 2).reshape(-1, *q.shape[1:2], score.shape[3])[self.back]
+        score = q[self.row_of_slot].transpose(1, 2) @ self.cache[layer][0].transpose(2, 3) + self.hole  # (G, H, m, S)
+        return score.transpose(1, 2).reshape(-1, *q.shape[1:2], score.shape[3])[self.slot_of_row]
 
-    def mix(self, layer: int, p: Tensor) -> Tensor:
+    def values(self, layer: int, p: Tensor) -> Tensor:
         """Probabilities p (R, H, S) -> weighted sum of the values (R, H, K)"""
-        y = p[self.place].transpose(1, 2) @ self.cache[layer][1]  # (G, H, m, K)
-        return y.transpose(1, 2).reshape(-1, p.shape[1], y.shape[3])[self.back]
+        y = p[self.row_of_slot].transpose(1, 2) @ self.cache[layer][1]  # (G, H, m, K)
+        return y.transpose(1, 2).reshape(-1, p.shape[1], y.shape[3])[self.slot_of_row]
 
 
-def shared(cache, hole: Tensor, group: Tensor) -> Shared:
+def share(cache, hole: Tensor, group: Tensor) -> SharedKV:
     row, count = torch.arange(len(group), device=group.device), torch.bincount(group, minlength=len(hole))
     slot, most = row - (count.cumsum(0) - count)[group], int(count.max())
-    place = torch.zeros(len(hole), most, dtype=torch.long, device=group.device)
-    place[group, slot] = row
-    return Shared(cache, hole, group, place, group * most + slot)
+    row_of_slot = torch.zeros(len(hole), most, dtype=torch.long, device=group.device)
+    row_of_slot[group, slot] = row
+    return SharedKV(cache, hole, group, row_of_slot, group * most + slot)
 
 
 class Sampler:
     """Draws answers with a key/value cache, in the compute dtype of the model.
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys stay shared while the
-    answers grow (`Shared`). Every row writes the same column of its own cache and reads a plain slice; positions count
+    answers grow (`SharedKV`). Every row writes the same column of its own cache and reads a plain slice; positions count
     real tokens. Rows that finished are dropped when a quarter of the batch has.
     Call `refresh()` after the weights of the model have changed.
     """
@@ -596,6 +600,7 @@ class Sampler:
 
     def __init__(self, model: Model, rows: int = 512):
         self.model, self.rows = model, rows  # rows: answers sampled side by side
+        self.progress = iter  # wraps the list of batches, tqdm for instance
         self.refresh()
 
     def refresh(self):
@@ -633,8 +638,7 @@ class Sampler:
         noise = uniform_noise(seeds, max_new)
         order = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # alike lengths share a batch
         step, used, spent = max(1, self.rows // n), 0, 0
-        for i in range(0, len(order), step):
-            questions = order[i : i + step]
+        for questions in self.progress([order[i : i + step] for i in range(0, len(order), step)]):
             rows = torch.tensor([q * n + a for q in questions for a in range(n)])
             out = self._batch([prompts[q] for q in questions], n, noise[rows].to(device), ends, temperature, prefix)
             tokens[rows], logp[rows], lengths[rows], cut[rows] = (x.cpu() for x in out[:4])
@@ -674,9 +678,9 @@ class Sampler:
         group = torch.arange(Q, device=device).repeat_interleave(n)
         hole = torch.zeros(Q, 1, 1, P, dtype=m.compute, device=device)
         hole.masked_fill_(torch.arange(P, device=device) >= size[:, None, None, None], -math.inf)
-        sources = [shared(prompt_cache, hole, group)]
+        sources = [share(prompt_cache, hole, group)]
         if past:
-            sources.append(shared(past, torch.zeros(1, 1, 1, len(prefix), dtype=m.compute, device=device), group * 0))
+            sources.append(share(past, torch.zeros(1, 1, 1, len(prefix), dtype=m.compute, device=device), group * 0))
         cache = torch.empty(c.layers, 2, R, c.heads, max_new, c.width // c.heads, dtype=m.compute, device=device)
         position = size[group, None] + len(prefix) + torch.arange(max_new, device=device)  # (R, max_new)
         cos, sin = rope_table(position, c.width // c.heads, c.theta)
@@ -721,7 +725,7 @@ class Sampler:
 
     def _step(self, token, cache, T, cos, sin, sources):
         """One token (R,) for every row; cache (L, 2, R, H, max_new, K), of which T columns are filled, the last one here;
-        sources: Shared keys and values before them. -> final hidden states (R, D)."""
+        sources: SharedKV, and values before them. -> final hidden states (R, D)."""
         c = self.model.config
         R, H, K = len(token), c.heads, c.width // c.heads
         cos, sin = cos[:, None, None], sin[:, None, None]  # (R, 1, 1, K/2)
@@ -738,7 +742,7 @@ class Sampler:
             own, *others = p.split([T, *(source.hole.shape[3] for source in sources)], dim=2)
             y = torch.bmm(own.reshape(R * H, 1, T), value).view(R, H, K)
             for source, part in zip(sources, others, strict=True):
-                y += source.mix(layer, part)
+                y += source.values(layer, part)
             x = x + rms_norm(y.view(R, c.width) @ out.T, attention_norm, c.eps)
             gate, up = (x @ gate_up.T).chunk(2, dim=1)
             x = x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, c.eps)

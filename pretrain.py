@@ -19,7 +19,7 @@ from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
 SIZES = {
-    "toy": dict(tokens=6_400_000, batch_tokens=2560, length=320, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
+    "toy": dict(tokens=5_600_000, batch_tokens=2048, length=256, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
     "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
 
@@ -30,12 +30,12 @@ class Config:
     out: str = "ckpt/toy"  # folder for step*.pt
     questions: str = ""  # questions that later stages take by default (default: DATA/easy if it is there)
     tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks if it is there)
-    preset: str = "toy"  # toy, 190m, 1b or 4b
-    tokens: int | None = None  # length of the run (toy 6.4M; paper: 50B)
+    preset: str = "toy"  # toy, toy-large, 190m, 1b or 4b
+    tokens: int | None = None  # length of the run (toy 5.6M; paper: 50B)
     save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[int, ...] = ()  # the same, in steps
-    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2560; paper: 512 x 4096)
-    length: int | None = None  # tokens a row (toy 320: eight shots and a question fit; paper: 4096)
+    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
+    length: int | None = None  # tokens a row (toy 256; paper: 4096)
     micro: int = 32  # rows a forward pass; never changes the result
     lr: float | None = None  # peak learning rate (toy 3e-3; paper: 4e-4, cosine)
     warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
@@ -72,7 +72,7 @@ def held_out_loss(model, stream, cfg, world) -> float:
 def main(cfg):
     if cfg.preset not in PRESETS:
         raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
-    cfg = run.fill(cfg, SIZES["toy" if cfg.preset == "toy" else "paper"])
+    cfg = run.fill(cfg, SIZES["toy" if cfg.preset.startswith("toy") else "paper"])
     world = run.start(cfg.device, cfg.dtype)
     stream = tokens.Stream(cfg.data, "train", cfg.length, cfg.seed)
     held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed)

@@ -24,7 +24,7 @@ from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
 SIZES = {
-    "toy": dict(lr=3e-4, questions_per_step=24, group=8, steps=50, max_new=48),
+    "toy": dict(lr=3e-4, questions_per_step=16, group=8, steps=50, max_new=48),
     "paper": dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512),  # paper: n = 5 or 64; rest not given
 }
 
@@ -36,7 +36,7 @@ class Config:
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
     steps: int | None = None  # rollout batches (toy 50; paper: 600 to 1,600)
-    questions_per_step: int | None = None  # over all ranks (toy 24; paper: not given)
+    questions_per_step: int | None = None  # over all ranks (toy 16; paper: not given)
     group: int | None = None  # answers a question, the n of the paper (toy 8; paper: 5 and 64)
     max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 48; its hard questions need 84)
     temperature: float = 1.0  # of sampling and of the log-probs trained on: one distribution for both
@@ -52,7 +52,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
     eval_every: int = 10  # steps between validations (0: only before and after)
-    eval_questions: int = 48  # validation questions; 0 to skip validation
+    eval_questions: int = 32  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
     compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
@@ -100,14 +100,15 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
     truth = [row["answer"] for row in mine for _ in range(cfg.group)]
     ended = (~samples.cut).tolist()
-    graded = zip(texts, truth, ended, strict=True)
-    rewards = torch.tensor([problems.reward(text, answer, done, cfg.format_reward) for text, answer, done in graded], dtype=torch.float64)
+    graded = [*zip(texts, truth, ended, strict=True)]
+    rewards = torch.tensor([problems.reward(*answer, cfg.format_reward) for answer in graded], dtype=torch.float64)
     advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
 
     names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
-    formatted = [problems.well_formed(text) and done for text, done in zip(texts, ended, strict=True)]
+    correct = [done and problems.grade(text, answer) for text, answer, done in graded]
+    formatted = [done and problems.well_formed(text) for text, _, done in graded]
     flat = (advantage == 0).all(1).sum()
-    sums = (rewards.sum(), (rewards == 1).sum(), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
+    sums = (rewards.sum(), sum(correct), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
     total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
     n = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
     weights = (advantage.flatten() / n).tolist()
@@ -125,7 +126,7 @@ def rl_costs(model, batch, stats, cfg, began) -> dict:
     rows, size = cfg.questions_per_step * cfg.group, batch.mask.shape[1]
     prompts = rows * size - stats["sampled_tokens"]  # roughly: padding counts as work done
     passes = stats["sampled_tokens"] / 3 + prompts / 3 / cfg.group + rows * size * getattr(cfg, "updates", 1)
-    return dict(flops=passes * model.flops_per_token(size), questions=cfg.questions_per_step, answers=rows,
+    return dict(flops=passes * model.flops_per_token(size), questions=cfg.questions_per_step,
                 sampled_tokens=stats["sampled_tokens"], seconds=time.time() - began)  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
 
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
     `reference` are log-probs of the same pieces from the same forward pass."""
-    loss, apart = 0.0, []
+    loss, gaps = 0.0, []
     for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device, idle=reference is not None)):
         if old is None and reference is None:
             part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
@@ -147,11 +148,12 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
         part.backward()
         loss += float(part.detach())
         gap = (logp.detach() - piece.logp)[piece.mask].double()
-        apart.append([float(x) for x in (gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().sum(), len(gap), gap.abs().amax())])
-    *sums, worst = zip(*apart, strict=True) if apart else [[0.0]] * 5  # all groups of this rank may be flat
-    total, kl, entropy, count = world.sum(*map(sum, sums))
-    told = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
-    return loss, {name: value / max(1, count) for name, value in told.items()} | {"mismatch_max": world.max(max(worst))}
+        gaps.append([float(x) for x in (gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().sum(), len(gap), gap.abs().amax())])
+    *totals, worst = zip(*gaps, strict=True) if gaps else [[0.0]] * 5  # all groups of this rank may be flat
+    total, kl, entropy, count = world.sum(*map(sum, totals))
+    sums = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
+    mean = {name: value / count if count else None for name, value in sums.items()}  # over groups that are not flat
+    return loss, mean | {"mismatch_max": world.max(max(worst))}
 
 
 def batch_tokens(batch, world) -> float:
@@ -168,6 +170,8 @@ def piece_log_probs(model, batch, cfg, world) -> list:
 def main(cfg):
     cfg, world, model, parent, state = run.begin(cfg, "rl", SIZES, Model, ModelConfig)
     enc = tokens.encoding(parent["encoding"])
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature must be above 0: the policy that is trained is the one that is sampled")
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     start = run.load_model(run.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
@@ -197,7 +201,7 @@ def main(cfg):
             loss = world.sum(loss)[0]
             if again == 0:
                 stats |= mismatch
-                if mismatch["mismatch"] > cfg.max_mismatch:
+                if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
                     raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
                                      f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
             grads, norm = run.gradients(model, world, cfg.clip)

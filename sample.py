@@ -8,6 +8,7 @@ each answer.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import problems, run, tokens
 from model import Model, ModelConfig, Sampler
@@ -35,6 +36,8 @@ def main(cfg):
         raise ValueError("name one checkpoint: python sample.py ckpt/toy/step1953.pt")
     if cfg.split not in ("train", "val"):
         raise ValueError(f"--split takes train or val, not {cfg.split!r}: only eval.py --final opens the test split")
+    if cfg.questions and Path(cfg.questions).name == "test.jsonl":
+        raise ValueError(f"{cfg.questions} looks like a test split: only eval.py --final opens one")
     world = run.start(cfg.device, cfg.dtype)
     saved = run.load(cfg.checkpoints[0])
     meta = saved["meta"]

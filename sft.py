@@ -10,10 +10,8 @@ import time
 from dataclasses import dataclass
 
 from data import problems, run, tokens
+from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
-
-# eval.solve is what tests the result; training watches the validation questions with the same code
-from eval import solve  # isort: skip
 
 SIZES = {
     "toy": dict(batch=16, lr=2e-3, max_new=48),
@@ -31,14 +29,14 @@ class Config:
     steps: int = 0  # train for so many steps instead (0: what --epochs makes)
     limit: int = 0  # use only the first so many training questions (0: all)
     batch: int | None = None  # solutions a step, over all ranks (toy 16)
-    micro: int = 32  # rows a forward pass; never changes the result
+    micro: int = 64  # rows a forward pass; never changes the result
     lr: float | None = None  # peak learning rate, cosine to a tenth (toy 2e-3: decides how much is forgotten)
     warmup: int = 10  # steps of linear warm-up
     weight_decay: float = 0.0  # off: a few hundred steps are not what decay is for
     clip: float = 1.0  # largest gradient norm
     max_new: int | None = None  # longest answer when the validation questions are answered (toy 48; its hard questions need 84)
     eval_every: int = 0  # steps between validations (0: only before and after)
-    eval_questions: int = 48  # validation questions; 0 to skip validation
+    eval_questions: int = 32  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 100  # steps between states for --resume
     compile: bool = False  # torch.compile the blocks: pays for runs of several minutes
@@ -77,7 +75,7 @@ def sft_backward(model, batch, cfg, world) -> float:
 
 
 def main(cfg):
-    name = "sft-gold" if cfg.solutions == "all" else "sft"
+    name = {"1": "sft", "all": "sft-gold"}.get(cfg.solutions, f"sft-{cfg.solutions}")
     cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
     enc = tokens.encoding(parent["encoding"])
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
@@ -92,7 +90,7 @@ def main(cfg):
     sampler = Sampler(model, cfg.rows)
     if cfg.compile:
         run.compile_blocks(model)
-    log = run.Log(cfg.out, world, steps, first, "loss pass@1")
+    log = run.Log(cfg.out, world, steps, first, "loss")
 
     def validate(step):
         if held_out:
@@ -100,9 +98,9 @@ def main(cfg):
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
     for step in range(first, steps):
-        began = time.time()
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
+        began = time.time()
         batch = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
         loss = world.sum(sft_backward(model, batch, cfg, world))[0]
         grads, norm = run.gradients(model, world, cfg.clip)

@@ -74,6 +74,7 @@ def write_text(folder, documents, enc, shard_tokens=100_000_000):
 
     def write(split):
         tokens.write_shard(folder / f"{split}_{shards[split]:03}.bin", ids[split], enc.name)
+        tokens.verify_shard(folder / f"{split}_{shards[split]:03}.bin")  # read back what the disk has
         size[split] += len(ids[split])
         shards[split] += 1
         ids[split] = array.array("I")
@@ -118,11 +119,11 @@ def draw(seed, text):
 @dataclass(frozen=True)
 class Toy:
     out: str = "data/out/toy"  # the folder to make
-    tokens: int = 6_400_000  # of training text
+    tokens: int = 5_600_000  # of training text
     val_tokens: int = 100_000  # of held-out text
     math_share: float = 0.3  # of the text's tokens: word problems and drills
     format_share: float = 0.04  # of the word problems in the text that look like the questions of post-training
-    train_questions: int = 500  # easy, and as many hard ones
+    train_questions: int = 400  # easy, and as many hard ones
     val_questions: int = 200  # of each level
     test_questions: int = 300  # of each level
     shots: int = 8  # solved questions to show a base model, of each level

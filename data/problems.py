@@ -60,8 +60,9 @@ def read_jsonl(path, fields, bar=None):
 
 
 def load(path, split):
-    """The questions of a folder's {split}.jsonl, or of one .jsonl file whatever the split."""
+    """The questions of a folder's {split}.jsonl, or of one .jsonl file whatever the split; its shots lie beside it."""
     path = Path(path) if str(path).endswith(".jsonl") else Path(path) / f"{split}.jsonl"
+    path = path.with_name("shots.jsonl") if split == "shots" else path  # or a question's own solution would be shown to it
     rows = list(read_jsonl(path, {"id": str, "question": str, "answer": str, "solutions": list}))
     first = {}
     for line_number, row in enumerate(rows, 1):

@@ -116,7 +116,7 @@ def parse(line):
     row = loads(line)
     if not isinstance(row, dict) or row.get("kind") not in NEEDS:
         raise ValueError(f"not a result row, its kind is not one of {', '.join(NEEDS)}")
-    if absent := [field for field in KEY + NEEDS[row["kind"]] if field not in row]:
+    if absent := [field for field in (*KEY, "checkpoint", "config_hash", *NEEDS[row["kind"]]) if field not in row]:
         raise ValueError(f"no field {absent[0]!r}")
     counts = row.get("correct", ())
     if row["kind"] == "pass" and (len(row["ids"]) != len(counts) or not set(counts) <= {*range(row["n"] + 1)}):
@@ -133,7 +133,10 @@ def read(folder):
             try:
                 if line.strip():
                     row = parse(line)
-                    rows[tuple(row.get(field) for field in (*KEY, "benchmark", "shots", "group", "share"))] = row
+                    key = tuple(row.get(field) for field in (*KEY, "benchmark", "shots", "group", "share"))
+                    if rows.setdefault(key, row)["config_hash"] != row["config_hash"]:
+                        raise ValueError(f"{row['checkpoint']} and {rows[key]['checkpoint']} are two runs of one arm and seed")
+                    rows[key] = row
             except ValueError as error:
                 if number < len(lines):
                     raise ValueError(f"{path}:{number}: {error}") from error
@@ -167,6 +170,8 @@ class Results:
         self.split = "test" if any(row["split"] == "test" for row in rows if row["kind"] != "curve") else "val"
         self.tokens = sorted({row["tokens"] for row in rows})
         self.arm, self.level = cache(self.arm), cache(self.level)  # tables and figures ask again and again
+        groups = Counter(row["group"] for row in rows if row["recipe"] == "rl" and row.get("group"))
+        self.group = max(sorted(groups), key=groups.get, default=None)  # the usual one
         self.index = {}  # (kind, arm, tokens, benchmark, split) -> {(pre-training seed, seed): row}, the last step
         for row in rows:
             key = row["kind"], self.name(row), row["tokens"], row.get("benchmark"), row["split"]
@@ -179,12 +184,13 @@ class Results:
     def name(self, row):
         name = row["recipe"]
         name += f" {row['shots']}-shot" if row["kind"] == "pass" and (name == "base" or row["shots"]) else ""
-        name += f" n={row['group']}" if row.get("group") in ROLLOUTS else ""
+        name += f" n={row['group']}" if row.get("group") in ROLLOUTS and row["group"] != self.group else ""
         name += f" share={row['share']}" if row.get("share") not in (None, SHARE) else ""
         name += f" in {row['world']}" if row["world"] != self.world else ""
         return name + (f" as {row['model']}" if row["model"] != self.model else "")
 
     def rows(self, kind, name, tokens, benchmark, split=None):
+        name = name.removesuffix(f" n={self.group}")
         return self.index.get((kind, name, tokens, benchmark, split or self.split), {})
 
     def arm(self, name, tokens, metric, split=None):

@@ -110,11 +110,12 @@ def fill(cfg, defaults: dict):
 
 def main(script, Config, doc: str, argv: list[str] | None = None):
     """Parse the flags, run script(cfg), turn the user's errors into one line and exit status 2."""
-    name = Path(sys.argv[0]).name
     try:
         script(configure(Config, sys.argv[1:] if argv is None else argv, doc))
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while rank 0 still writes can take the others down with it
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if os.environ.get("DEBUG"):
             raise
         raise SystemExit(2) from None
@@ -164,8 +165,8 @@ def start(device: str = "auto", dtype: str = "auto") -> World:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-    known["auto"] = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    known = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}
+    known |= {name: getattr(torch, name) for name in ("bfloat16", "float32", "float64")}
     if dtype not in known:
         raise ValueError(f"--dtype takes auto, bfloat16, float32 or float64, not {dtype!r}")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -181,8 +182,7 @@ def gradients(model, world: World, clip: float) -> tuple[list, float]:
     if world.size > 1:  # one message for many small tensors: forty of them took longer than the step
         flat = torch.cat([p.grad.flatten() for p in model.parameters()])
         dist.all_reduce(flat)
-        for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
-            p.grad.copy_(part.view_as(p))
+        torch.nn.utils.vector_to_parameters(flat, [p.grad for p in model.parameters()])
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     taken = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -239,13 +239,13 @@ def load_model(saved: dict, Model, ModelConfig, world: World):
     """The model of a loaded checkpoint, on the world's device."""
     vocab = tokens.vocab_size(tokens.encoding(saved["meta"]["encoding"]))
     try:
-        model = Model(ModelConfig(**saved["config"]), world.compute)
+        model = place(Model(ModelConfig(**saved["config"]), world.compute), world)  # first, or fp64 weights lose digits
         fill_model(model, saved)
     except (TypeError, RuntimeError) as error:  # an unknown field; tensors of another shape
         raise ValueError(f"the checkpoint is of another model than its config says: {str(error)[:150]}") from None
     if saved["config"]["vocab"] != vocab:
         raise ValueError(f"the checkpoint knows {saved['config']['vocab']} ids, its encoding {saved['meta']['encoding']} has {vocab}")
-    return place(model, world)
+    return model
 
 
 def fill_model(model, saved: dict):
@@ -259,8 +259,7 @@ def place(model, world: World):  # weights are fp32 masters, fp64 only when ever
 
 
 def compile_blocks(model, dynamic: bool = True):
-    """torch.compile each block in place (the names of the parameters stay); all blocks, and if dynamic all lengths, share
-    one code."""
+    """torch.compile each block in place (parameter names stay); all blocks, and if dynamic all lengths, share one code."""
     if next(model.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         return print("no C++ compiler (g++ or $CXX): running without --compile", file=sys.stderr)
     for block in model.blocks:
@@ -281,8 +280,11 @@ def new_meta(cfg, **meta) -> dict:
 def config_hash(meta: dict) -> str:
     """Twelve hex digits of everything that shapes a checkpoint, its parents included; where and how it ran is left out."""
     shaping = {k: v for k, v in meta["run"].items() if k not in OPERATIONAL and k not in ("init", "out")}
-    key = json.dumps([meta["recipe"], meta["step"], shaping, meta.get("parent_hash")], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:12]
+    return fingerprint([meta["recipe"], meta["step"], shaping, meta.get("parent_hash")])
+
+
+def fingerprint(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------- outputs, resume, metrics log
@@ -327,7 +329,7 @@ def begin(cfg, stage: str, sizes: dict, Model, ModelConfig):
     parent = load(cfg.init)
     meta = parent["meta"]
     named = {"questions": meta["questions"], "out": str(Path(cfg.init).with_suffix("")) + f"-{stage}.pt"}
-    cfg = fill(cfg, named | sizes["toy" if meta["preset"] == "toy" else "paper"])
+    cfg = fill(cfg, named | sizes["toy" if meta["preset"].startswith("toy") else "paper"])
     state = claim(cfg.out, cfg)
     return cfg, world, load_model(state or parent, Model, ModelConfig, world), meta, state
 
@@ -353,7 +355,7 @@ class Log:
         self.totals = next((line["totals"] for line in reversed(lines) if line["step"] < first and "totals" in line), {})
         self.file = open(self.path, "a", buffering=1)
         pace = 0.5 if sys.stderr.isatty() else 20  # seconds between refreshes
-        self.bar = tqdm(total=steps, initial=first, mininterval=pace, bar_format="{desc}  |  {remaining} left")
+        self.bar = tqdm(desc=Path(out).name, total=steps, initial=first, mininterval=pace, bar_format="{desc}  |  {remaining} left")
 
     def __call__(self, step: int, costs: dict, **values):
         """Record update `step` (from 0). `costs` (flops, seconds, questions, sampled_tokens ...) of this step are summed
@@ -374,7 +376,6 @@ class Log:
 
     def close(self):
         if self.active:
-            self.bar.refresh()
             self.bar.close()
             self.file.close()
 

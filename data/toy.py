@@ -94,6 +94,7 @@ LEVELS = {  # steps, the first number, the other numbers, the largest number on 
 }
 ONE_STEP, MULTIPLY, COMPARE, DISTRACT = 0.4, 0.12, 0.25, 0.25  # the first: of easy and of 3-step hard questions
 OWNERS = {"text": 50, "train": 25, "val": 10, "test": 13, "shots": 2}  # percent of all arithmetic that is theirs
+SHORT = 16  # tokens of a question that is shown as an example
 SOLUTIONS = 24  # a question; the paper's gold set has about 23
 
 
@@ -459,15 +460,15 @@ def text(seed, split, math_share=0.3, format_share=0.04):
 def questions(seed, level, split, count):
     """count different questions [{"id", "question", "answer", "solutions"}, ...], SOLUTIONS each in random order.
 
-    The shots of both levels are easy questions of one step, the shortest solution first: eight of them, a question and
-    its answer have to fit the length that a model was trained on."""
+    The shots of both levels are short easy questions of one step, the shortest solution first: eight of them, a question
+    and its answer should fit the rows that the model was trained on, 256 tokens by default."""
     if level not in LEVELS or split not in OWNERS or split == "text":
         raise ValueError(f"no questions {level!r} {split!r}: levels are easy, hard; splits train, val, test, shots")
     rng = Random(f"{seed} {level} {split}")
     rows = {}
     while len(rows) < count:
         task = problem(rng, "easy" if split == "shots" else level, split)
-        if split == "shots" and len(task.steps) > 1:
+        if task.question in rows or (split == "shots" and (len(task.steps) > 1 or length(task.question) > SHORT)):
             continue
         solutions = set()
         while len(solutions) < SOLUTIONS:

@@ -22,7 +22,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
 from data import run, tokens  # noqa: E402
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
-ROWS, LENGTH = 8, 320  # the default pre-training step
+ROWS, LENGTH = 8, 256  # the default pre-training step
 PROMPT, NEW, GROUP = 24, 32, 8  # a default-world question and answer
 
 

@@ -260,7 +260,7 @@ def test_share_outside_zero_and_one(refused, world, tmp_path):
 
 
 def test_unknown_preset(refused, world, tmp_path):
-    assert refused("pretrain", preset="2b", data=world.data, out=tmp_path) == "no preset '2b': there are toy, 190m, 1b, 4b"
+    assert refused("pretrain", preset="2b", data=world.data, out=tmp_path) == "no preset '2b': there are toy, toy-large, 190m, 1b, 4b"
 
 
 def test_too_few_answers_for_k(refused, world):

@@ -90,6 +90,20 @@ def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage)
     assert not Path(f"{out}.resume").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_of_a_compiled_run(world, tmp_path, stage):
+    """The same with torch.compile, as the default runs have it; all three are real processes."""
+    outs = [tmp_path / name / "step6.pt" for name in "ab"]
+    a, b = (words_of(stage, world, out, compile="true") for out in outs)
+    for out in outs:
+        out.parent.mkdir()
+    assert start(stage, *a).wait(300) == 0
+    killed(stage, b, outs[1], after=3)
+    assert start(stage, *b, "--resume").wait(300) == 0
+    assert same_weights(*outs) and record(outs[0]) == record(outs[1])
+
+
 def test_resume_of_a_finished_run_does_nothing(whole, world, capsys):
     out = whole["sft"]
     before = out.read_bytes()

@@ -1,0 +1,292 @@
+"""eval.py, sample.py and the rows that data/report.py reads: what is measured, what is measured again, what is refused."""
+
+import collections
+import itertools
+import json
+import re
+import shutil
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import call, flags, same_weights, small_model, weights
+from test_errors import stopped_at
+from test_report import TOKENS, rows_of, save
+
+import eval as evaluation
+from data import problems, report, run, tasks, tokens, toy
+from model import Model, ModelConfig, Sampler
+
+HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu")
+FEW = HOW | dict(n=1, k="1", limit=2, max_new=8, tasks="")
+RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, eval_every=2, eval_questions=4, eval_n=2, lr=1e-3, compile="false")
+
+
+@pytest.fixture(scope="module")
+def measured(world, tmp_path_factory):
+    """The base and an RL checkpoint with its validations, and the rows of both."""
+    folder = tmp_path_factory.mktemp("eval")
+    trained, results = folder / "rl.pt", folder / "results"
+    call("rl", init=world.taught, out=trained, **RL)
+    call("eval", world.base, trained, results=results, **HOW)
+    return SimpleNamespace(base=world.base, trained=trained, results=results, easy=world.data / "easy")
+
+
+@pytest.fixture()
+def calls(monkeypatch):
+    """What is measured from here on: "solve" or "score" for each benchmark."""
+    calls = []
+
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(name) or real(*args, **kwargs))
+
+    counted(evaluation, "solve")
+    counted(tasks, "score")
+    return calls
+
+
+@pytest.fixture()
+def kept(measured, tmp_path):
+    """A copy of the trained checkpoint's rows, for a test to change."""
+    shutil.copytree(measured.results, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def refused(capsys, script, *words, **values) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, *words, **values)
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0].partition("error: ")[2]
+
+
+def rows_in(folder, stem, kind=None) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / f"{stem}.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
+# ---- the rows
+
+
+def test_rows_are_what_the_report_reads(measured, kept):
+    rows, torn = report.read(measured.results)
+    assert torn == [] and len(rows) == len(rows_in(measured.results, "step10")) + len(rows_in(measured.results, "rl"))
+    found = collections.Counter((row["recipe"], row["kind"], row.get("shots")) for row in rows)
+    assert found == {("base", "pass", 8): 1, ("base", "pass", 0): 1, ("base", "general", None): 3,
+                     ("sft-gold->rl", "pass", 0): 1, ("sft-gold->rl", "general", None): 3, ("sft-gold->rl", "curve", None): 1}  # fmt: skip
+    (trained,) = rows_in(measured.results, "rl", "pass")
+    assert (trained["benchmark"], trained["split"], trained["group"], trained["n"]) == ("easy", "val", 4, 8)
+    assert (trained["world"], trained["tokens"], trained["step"]) == ("toy-math30", 10 * 1024, 4)
+    assert trained["ids"] == [f"easy-val-{i}" for i in range(8)]
+    assert trained["questions"] == 16 and trained["sampled_tokens"] > 0 and trained["flops"] > 0 and trained["seconds"] > 0
+    assert all(len(row["right"]) == 10 and 0 < row["probability"] < 1 for row in rows if row["kind"] == "general")
+    call("eval", report=kept)
+    assert "| sft-gold->rl |" in (kept / "report.md").read_text()
+
+
+def test_the_curve_has_each_validation_and_the_reward_before_it(measured):
+    (curve,) = rows_in(measured.results, "rl", "curve")
+    lines = run.read_lines(f"{measured.trained}.metrics.jsonl")
+    reward = {x["step"] + 1: x["reward"] for x in lines if "reward" in x}
+    validations = {x["step"]: x["validation"] for x in lines if "validation" in x}
+    assert curve["split"] == "val" and [point["step"] for point in curve["points"]] == [*validations] == [0, 2, 4]
+    for point in curve["points"]:
+        assert point.get("reward") == reward.get(point["step"])
+        assert all(point[name] == validations[point["step"]][name] for name in ("pass@1", "formatted", "cut"))
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_counts_and_pass_at_k_from_scratch(measured, tmp_path, shots):
+    """One question at a time with its shots in the prompt, and pass@k as the share of the k-subsets with a right answer."""
+    shutil.copytree(measured.easy, tmp_path / "easy")
+    shutil.copy(tmp_path / "easy/train.jsonl", tmp_path / "easy/val.jsonl")  # the ones it gets right at times
+    questions = problems.load(tmp_path / "easy", "val")[:8]
+    call("eval", measured.trained, results=tmp_path, questions=tmp_path / "easy", shots=shots, **HOW | {"tasks": ""})
+    (row,) = rows_in(tmp_path, "rl", "pass")
+    saved, enc = run.load(measured.trained), tokens.encoding("toy")
+    sampler = Sampler(run.load_model(saved, Model, ModelConfig, run.start("cpu")))
+    shown = "".join(f" Q : {shot['question']} A : {shot['solutions'][0]}" for shot in problems.load(measured.easy, "shots")[:shots])
+    right = []
+    for question in questions:
+        prompt, seeds = tokens.encode(enc, f"{shown} Q : {question['question']} A :"), problems.answer_seeds(1234, "eval", [question], 8)
+        samples = sampler([prompt], 8, 24, seeds, [enc.eot_token, tokens.encode(enc, " Q")[0]], 0.6)
+        ended = [ids[: length - 1] for ids, length, cut in zip(samples.tokens, samples.lengths, samples.cut, strict=True) if not cut]
+        right.append(sum(problems.grade(tokens.decode(enc, ids.tolist()), question["answer"]) for ids in ended))
+    assert row["correct"] == right and 0 < sum(right) < 64
+    for k in (1, 2, 8):
+        each = [statistics.mean(any(i < c for i in chosen) for chosen in itertools.combinations(range(8), k)) for c in right]
+        assert row[f"pass@{k}"] == pytest.approx(statistics.mean(each))
+        assert row[f"se@{k}"] == pytest.approx(statistics.stdev(each) / 8**0.5)
+
+
+# ---- what is measured again
+
+
+def test_a_second_run_measures_nothing(measured, kept, calls):
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    call("eval", measured.base, measured.trained, results=kept, **HOW)
+    assert calls == [] and {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+def test_what_was_measured_otherwise_is_measured_again(measured, kept, calls, tmp_path):
+    def again(*words, **values):
+        calls.clear()
+        call("eval", measured.trained, *words, results=kept, **HOW | values)
+        assert len(rows_in(kept, "rl")) == 5  # in the place of the old ones
+        return collections.Counter(calls)
+
+    assert again(temperature=1.0) == {"solve": 1}
+    shutil.copytree(measured.easy, tmp_path / "easy")
+    rows = problems.load(measured.easy, "val")
+    rows[0]["question"], rows[1]["question"] = rows[1]["question"], rows[0]["question"]  # the same ids
+    save(tmp_path / "easy", rows, "val.jsonl")
+    assert again(temperature=1.0, questions=tmp_path / "easy") == {"solve": 1}
+    assert again(temperature=1.0, questions=tmp_path / "easy") == {}
+    assert again("--overwrite", temperature=1.0, questions=tmp_path / "easy") == {"solve": 1, "score": 3}
+
+
+def test_other_shots_are_measured_again(measured, calls, tmp_path):
+    """Seen to fail with a fingerprint of the questions alone."""
+    shutil.copytree(measured.easy, tmp_path / "easy")
+    how = dict(results=tmp_path, questions=tmp_path / "easy", shots="2,0", **FEW)
+    call("eval", measured.base, **how)
+    save(tmp_path / "easy", problems.load(measured.easy, "shots")[2:], "shots.jsonl")
+    calls.clear()
+    call("eval", measured.base, **how)
+    assert calls == ["solve"]
+
+
+def test_a_file_of_questions_has_its_shots_beside_it(measured, monkeypatch, capsys, tmp_path):
+    """Seen to fail with the file's own questions shown before each of them, solutions and all."""
+    shown, real = [], problems.few_shot
+    monkeypatch.setattr(problems, "few_shot", lambda name, shots: shown.append([shot["id"] for shot in shots]) or real(name, shots))
+    for script, how in (("eval", dict(results=tmp_path, **FEW)), ("sample", dict(first=1, n=1, max_new=4))):
+        call(script, measured.base, questions=measured.easy / "val.jsonl", shots=2, **how)
+    assert shown == [["easy-shots-0", "easy-shots-1"]] * 2
+
+
+def test_another_checkpoint_of_that_name_is_refused(measured, kept, calls, tmp_path, capsys):
+    other, before = tmp_path / "rl.pt", (kept / "rl.jsonl").read_bytes()
+    shutil.copy(measured.trained, other)
+    message = refused(capsys, "eval", other, results=kept, **HOW)
+    assert f"has the rows of {measured.trained}" in message and calls == [] and (kept / "rl.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_named_twice_is_measured_once(measured, calls, tmp_path):
+    call("eval", measured.trained, measured.trained, "--overwrite", results=tmp_path, **FEW)
+    assert calls == ["solve"]
+
+
+def test_only_final_opens_the_test_split(measured, tmp_path, monkeypatch, capsys):
+    opened, real = [], problems.load
+    monkeypatch.setattr(problems, "load", lambda path, split: opened.append(split) or real(path, split))
+    call("eval", measured.trained, results=tmp_path, shots="0,2", **FEW)
+    call("sample", measured.trained, first=1, n=1, max_new=4, shots=1)
+    assert set(opened) == {"val", "shots"}
+    for script, how in (("eval", dict(results=tmp_path)), ("sample", {})):
+        assert "only " in refused(capsys, script, measured.trained, questions=measured.easy / "test.jsonl", **how)
+    assert "test split" in refused(capsys, "sample", measured.trained, split="test")
+    opened.clear()
+    call("eval", measured.trained, "--final", results=tmp_path, **FEW)
+    assert opened == ["test"]
+    assert [row["split"] for row in rows_in(tmp_path, "rl", "pass")] == ["val", "val", "test"]
+    assert [row["split"] for row in rows_in(tmp_path, "rl", "curve")] == ["val"]
+
+
+@torch.no_grad()
+def test_continuation_log_probs_equal_a_loop_with_all_logits():
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    def ids(length):
+        return torch.randint(37, (length,), generator=generator).tolist()
+
+    pairs = [(ids(1 + 7 * i % 23), ids(1 + 5 * i % 11)) for i in range(20)]
+    expected = []
+    for context, continuation in pairs:
+        hidden = model.hidden(torch.tensor([[*context, *continuation]]))[0]
+        logp = (hidden @ model.head.weight[:37].T).log_softmax(1)
+        expected.append(sum(float(logp[len(context) - 1 + i, token]) for i, token in enumerate(continuation)))
+    for budget in (1, 60, 16384):  # one by one, in several batches, all at once
+        assert evaluation.continuation_log_probs(model, pairs, 36, "cpu", budget) == pytest.approx(expected, abs=1e-5)
+
+
+# ---- sample.py
+
+
+@pytest.mark.parametrize("name", ["base", "taught"])
+def test_sample_shows_answers_and_their_rewards(world, capsys, name):
+    call("sample", getattr(world, name), questions=world.data / "easy", first=2, n=4, max_new=24, device="cpu")
+    blocks, rows, rewards = capsys.readouterr().out.strip("\n").split("\n\n"), problems.load(world.data / "easy", "val"), []
+    for row, block in zip(rows[:2], blocks, strict=True):
+        head, *answers = block.split("\n")
+        assert head == f" Q : {row['question']} A :   [answer {row['answer']}]" and len(answers) == 4
+        for line in answers:
+            shown, text, cut = re.fullmatch(r" +([\d.]+) \|(.*?)( \.\.\.)?", line).groups()
+            rewards.append(float(shown))
+            assert rewards[-1] == problems.reward(text, row["answer"], not cut, 0.1)
+    assert name == "base" or max(rewards) > 0
+
+
+@pytest.mark.parametrize("name", ["base", "taught"])
+def test_sample_goes_on_from_a_prompt(world, capsys, name):
+    prompt, shown = "Q : sam has 2 apples . he finds 3 . how many now ? A :", []
+    for space in ("", " "):
+        call("sample", getattr(world, name), prompt=space + prompt, n=3, max_new=8)
+        shown.append(capsys.readouterr().out)
+    head, *answers = shown[0].strip("\n").split("\n")
+    assert head == f" {prompt}" and len(answers) == 3 and all(line.startswith("  | ") for line in answers) and shown[0] == shown[1]
+
+
+# ---- regressions
+
+
+def test_a_question_drawn_twice_is_kept_once(monkeypatch):
+    """Seen to fail with the second draw taking the place of the first, and an id that the next question has too."""
+    monkeypatch.setattr(toy, "SOLUTIONS", 2)  # of 24: for time
+    rows = toy.questions(0, "easy", "train", 4000)
+    assert len({row["id"] for row in rows}) == len({row["question"] for row in rows}) == 4000
+
+
+def test_fp64_weights_are_resumed_in_fp64(world, tmp_path, monkeypatch, capsys):
+    """Seen to fail with the state loaded through fp32."""
+    words = flags(init=world.taught, dtype="float64", batch=8, steps=4, save_every=1, eval_questions=0, warmup=1)
+    call("sft", *words, out=tmp_path / "whole.pt")
+    stopped_at(2, monkeypatch)
+    assert "at step 2" in refused(capsys, "sft", *words, out=tmp_path / "cut.pt")
+    monkeypatch.undo()
+    call("sft", *words, "--resume", out=tmp_path / "cut.pt")
+    assert same_weights(tmp_path / "whole.pt", tmp_path / "cut.pt")
+    assert {tensor.dtype for tensor in weights(tmp_path / "cut.pt").values()} == {torch.float64}
+
+
+def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path, capsys):
+    rows = [*rows_of("rl", 0, 0)]
+    save(tmp_path, rows)
+    save(tmp_path, rows, "same.jsonl")
+    assert len(report.read(tmp_path)[0]) == len(rows)
+    save(tmp_path, [rows[0] | {"config_hash": "1", "checkpoint": "y.pt"}], "same.jsonl")
+    message = refused(capsys, "eval", report=tmp_path)
+    assert "same.jsonl:1: y.pt and x.pt are two runs of one arm and seed" in message
+    save(tmp_path, [{k: v for k, v in rows[0].items() if k != "config_hash"}], "same.jsonl")
+    assert "same.jsonl:1: no field 'config_hash'" in refused(capsys, "eval", report=tmp_path)
+
+
+def test_the_usual_group_has_no_name():
+    """64 answers in every run is the arm "rl", and finding 7 finds it; with 8 in most, "rl n=64" is an arm of its own."""
+    rows = [row for seed in range(3) for i in range(3) for row in rows_of("rl", i, seed, group=64)]
+    found = report.Results(rows)
+    assert found.names == ["rl"] and found.arm("rl n=64", TOKENS[0], "pass@1") == found.arm("rl", TOKENS[0], "pass@1")
+    for seed in range(3):
+        rows += rows_of("rl", 2, seed, group=5, logit=0.0)
+    text, cells = report.rollouts(report.Results(rows))
+    assert report.Results(rows).names == ["rl", "rl n=5"] and text.startswith("rl n=64 ") and len(cells) == 3
+    rows = [row | {"group": 8} if i % 9 else row for i, row in enumerate(rows)]
+    assert "rl n=64" in report.Results(rows).names and report.Results(rows).group == 8
+
+
+def test_settings_that_make_no_sense(world, measured, tmp_path, capsys):
+    assert "--temperature must be above 0" in refused(capsys, "rl", init=world.taught, out=tmp_path / "a.pt", temperature=0)
+    assert refused(capsys, "eval", measured.trained, "--json", results=tmp_path) == "--json goes with --report"
+    assert not list(tmp_path.iterdir())

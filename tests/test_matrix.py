@@ -1,0 +1,68 @@
+"""The whole experiment at SCALE=smoke: every stage as a user starts it, twice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from data import report
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+
+    def matrix(**more):
+        env = os.environ | {"SCALE": "smoke", "OUT": str(folder / "ckpt"), "DATA": str(folder / "data"), "PYTHON": sys.executable} | more
+        return subprocess.run(["bash", "matrix.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+    done = matrix()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder, matrix, done.stdout
+
+
+def test_every_cell_has_its_rows(smoke):
+    folder, _, told = smoke
+    rows, torn = report.read(folder / "ckpt/results")
+    assert not torn
+    assert {row["recipe"] for row in rows} == set(report.RECIPES) and len({row["tokens"] for row in rows}) == 2
+    for kind, count in (("pass", 2 * (len(report.RECIPES) + 1)), ("general", 2 * 3 * len(report.RECIPES))):  # the base has 0 and 8 shots
+        assert sum(row["kind"] == kind and row["split"] == "test" for row in rows) == count
+    page = (folder / "ckpt/results/report.md").read_text()
+    for name in ("pass-easy.png", "dynamics.png", "general.png"):
+        assert name in page and (folder / "ckpt/results" / name).stat().st_size > 5000
+    assert page.count("not tested") >= 9 and "min left" in told
+
+
+def test_the_last_line_of_the_report_is_json(smoke):
+    command = [sys.executable, "eval.py", "--report", smoke[0] / "ckpt/results", "--json"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told.splitlines()[-1])["findings"] == {str(number): "not tested" for number in range(1, 10)}
+
+
+def test_what_is_finished_is_skipped_and_what_failed_is_named(smoke):
+    folder, matrix, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in (folder / "ckpt").rglob("*.pt")}
+    (folder / "ckpt/results/p0/step40-rl-s0.jsonl").unlink()
+    again = matrix()
+    assert again.returncode == 0 and "10 chains of cells, 9 finished before" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "ckpt").rglob("*.pt")}
+    (folder / "ckpt/results/p0/step40-rl-s0.jsonl").unlink()
+    (folder / "ckpt/p0/step40-rl-s0.pt").write_bytes(b"not a checkpoint")
+    broken = matrix()
+    assert broken.returncode == 1 and "rl.py --init" in broken.stderr and "truncated or not a checkpoint" in broken.stderr
+
+
+@pytest.mark.parametrize("more, says", [({"SCALE": "huge"}, "no SCALE=huge"), ({"JOBS": "none"}, "JOBS is a number"),
+                                        ({"SCALE": "gsm8k", "SOURCE": ""}, "needs SOURCE=FOLDER")])  # fmt: skip
+def test_wrong_settings(more, says):
+    done = subprocess.run(["bash", "matrix.sh"], cwd=ROOT, env=os.environ | more, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_paper_scale_prints_its_commands():
+    done = subprocess.run(["bash", "matrix.sh"], cwd=ROOT, env=os.environ | {"SCALE": "1b"}, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and "--save_steps 1000,2000,3000" in done.stdout

@@ -137,6 +137,7 @@ def evaluate(path, cfg, world) -> list[dict]:
     sampler = Sampler(model, cfg.rows)
     if world.rank == 0:
         sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
+
     def say(text):
         if world.rank == 0:
             print(f"{path}  {text}", flush=True)
@@ -147,6 +148,8 @@ def evaluate(path, cfg, world) -> list[dict]:
         questions = problems.load(folder, split)[: cfg.limit or None]
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
             name, shown = Path(folder).stem, problems.load(folder, "shots")[:shots] if shots else []
+            if len(shown) < shots:
+                raise ValueError(f"{folder} has {len(shown)} shots, not {shots}: lower --shots")
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=cfg.seed,
                        ids=[row["id"] for row in questions], content=run.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
@@ -181,6 +184,8 @@ def main(cfg):
         raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
     if cfg.json:
         raise ValueError("--json goes with --report")
+    if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):
+        raise ValueError("two of --questions have the same name, and a row is known by it: rename one")
     world = run.start(cfg.device, cfg.dtype)
     for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)

@@ -52,7 +52,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
     eval_every: int = 10  # steps between validations (0: only before and after)
-    eval_questions: int = 32  # validation questions; 0 to skip validation
+    eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
     compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that

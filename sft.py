@@ -36,7 +36,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     max_new: int | None = None  # longest answer when the validation questions are answered (toy 48; its hard questions need 84)
     eval_every: int = 0  # steps between validations (0: only before and after)
-    eval_questions: int = 32  # validation questions; 0 to skip validation
+    eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 100  # steps between states for --resume
     compile: bool = False  # torch.compile the blocks: pays for runs of several minutes

@@ -29,7 +29,7 @@ def world(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("world")
     data, ckpt = folder / "toy", folder / "ckpt"
-    sizes = dict(train_questions=32, val_questions=8, test_questions=8, shots=4, task_items=10)
+    sizes = dict(train_questions=32, val_questions=8, test_questions=8, shots=8, task_items=10)
     prepare.make_toy(prepare.Toy(out=str(data), tokens=60_000, val_tokens=5_000, **sizes))
     helpers.call("pretrain", *helpers.PRETRAIN, data=data, out=ckpt, tokens=10 * 1024)
     base, taught = ckpt / "step10.pt", ckpt / "taught.pt"

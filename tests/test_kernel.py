@@ -101,12 +101,12 @@ def test_errors_against_fp64(path, case, dtype):
     def reference(dtype, nll):
         def function(hidden, head):
             logp, entropy, lse = plain(hidden, head, target, vocab, temperature, dtype)
-            return ((z_loss * lse.square() - weight * logp).sum(), logp) if nll else (logp, entropy)
+            return ((z_loss * lse.square() - weight * logp).sum(), logp, entropy) if nll else (logp, entropy)
 
         return function
 
     for nll, ours, weights, factors in (
-        (True, lambda h, w: weighted_nll(h, w, target, weight, vocab, temperature, z_loss), (1,), ((3, 1e-4), LOG, GRAD, GRAD)),
+        (True, lambda h, w: weighted_nll(h, w, target, weight, vocab, temperature, z_loss), (1,), ((3, 1e-4), LOG, LOG, GRAD, GRAD)),
         (False, lambda h, w: log_probs(h, w, target, vocab, temperature), (weight, other), (LOG, LOG, GRAD, GRAD)),
     ):
         exact = everything(reference(torch.float64, nll), hidden.detach().double().requires_grad_(), head, *weights)
@@ -178,7 +178,7 @@ def test_model_drops_ignored_targets(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(network, "use_triton", lambda x, fast=fast: fast)
         net = small_model(dtype=torch.float32).to(DEVICE)
-        loss, logp = net(ids, weight=weight, mask=mask)
+        loss, logp, _ = net(ids, weight=weight, mask=mask)
         new, entropy = net(ids, mask=mask)
         (loss + new.sum() + entropy.sum()).backward()
         assert not logp[~mask].any() and not new[~mask].any() and not entropy[~mask].any()

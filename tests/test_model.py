@@ -52,7 +52,7 @@ def test_logits_log_probs_and_gradients_equal_transformers(reference, length):
     logits = theirs(ids[:, :-1]).logits
     expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     (-(weight * expected).sum()).backward()
-    loss, logp = ours(ids, weight=weight)
+    loss, logp, _ = ours(ids, weight=weight)
     loss.backward()
 
     torch.testing.assert_close(ours.hidden(ids[:, :-1]) @ ours.head.weight[:VOCAB].T, logits, atol=1e-4, rtol=0)
@@ -98,7 +98,7 @@ def test_log_probs_are_not_shifted_by_one():
     """Each log-prob against its prefix run alone. Seen to fail with the target ids[:, :-1] instead of ids[:, 1:]."""
     model = small_model()
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
-    _, logp = model(ids, weight=torch.ones(2, 11))
+    _, logp, _ = model(ids, weight=torch.ones(2, 11))
     free, entropy = model(ids)
     for t in range(11):
         logits = model.hidden(ids[:, : t + 1])[:, -1] @ model.head.weight[:VOCAB].T
@@ -138,9 +138,9 @@ def test_mask_selects_and_changes_nothing_else(with_weight):
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.5
     weight = torch.randn(3, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     if with_weight:
-        masked, logp = model(ids, weight=weight, mask=mask, z_loss=0.1)
+        masked, logp, _ = model(ids, weight=weight, mask=mask, z_loss=0.1)
         lse = (model.hidden(ids[:, :-1]) @ model.head.weight[:VOCAB].T).logsumexp(-1)
-        whole, all_logp = model(ids, weight=weight * mask)
+        whole, all_logp, _ = model(ids, weight=weight * mask)
         torch.testing.assert_close(masked, whole + 0.1 * (lse.square() * mask).sum())  # z-loss: over the mask only
     else:
         (logp, entropy), (all_logp, all_entropy) = model(ids, mask=mask), model(ids)
@@ -167,7 +167,7 @@ def test_bfloat16_compute_keeps_fp32_weights_and_log_probs():
     ids = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
     exact = model(ids)[0]
     model.compute = torch.bfloat16
-    loss, logp = model(ids, weight=torch.full((2, 19), 1 / 38))
+    loss, logp, _ = model(ids, weight=torch.full((2, 19), 1 / 38))
     loss.backward()
     assert logp.dtype == torch.float32 and {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert float((logp - exact.detach()).abs().mean()) < 0.05

@@ -26,7 +26,7 @@ case $SCALE in
     GOLD="--epochs 1 --batch 64 --compile true" ;;  # 24 solutions a question: 9,600 examples, where --solutions 1 sees 2,000
   smoke)
     STEPS="20 40"
-    TEXT="--tokens 150000 --train_questions 64 --val_questions 16 --test_questions 16"
+    TEXT="--tokens 150000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"
     PRE="--tokens 102400 --warmup 5 --compile false --save_every 15"
     RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
     SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"

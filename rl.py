@@ -95,6 +95,7 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     began = time.time()
     samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
     sampled = time.time()
+    run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
 
     answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
     texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]

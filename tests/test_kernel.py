@@ -220,6 +220,7 @@ for short in ("bf16", "fp32"):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_an_h200(tmp_path):
     """What the interpreter does not see: no tf32, 64-bit offsets, no atomics, shared memory, wide loads. No GPU is needed."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

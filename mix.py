@@ -1,7 +1,7 @@
 """Parallel averaging of RL and SFT (the paper's section on combining them): M_t -> M_t^mix.
 
-    python mix.py --init ckpt/toy/step1953.pt
-    python mix.py --init ckpt/toy/step1953.pt --share 0.75
+    python mix.py --init ckpt/toy/step2734.pt
+    python mix.py --init ckpt/toy/step2734.pt --share 0.75
 
 Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the SFT optimizer's update
 Delta_SFT, and  theta <- theta + share * Delta_RL + (1 - share) * Delta_SFT.  The optimizers keep their own moments. An

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on solutions: M_t -> M_t^SFT (--solutions 1) or M_t^SFT-Gold (--solutions all).
 
-    python sft.py --init ckpt/toy/step1953.pt
+    python sft.py --init ckpt/toy/step2734.pt
     torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step5000.pt --solutions all
 
 Next-token loss on the answer and its end token, each of the batch's n answer tokens weighs 1/n; the prompt weighs 0.

@@ -106,7 +106,8 @@ def main(cfg):
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
         costs["flops"] += cfg.batch * sft.mask.shape[1] * model.flops_per_token(sft.mask.shape[1])
-        log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch)
+        log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
+            tokens_per_s=stats["sampled_tokens"] / costs["seconds"])  # fmt: skip
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             meta = run.child_meta(cfg, parent, "mix", name, step + 1)
             run.save_state(cfg.out, model, meta, step + 1, [rl_optimizer, sft_optimizer])

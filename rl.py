@@ -210,7 +210,8 @@ def main(cfg):
             lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             update(model, [(optimizer, lr, grads)], cfg.weight_decay)
         sampler.refresh()
-        log(step, rl_costs(model, batch, stats, cfg, began), loss=loss, gradient_norm=norm, **stats)
+        costs = rl_costs(model, batch, stats, cfg, began)
+        log(step, costs, loss=loss, gradient_norm=norm, **stats, tokens_per_s=stats["sampled_tokens"] / costs["seconds"])
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             run.save_state(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", step + 1), step + 1, [optimizer])
     validate(cfg.steps)

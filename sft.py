@@ -108,7 +108,8 @@ def main(cfg):
         update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
         size = batch.mask.shape[1]  # padding counts as work done
         costs = dict(flops=cfg.batch * size * model.flops_per_token(size), questions=cfg.batch, seconds=time.time() - began)
-        log(step, costs, loss=loss, gradient_norm=norm, tokens=int(world.sum(float(batch.mask.sum()))[0]))
+        answer_tokens = int(world.sum(float(batch.mask.sum()))[0])
+        log(step, costs, loss=loss, gradient_norm=norm, tokens=answer_tokens, tokens_per_s=answer_tokens / costs["seconds"])
         if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_state(cfg.out, model, run.child_meta(cfg, parent, "sft", name, step + 1), step + 1, [optimizer])
     validate(steps)

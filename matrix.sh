@@ -30,7 +30,7 @@ case $SCALE in
     PRE="--tokens 102400 --warmup 5 --compile false --save_every 15"
     RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
     SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
-    MIX=$RL EVAL="--limit 8 --max_new 32" ;;
+    MIX=$RL EVAL="--limit 8 --max_new 32 --compile false" ;;
   gsm8k)
     STEPS="8 16"
     prepare() {
@@ -40,7 +40,7 @@ case $SCALE in
     PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA-p0-questions --compile false"
     RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8 --compile false"
     SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8"
-    EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48" ;;
+    EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48 --compile false" ;;
   1b)
     cat <<'TEXT'
 # The paper's scale, on one node of 8 GPUs. The loaders for DOLMino, OpenMathInstruct-1 and the six benchmarks are not in

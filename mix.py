@@ -76,8 +76,9 @@ def main(cfg):
         for optimizer, kept in zip((rl_optimizer, sft_optimizer), state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         first = state["step"]
-    sampler = Sampler(model, cfg.rows)
-    if cfg.compile:
+    compiled = cfg.compile and run.can_compile(world)
+    sampler = Sampler(model, cfg.rows, compiled)
+    if compiled:
         run.compile_blocks(model)
     log = run.Log(cfg.out, world, cfg.steps, first, "loss sft_loss reward cut flat")
 

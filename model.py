@@ -15,8 +15,10 @@ What differs from an ordinary code of it:
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -101,7 +103,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.head_width, self.ffn = c.heads, c.width // c.heads, c.ffn
         self.qkv = Linear(c.width, 3 * c.width)
         self.q_norm, self.k_norm = RMSNorm(c.width, c.eps), RMSNorm(c.width, c.eps)
         self.out = Linear(c.width, c.width)
@@ -127,6 +129,39 @@ class Block(nn.Module):
         x = x + self.attention_norm(self.out(attended.transpose(1, 2).reshape(B, T, D)))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return x + self.mlp_norm(self.down(F.silu(gate) * up))
+
+    def decode(self, x, weights, keys, values, t, cos, sin, prompt, hole, group, prefix):
+        """One new token a row, for the sampler, which brings its own copy of the weights. x (R, D); keys and values
+        (R, H, T, K) of the rows' own tokens, columns before t (1,) are read; prompt (2, G, H, P, K) and hole (G, 1, P), -inf
+        where a prompt is shorter, are read through group (R,); prefix (2, H, S, K), or None, is read by all.
+        -> x after the block, and the token's key and value (R, H, K).
+
+        Weighted sums are written as products and sums, not as matrix products: a row has one query, and compiled into
+        loops that read each key once this is several times as fast on a CPU as 2 * R * H small calls of a BLAS."""
+        qkv, out, gate_up, down, q_norm, k_norm, attention_norm, mlp_norm = weights
+        H, K, eps = self.heads, self.head_width, self.mlp_norm.eps
+        x = x.view(-1, H * K)  # numbers that a compiler can rely on
+        q, k, v = (x @ qkv.T).split(H * K, dim=1)
+        q, k = (rotate(rms_norm(y, w, eps).view(-1, H, K), cos, sin) for y, w in ((q, q_norm), (k, k_norm)))
+        v, q_wide = v.view(-1, H, K), q.to(torch.promote_types(q.dtype, torch.float32)) * K**-0.5
+        now = (q_wide * k).sum(-1, keepdim=True)  # (R, H, 1)
+        before = torch.arange(keys.shape[2], device=x.device) < t
+        own = (q_wide[:, :, None] * keys).sum(-1).masked_fill(~before, -math.inf)  # (R, H, T)
+        asked = (q_wide[:, :, None] * prompt[0][group]).sum(-1) + hole[group]  # (R, H, P)
+        top = torch.maximum(torch.maximum(own.amax(-1, keepdim=True), now), asked.amax(-1, keepdim=True))
+        if prefix is not None:  # one matrix product: every row reads the same keys
+            shown = (q_wide.to(x.dtype).transpose(0, 1) @ prefix[0].transpose(1, 2)).transpose(0, 1).to(now.dtype)  # (R, H, S)
+            top = torch.maximum(top, shown.amax(-1, keepdim=True))
+        now, own, asked = (now - top).exp(), (own - top).exp(), (asked - top).exp()
+        total = now + own.sum(-1, keepdim=True) + asked.sum(-1, keepdim=True)
+        y = now * v + (own[..., None] * values).sum(2) + (asked[..., None] * prompt[1][group]).sum(2)  # (R, H, K)
+        if prefix is not None:
+            shown = (shown - top).exp()
+            total = total + shown.sum(-1, keepdim=True)
+            y = y + (shown.to(x.dtype).transpose(0, 1) @ prefix[1]).transpose(0, 1)
+        x = x + rms_norm((y / total).to(x.dtype).reshape(-1, H * K) @ out.T, attention_norm, eps)
+        gate, up = (x @ gate_up.T).split(self.ffn, dim=1)
+        return x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, eps), k, v
 
 
 class Model(nn.Module):
@@ -539,6 +574,7 @@ class Samples(NamedTuple):
     logp: Tensor  # (R, max_new) fp32, log-prob of each token under the distribution it was drawn from
     cut: Tensor  # (R,) bool, stopped by max_new and not by an end token
     waste: float  # idle slot-steps / all slot-steps
+    logp_1: Tensor  # (R, max_new) fp32, log-prob of each token at temperature 1: what the model itself gives it
 
 
 def uniform_noise(seeds: list[int], length: int) -> Tensor:
@@ -550,73 +586,74 @@ def uniform_noise(seeds: list[int], length: int) -> Tensor:
     return noise
 
 
-class SharedKV(NamedTuple):
-    """Keys and values that several rows read: the few-shot prefix (one group of all rows) or the prompts (a group a
-    question). One product a group reads them once, where a cache a row would read them for every answer.
-
-    Three questions with two answers each: group = [0 0 1 1 2 2], row_of_slot = [[0 1] [2 3] [4 5]]. Once the second
-    answer of question 1 is finished: group = [0 0 1 2 2], row_of_slot = [[0 1] [2 0] [3 4]], slot_of_row = [0 1 2 4 5]."""
-
-    cache: list[tuple[Tensor, Tensor]]  # a layer: keys and values (G, H, S, K)
-    hole: Tensor  # (G, 1, 1, S), -inf where a prompt is shorter than the longest
-    group: Tensor  # (R,) the group of each row, ascending
-    row_of_slot: Tensor  # (G, m) a row for each slot of each group, m = rows of the largest; slots left over repeat row 0
-    slot_of_row: Tensor  # (R,) the slot of each row, counted through
-
-    def keep(self, rows: Tensor) -> "SharedKV":
-        used, group = torch.unique_consecutive(self.group[rows], return_inverse=True)
-        cache = self.cache if len(used) == len(self.hole) else [(k[used], v[used]) for k, v in self.cache]
-        return share(cache, self.hole[used], group)
-
-    def scores(self, layer: int, q: Tensor) -> Tensor:
-        """q (R, H, K) -> (R, H, S)"""
-        score = q[self.row_of_slot].transpose(1, 2) @ self.cache[layer][0].transpose(2, 3) + self.hole  # (G, H, m, S)
-        return score.transpose(1, 2).reshape(-1, *q.shape[1:2], score.shape[3])[self.slot_of_row]
-
-    def values(self, layer: int, p: Tensor) -> Tensor:
-        """Probabilities p (R, H, S) -> weighted sum of the values (R, H, K)"""
-        y = p[self.row_of_slot].transpose(1, 2) @ self.cache[layer][1]  # (G, H, m, K)
-        return y.transpose(1, 2).reshape(-1, p.shape[1], y.shape[3])[self.slot_of_row]
+def bucket(count: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `count` rows: few batch shapes, hence few graphs."""
+    size = 16
+    while size < count:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
 
 
-def share(cache, hole: Tensor, group: Tensor) -> SharedKV:
-    row, count = torch.arange(len(group), device=group.device), torch.bincount(group, minlength=len(hole))
-    slot, most = row - (count.cumsum(0) - count)[group], int(count.max())
-    row_of_slot = torch.zeros(len(hole), most, dtype=torch.long, device=group.device)
-    row_of_slot[group, slot] = row
-    return SharedKV(cache, hole, group, row_of_slot, group * most + slot)
+def free_bytes(device: torch.device) -> float:
+    """Memory that a batch may take; no limit where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return math.inf
 
 
 class Sampler:
     """Draws answers with a key/value cache, in the compute dtype of the model.
 
-    A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys stay shared while the
-    answers grow (`SharedKV`). Every row writes the same column of its own cache and reads a plain slice; positions count
-    real tokens. Rows that finished are dropped when a quarter of the batch has.
+        prefix  S columns, once        prompts  P columns a question       own  a row an answer, T columns so far
+        +------------------+           +----------+                        +--+--+--+- - - - - -+
+        |                  | <- all    | q0       | <- its n answers       |k0|k1|k2|           |  all rows write column t
+        +------------------+           | q1   ----|    (- hole)            +--+--+--+- - - - - -+  and read columns 0..t
+
+    A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys are read where they are.
+    Answers begin together, so all rows are equally long and columns past t are not read, but for what rounds T up to SPAN.
+    Rows that finished are dropped as soon as the others fit the next smaller `bucket`.
+    Buffers stay from one batch to the next; on CUDA the work of one token is a captured graph for each shape.
+    compile: torch.compile the block (a few seconds, half a minute the first time on a machine).
     Call `refresh()` after the weights of the model have changed.
     """
 
     CHECK = 4  # look for finished rows every so many tokens: each look makes a GPU wait for the host
+    SPAN = {"cpu": 8, "cuda": 64}  # T and P are multiples: few shapes to compile or capture
 
-    def __init__(self, model: Model, rows: int = 512):
+    def __init__(self, model: Model, rows: int = 512, compile: bool = False):
         self.model, self.rows = model, rows  # rows: answers sampled side by side
         self.progress = iter  # wraps the list of batches, tqdm for instance
-        self.refresh()
-
-    def refresh(self):
-        """Take over the model's weights, cast to the compute dtype. Aliases where there is nothing to cast."""
-        m, cast = self.model, self.model.compute
-        wide = torch.promote_types(cast, torch.float32)  # norms multiply in fp32
+        self.copies, self.graphs, self.buffers, self.sizes, self.prefix_ids = [], {}, None, (0, 0, 0, 0), None
+        self.pool = torch.cuda.graph_pool_handle() if model.embed.weight.is_cuda else None
         self.layers = [
-            (
-                *(w.weight.detach().to(cast) for w in (b.qkv, b.out, b.gate_up, b.down)),
-                torch.stack([b.q_norm.weight, b.k_norm.weight]).detach().to(wide),  # (2, D)
-                *(n.weight.detach().to(wide) for n in (b.attention_norm, b.mlp_norm)),
-            )
-            for b in m.blocks
-        ]
-        self.embed, self.head = m.embed.weight.detach(), m.head.weight.detach()[: m.config.vocab].to(cast)
-        self.prefix_ids, self.prefix = None, None
+            (*(self._copy(m.weight) for m in (b.qkv, b.out, b.gate_up, b.down)),
+             *(m.weight.detach() for m in (b.q_norm, b.k_norm, b.attention_norm, b.mlp_norm)))
+            for b in model.blocks
+        ]  # fmt: skip
+        self.embed, self.head = model.embed.weight.detach(), self._copy(model.head.weight)[: model.config.vocab]
+        self.block = model.blocks[0].decode  # the weights are arguments: one code for all blocks
+        if compile:
+            torch.fx.experimental._config.use_duck_shape = False  # or sizes that happen to be equal once are taken to be always
+            self.block = torch.compile(self.block, dynamic=True)
+
+    def _copy(self, weight):
+        """The weight in the compute dtype; itself where there is nothing to cast."""
+        copy = weight.detach().to(self.model.compute)
+        if copy.dtype != weight.dtype:
+            self.copies.append((copy, weight))
+        return copy
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the model's weights, in place: graphs go on reading the same addresses."""
+        for copy, weight in self.copies:
+            copy.copy_(weight)
+        self.prefix_ids = None
 
     @torch.inference_mode()
     def __call__(self, prompts, n: int, max_new: int, seeds, ends, temperature=1.0, prefix=()) -> Samples:
@@ -625,28 +662,49 @@ class Sampler:
         c, device = self.model.config, self.embed.device
         if not prompts or not all(prompts):
             raise ValueError("a prompt is empty: give at least one token")
-        longest = len(prefix) + max(map(len, prompts)) + max_new
-        if longest > c.context:
+        widest = max(map(len, prompts))
+        if len(prefix) + widest + max_new > c.context:
             raise ValueError(
-                f"{len(prefix)} (shots) + {max(map(len, prompts))} (prompt) + {max_new} (answer) tokens "
+                f"{len(prefix)} (shots) + {widest} (prompt) + {max_new} (answer) tokens "
                 f"are more than the model's context of {c.context}: lower --max_new or --shots"
             )
+        if prefix and self.prefix_ids != tuple(prefix):
+            self.prefix_ids, self.graphs = tuple(prefix), {}
+            self.prefix = [torch.cat(kv) for kv in self._prefill(torch.tensor([prefix], device=device))[1]]  # (2, H, S, K)
         total = len(prompts) * n
         tokens = torch.full((total, max_new), ends[0])
-        logp, lengths = torch.zeros(total, max_new), torch.zeros(total, dtype=torch.long)
+        logp, lengths = torch.zeros(2, total, max_new), torch.zeros(total, dtype=torch.long)
         cut = torch.zeros(total, dtype=torch.bool)
         noise = uniform_noise(seeds, max_new)
         order = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # alike lengths share a batch
-        step, used, spent = max(1, self.rows // n), 0, 0
-        for questions in self.progress([order[i : i + step] for i in range(0, len(order), step)]):
+        count, used, spent = -(-len(prompts) // self._questions(len(prompts), n, widest, max_new)), 0, 0
+        for questions in self.progress([order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]):
             rows = torch.tensor([q * n + a for q in questions for a in range(n)])
-            out = self._batch([prompts[q] for q in questions], n, noise[rows].to(device), ends, temperature, prefix)
-            tokens[rows], logp[rows], lengths[rows], cut[rows] = (x.cpu() for x in out[:4])
-            used, spent = used + int(out[2].sum()), spent + out[4]
-        return Samples(tokens, lengths, logp, cut, 1 - used / max(1, spent))
+            *out, slots = self._batch([prompts[q] for q in questions], n, noise[rows], ends, temperature, bool(prefix))
+            tokens[rows], logp[:, rows], lengths[rows], cut[rows] = (x.cpu() for x in out)
+            used, spent = used + int(out[2].sum()), spent + slots
+        return Samples(tokens, lengths, logp[0], cut, 1 - used / max(1, spent), logp[1])
+
+    def _questions(self, count, n, prompt, max_new) -> int:
+        """Questions a batch: as many of `count` as --rows allows and the memory has room for."""
+        c, size = self.model.config, self.model.compute.itemsize
+        column = 2 * c.layers * c.width * size  # bytes of the keys and values of one token
+        row = column * max_new + 16 * c.vocab + 40 * max_new + 8 * (c.ffn + 4 * c.width)  # cache; logits and their sums; the rest
+        question = n * row + prompt * (2 * column + 4 * size * (c.ffn + 4 * c.width))  # twice: as it comes and in its buffer
+        wanted, fit = min(count, max(1, self.rows // n)), int(0.9 * (free_bytes(self.embed.device) + self._held()) / question)
+        need = f"{n} answers of {max_new} tokens to a prompt of {prompt} need {question / 2**30:.3g} GiB"
+        if fit < 1:
+            raise ValueError(f"{need}, more than is free: lower --max_new or the number of answers a question")
+        if fit < wanted:
+            warnings.warn(f"{need}: sampling {fit * n} answers at a time, not {wanted * n}; a lower --max_new would fit more", stacklevel=3)
+        return min(wanted, fit)
+
+    def _held(self) -> int:
+        return sum(y.nbytes for y in vars(self.buffers).values()) if self.buffers else 0
 
     def _prefill(self, ids_BT: Tensor, past=None):
-        """Run whole prompts: final hidden states (B, T, D) and, a layer, the keys and values (B, H, T, K)."""
+        """Run whole prompts: final hidden states (B, T, D) and, a layer, the keys and values (B, H, T, K). past: the same of
+        what precedes them, (1 or B, H, S, K)."""
         m, c = self.model, self.model.config
         B, T = ids_BT.shape
         S = past[0][0].shape[2] if past else 0
@@ -662,91 +720,113 @@ class Sampler:
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not past))
         return m.norm(x), cache
 
-    def _batch(self, prompts, n, noise, ends, temperature, prefix):
-        c, device, m = self.model.config, self.embed.device, self.model
-        Q, R, max_new, P = len(prompts), len(prompts) * n, noise.shape[1], max(map(len, prompts))
-        if prefix and self.prefix_ids != tuple(prefix):
-            self.prefix_ids = tuple(prefix)
-            self.prefix = self._prefill(torch.tensor([prefix], device=device))[1]
-        past = self.prefix if prefix else None
+    def _reserve(self, *sizes):
+        """Buffers for at least (rows, questions, columns of the prompts, columns of the answers)."""
+        if all(have >= want for have, want in zip(self.sizes, sizes, strict=True)):
+            return
+        self.sizes = R, G, P, T = tuple(map(max, self.sizes, sizes))
+        self.buffers, self.graphs = None, {}  # freed before new ones are made
+        c, compute, device = self.model.config, self.model.compute, self.embed.device
+        H, K, integer = c.heads, c.width // c.heads, dict(dtype=torch.long, device=device)
+        self.buffers = SimpleNamespace(
+            own=torch.zeros(c.layers, 2, R, H, T, K, dtype=compute, device=device),
+            prompt=torch.zeros(c.layers, 2, G, H, P, K, dtype=compute, device=device),
+            hole=torch.zeros(G, 1, P, device=device), group=torch.zeros(R, **integer), t=torch.zeros(1, **integer),
+            noise=torch.zeros(R, T, dtype=torch.float64, device=device), cos=torch.zeros(R, T, K // 2, device=device),
+            sin=torch.zeros(R, T, K // 2, device=device), row=torch.zeros(R, **integer), token=torch.zeros(R, **integer),
+            alive=torch.zeros(R, dtype=torch.bool, device=device), tokens=torch.zeros(R, T, **integer),
+            logp=torch.zeros(2, R, T, device=device), lengths=torch.zeros(R, **integer),
+        )  # fmt: skip
 
-        end, stop = ends[0], torch.tensor(ends, device=device)
+    def _batch(self, prompts, n, noise, ends, temperature, shots: bool):
+        c, device, span = self.model.config, self.embed.device, self.SPAN[self.embed.device.type]
+        Q, R, max_new = len(prompts), len(prompts) * n, noise.shape[1]
+        P = -(-max(map(len, prompts)) // span) * span
+        self._reserve(R, Q, P + span, -(-max_new // span) * span + span)  # one span more: a slice never is the whole
+        b, S = self.buffers, self.prefix[0].shape[2] if shots else 0
         size = torch.tensor([len(p) for p in prompts], device=device)
-        ids = torch.tensor([p + [end] * (P - len(p)) for p in prompts], device=device)  # causal: padding changes nothing
-        x, prompt_cache = self._prefill(ids, past)
-        x = x[torch.arange(Q, device=device), size - 1].repeat_interleave(n, 0)  # (R, D), state at the last prompt token
-        group = torch.arange(Q, device=device).repeat_interleave(n)
-        hole = torch.zeros(Q, 1, 1, P, dtype=m.compute, device=device)
-        hole.masked_fill_(torch.arange(P, device=device) >= size[:, None, None, None], -math.inf)
-        sources = [share(prompt_cache, hole, group)]
-        if past:
-            sources.append(share(past, torch.zeros(1, 1, 1, len(prefix), dtype=m.compute, device=device), group * 0))
-        cache = torch.empty(c.layers, 2, R, c.heads, max_new, c.width // c.heads, dtype=m.compute, device=device)
-        position = size[group, None] + len(prefix) + torch.arange(max_new, device=device)  # (R, max_new)
-        cos, sin = rope_table(position, c.width // c.heads, c.theta)
-
-        tokens = torch.full((R, max_new), end, device=device)
-        logp = torch.zeros(R, max_new, device=device)
-        lengths = torch.zeros(R, dtype=torch.long, device=device)
-        row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)  # of the rows kept
-        cut, spent = torch.zeros(R, dtype=torch.bool, device=device), 0
-        for t in range(max_new):
-            token, chosen = self._draw(x @ self.head.T, noise[:, t], temperature)
-            tokens[row, t], logp[row, t] = token, chosen.to(logp.dtype)
-            lengths[row] += alive
-            spent += len(row)
-            alive &= (token[:, None] != stop).all(1)
-            if t + 1 == max_new:
-                break
+        ids = torch.tensor([p + p[:1] * (P - len(p)) for p in prompts], device=device)  # causal: what fills up changes nothing
+        x, cache = self._prefill(ids, [y[:, None] for y in self.prefix] if shots else None)
+        for layer, kv in enumerate(cache):
+            b.prompt[layer, 0, :Q, :, :P], b.prompt[layer, 1, :Q, :, :P] = kv
+        b.hole[:Q, 0, :P] = torch.where(torch.arange(P, device=device) < size[:, None], 0.0, -math.inf)
+        b.group[:R] = torch.arange(Q, device=device).repeat_interleave(n)
+        position = size[b.group[:R], None] + S + torch.arange(max_new, device=device)  # (R, max_new)
+        b.cos[:R, :max_new], b.sin[:R, :max_new] = rope_table(position, c.width // c.heads, c.theta)
+        b.noise[:R, :max_new], b.row[:R], b.alive[:R] = noise.to(device), torch.arange(R, device=device), True
+        b.tokens[:R], b.logp[:, :R], b.lengths[:R], b.t[:] = ends[0], 0, 0, -1
+        self._draw(x[torch.arange(Q, device=device), size - 1].repeat_interleave(n, 0), temperature, tuple(ends))
+        slots = R
+        for t in range(max_new - 1):  # answers have t + 1 tokens, the last of them not yet in the cache
             if t % self.CHECK == self.CHECK - 1:
-                live = int(alive.sum())
+                live = int(b.alive[:R].sum())
                 if live == 0:
                     break
-                if live <= 0.75 * len(row):
-                    keep = alive.nonzero().squeeze(1)
-                    cache, sources = cache[:, :, keep], [source.keep(keep) for source in sources]
-                    row, alive, token, noise, cos, sin = (y[keep] for y in (row, alive, token, noise, cos, sin))
-            x = self._step(token, cache, t + 1, cos[:, t], sin[:, t], sources)
-        cut[row] = alive
-        lengths_mask = torch.arange(max_new, device=device) < lengths[:, None]
-        return tokens.where(lengths_mask, end), logp.where(lengths_mask, 0.0), lengths, cut, spent
+                if bucket(live) < R:  # the living come first, in their order; then as many of the others as fill the bucket
+                    keep = b.alive[:R].to(torch.uint8).argsort(descending=True, stable=True)[: bucket(live)]
+                    R = len(keep)
+                    for y in (b.group, b.noise, b.cos, b.sin, b.row, b.token, b.alive):
+                        y[:R] = y[keep]
+                    for kv in b.own.flatten(0, 1):
+                        kv[:R, :, :t] = kv[keep, :, :t]
+            self._advance(R, -(-(t + 1) // span) * span, P, temperature, tuple(ends), S)
+            slots += R
+        cut = torch.zeros(len(noise), dtype=torch.bool, device=device)
+        cut[b.row[:R]] = b.alive[:R]
+        R = len(noise)
+        said = torch.arange(max_new, device=device) < b.lengths[:R, None]
+        tokens, logp = b.tokens[:R, :max_new].where(said, ends[0]), b.logp[:, :R, :max_new].where(said, 0.0)
+        return tokens, logp, b.lengths[:R], cut, slots
 
-    def _draw(self, logits, u, temperature):
-        """One token a row by inverting the cumulative distribution at u (R,): exact, and one random number a token
-        where gumbel noise takes V. fp64 sums: in fp32 the tail of a large vocabulary would drown. -> ids, log-probs."""
+    def _advance(self, *shape):
+        """The work of one token. On CUDA: run as it is the first time, which compiles; captured the second; then replayed."""
+        if not self.embed.is_cuda or shape not in self.graphs:
+            self.graphs[shape] = None
+            return self._token(*shape)
+        if self.graphs[shape] is None:
+            self.graphs[shape] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[shape], pool=self.pool):
+                self._token(*shape)
+        self.graphs[shape].replay()
+
+    def _token(self, R, T, P, temperature, ends, S):
+        """The last token of rows :R through the network, and a draw of the next."""
+        b = self.buffers
+        b.t += 1
+        cos, sin = (y[:R].index_select(1, b.t) for y in (b.cos, b.sin))  # (R, 1, K/2)
+        x = F.embedding(b.token[:R], self.embed).to(self.model.compute)
+        column = b.t if self.embed.is_cuda else slice(int(b.t), int(b.t) + 1)  # a graph must read it on the device
+        for layer, weights in enumerate(self.layers):
+            keys, values = b.own[layer, :, :R, :, :T]
+            prompt, prefix = b.prompt[layer, :, :, :, :P], self.prefix[layer] if S else None
+            x, k, v = self.block(x, weights, keys, values, b.t, cos, sin, prompt, b.hole[..., :P], b.group[:R], prefix)
+            keys[:, :, column], values[:, :, column] = k[:, :, None], v[:, :, None]
+        self._draw(rms_norm(x, self.model.norm.weight, self.model.config.eps), temperature, ends)
+
+    def _draw(self, x, temperature, ends):
+        """One token a row by inverting the cumulative distribution at its uniform number: exact, and one random number a
+        token where gumbel noise takes V. fp64 sums: in fp32 the tail of a large vocabulary would drown."""
+        b, R = self.buffers, len(x)
+        logits = x @ self.head.T
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits -= logits.amax(1, keepdim=True)
+        p = logits.exp()
+        log_sum = p.sum(1, keepdim=True).log()
         if temperature == 0:
-            logp, token = logits.log_softmax(1).max(1)
-            return token, logp
-        logp = logits.div_(temperature).log_softmax(1)
-        mass = logp.exp().cumsum(1, dtype=torch.float64)
-        token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
-        return token.squeeze(1), logp.gather(1, token).squeeze(1)
-
-    def _step(self, token, cache, T, cos, sin, sources):
-        """One token (R,) for every row; cache (L, 2, R, H, max_new, K), of which T columns are filled, the last one here;
-        sources: SharedKV, and values before them. -> final hidden states (R, D)."""
-        c = self.model.config
-        R, H, K = len(token), c.heads, c.width // c.heads
-        cos, sin = cos[:, None, None], sin[:, None, None]  # (R, 1, 1, K/2)
-        x = F.embedding(token, self.embed).to(self.model.compute)
-        for layer, (qkv, out, gate_up, down, qk_norm, attention_norm, mlp_norm) in enumerate(self.layers):
-            mixed = x @ qkv.T
-            qk = rotate(rms_norm(mixed[:, : 2 * c.width].view(R, 2, c.width), qk_norm, c.eps).view(R, 2, H, K), cos, sin)
-            cache[layer, 0, :, :, T - 1], cache[layer, 1, :, :, T - 1] = qk[:, 1], mixed[:, 2 * c.width :].view(R, H, K)
-            key, value = cache[layer].view(2, R * H, -1, K)[:, :, :T].unbind()  # (R*H, T, K)
-            q = qk[:, 0] * K**-0.5  # (R, H, K)
-            own = torch.bmm(q.view(R * H, 1, K), key.transpose(1, 2)).view(R, H, T)
-            score = torch.cat([own, *(source.scores(layer, q) for source in sources)], dim=2)
-            p = score.softmax(2, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
-            own, *others = p.split([T, *(source.hole.shape[3] for source in sources)], dim=2)
-            y = torch.bmm(own.reshape(R * H, 1, T), value).view(R, H, K)
-            for source, part in zip(sources, others, strict=True):
-                y += source.values(layer, part)
-            x = x + rms_norm(y.view(R, c.width) @ out.T, attention_norm, c.eps)
-            gate, up = (x @ gate_up.T).chunk(2, dim=1)
-            x = x + rms_norm((F.silu(gate) * up) @ down.T, mlp_norm, c.eps)
-        return rms_norm(x, self.model.norm.weight, c.eps)
+            token, scale, log_mass = logits.argmax(1, keepdim=True), 1.0, log_sum
+        else:
+            scale = 1 / temperature
+            mass = (p if temperature == 1 else (logits * scale).exp()).cumsum(1, dtype=torch.float64)
+            u = b.noise[:R].index_select(1, b.t + 1)
+            token = torch.searchsorted(mass, u * mass[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)  # (R, 1)
+            log_mass = mass[:, -1:].log()
+        chosen, row, t = logits.gather(1, token), b.row[:R, None], b.t + 1
+        b.tokens[row, t] = token
+        b.logp[0][row, t], b.logp[1][row, t] = (chosen * scale - log_mass).to(b.logp.dtype), (chosen - log_sum).to(b.logp.dtype)
+        b.lengths.index_add_(0, b.row[:R], b.alive[:R].long())
+        b.token[:R] = token[:, 0]
+        for end in ends:
+            b.alive[:R] &= b.token[:R] != end
 
 
 # --------------------------------------------------------------------------------------------------------- optimizer

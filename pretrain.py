@@ -99,7 +99,7 @@ def main(cfg):
     if state:
         run.fill_model(model, state)
         optimizer.load_state_dict(state["optimizers"][0])
-    if cfg.compile:
+    if cfg.compile and run.can_compile(world):
         run.compile_blocks(model, dynamic=False)
 
     def beside(name):  # what prepare.py toy puts next to the text

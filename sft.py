@@ -87,8 +87,9 @@ def main(cfg):
     if state:
         optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
-    sampler = Sampler(model, cfg.rows)
-    if cfg.compile:
+    compiled = cfg.compile and run.can_compile(world)
+    sampler = Sampler(model, cfg.rows, compiled)
+    if compiled:
         run.compile_blocks(model)
     log = run.Log(cfg.out, world, steps, first, "loss")
 

@@ -44,9 +44,8 @@ COUNTS = set("tokens batch_tokens length batch questions_per_step group updates 
 def configure(Config, argv: list[str], doc: str = ""):
     """`--field value` or `--field=value` for every field of the dataclass Config (`--flag` alone for a bool).
 
-    Integers may be written 2000, 50e9, 2.8M; tuples 1000,2000. Words without a flag go to the first field if that is a
-    tuple of str (eval.py ckpt/*.pt). Raises ValueError for what is not a field or has the wrong type; prints the help and
-    exits 0 on --help."""
+    Integers may be 2000, 50e9 or 2.8M; tuples 1000,2000. Words without a flag go to the first field if that is a tuple of
+    str (eval.py ckpt/*.pt). Raises ValueError for what is not a field or has the wrong type; --help exits 0."""
     hints, values, rest = typing.get_type_hints(Config), {}, list(argv)
     if "--help" in rest or "-h" in rest:
         print((doc or "").strip() + "\n\nflags:")
@@ -258,10 +257,12 @@ def place(model, world: World):  # weights are fp32 masters, fp64 only when ever
     return model.to(world.device, torch.float64 if world.compute == torch.float64 else torch.float32)
 
 
-def compile_blocks(model, dynamic: bool = True):
-    """torch.compile each block in place (parameter names stay); all blocks, and if dynamic all lengths, share one code."""
-    if next(model.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
-        return print("no C++ compiler (g++ or $CXX): running without --compile", file=sys.stderr)
+def can_compile(world: World) -> bool:
+    found = world.device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
+    return found or bool(print("no C++ compiler (g++ or $CXX): running without --compile", file=sys.stderr))
+
+
+def compile_blocks(model, dynamic: bool = True):  # in place: parameter names stay; all blocks share one code
     for block in model.blocks:
         block.compile(dynamic=dynamic)
 
@@ -293,10 +294,8 @@ OPERATIONAL = {"resume", "overwrite", "device", "save_every", "rows", "micro", "
 
 
 def claim(out, cfg, others=()) -> dict | None:
-    """May this run write `out` (and `others`)? -> the state to continue from, or None for a fresh run.
-
-    Raises ValueError if something would be overwritten without --overwrite, or if --resume comes with other settings;
-    exits 0 if --resume finds the run finished."""
+    """May this run write `out` (and `others`)? -> the state to continue from, or None for a fresh run. Raises ValueError if
+    something would be overwritten or --resume comes with other settings; exits 0 if --resume finds the run finished."""
     out, state = Path(out), Path(f"{out}.resume")
     if cfg.overwrite:
         state.unlink(missing_ok=True)  # or a later --resume would go on with what was replaced

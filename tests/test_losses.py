@@ -153,7 +153,7 @@ def answers_of(*rows):
         tokens_, logp = torch.full((len(rows), max_new), ends[0]), torch.zeros(len(rows), max_new)
         for row, (ids, _, value) in enumerate(rows):
             tokens_[row, : len(ids)], logp[row, : len(ids)] = torch.tensor(ids), value
-        return Samples(tokens_, torch.tensor([len(ids) for ids, _, _ in rows]), logp, torch.tensor([cut for _, cut, _ in rows]), 0.0)
+        return Samples(tokens_, torch.tensor([len(ids) for ids, _, _ in rows]), logp, torch.tensor([cut for _, cut, _ in rows]), 0.0, logp)
 
     return sampler
 

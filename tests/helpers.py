@@ -13,6 +13,7 @@ from data import run
 from model import Model, ModelConfig
 
 ROOT = Path(__file__).parents[1]
+DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))  # real data, beside the project
 PRETRAIN = "--batch_tokens 1024 --length 64 --warmup 2 --compile false --eval_rows 4".split()
 
 

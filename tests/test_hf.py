@@ -1,0 +1,491 @@
+"""Checkpoints in Hugging Face form, both ways, against transformers and the files that its save_pretrained writes."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from bench_cpu import transformers_twin
+from helpers import DATASETS, call, same_weights, small_model
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import hf, run, tokens
+from model import PRESETS, Model, ModelConfig
+
+TOY = tokens.VOCABULARY["toy"]
+IDS = torch.randint(0, TOY, (3, 40), generator=torch.Generator().manual_seed(0))
+NAMED = "stage1-step10000-tokens21B"
+PUBLIC = {  # config.json of allenai/OLMo-2-0425-1B, as transformers 4.51.3 wrote it
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    "model_type": "olmo2", "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.51.3", "use_cache": True, "vocab_size": 100352,
+}  # fmt: skip
+
+
+def convert(*words):
+    """`python data/hf.py words` in this process."""
+    hf.main([str(word) for word in words])
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(*words):
+        with pytest.raises(SystemExit) as stop:
+            convert(*words)
+        told = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
+        assert stop.value.code == 2 and len(told) == 1
+        return told[0]
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def twin():
+    """transformers' model with random weights, the toy's vocabulary and no round numbers."""
+    shape = dict(layers=3, width=24, heads=2, ffn=40, theta=10000.0, eps=1e-5)
+    return transformers_twin(small_model(TOY, hf.padded(TOY), torch.float32, **shape)).eval()
+
+
+@pytest.fixture
+def theirs(twin, tmp_path):
+    """The same on disk, in fp32 and several files, without a tokenizer."""
+    twin.save_pretrained(tmp_path / NAMED, max_shard_size="20KB")
+    return tmp_path / NAMED
+
+
+@pytest.fixture(scope="session")
+def cl100k():
+    """The encoding; a session's worth, because tokens.encoding keeps it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:
+            if not DATASETS.is_dir():
+                pytest.skip(f"no {DATASETS}: set RL_DATASETS to the folder of real data")
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(DATASETS / "tiktoken"))
+        yield tokens.encoding("cl100k_base")
+
+
+def our_logits(path, ids):
+    """(B, T, padded_vocab) of a checkpoint, in fp32 on the CPU."""
+    model = run.load_model(run.load(path), Model, ModelConfig, run.start("cpu", "float32"))
+    with torch.no_grad():
+        return model.head(model.hidden(ids))
+
+
+def their_logits(folder, ids):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def files(folder) -> dict[str, torch.Tensor]:
+    parts = [load_file(path) for path in Path(folder).glob("*.safetensors")]
+    assert sum(map(len, parts)) == len({name for part in parts for name in part})
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def same_bits(one: dict, other: dict) -> bool:
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    return one.keys() == other.keys() and all(
+        x.dtype == other[name].dtype and torch.equal(x.view(bits[x.dtype]), other[name].view(bits[x.dtype])) for name, x in one.items()
+    )
+
+
+def edit(path, **changes):
+    """Change fields of a JSON file; ... removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def edit_weights(folder, change):
+    """Change {name: tensor} of all files in place, and write them as one file."""
+    content = files(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    change(content)
+    save_file(content, folder / "model.safetensors")
+
+
+# ---- the numbers
+
+def test_the_copies_of_what_model_says():
+    assert [f.name for f in dataclasses.fields(hf.Shape)] == [f.name for f in dataclasses.fields(ModelConfig)]
+    assert {(p["layers"], p["width"], p["heads"], p["ffn"]): name for name, p in PRESETS.items()} == hf.PRESETS
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, "1GB"), *((d, "20KB") for d in (torch.float32, torch.bfloat16, torch.float16))])
+def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
+    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms exchanged, and with
+    theta or eps left at their defaults."""
+    twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size=size)
+    twin.float()
+    assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
+    convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
+    assert {w.dtype for w in run.load(tmp_path / "ours.pt")["model"].values()} == {torch.float32}
+    torch.testing.assert_close(our_logits(tmp_path / "ours.pt", IDS), their_logits(tmp_path / NAMED, IDS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_exported_folder_is_the_same_model_in_transformers(world, tmp_path, size):
+    convert("export", world.taught, tmp_path / "hf", "--shard", size)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (size == "20KB")
+    assert max(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors")) < (1e9 if size == "1GB" else 300e3)
+    torch.testing.assert_close(their_logits(tmp_path / "hf", IDS), our_logits(world.taught, IDS), rtol=0, atol=1e-4)
+
+
+def test_round_trip_from_ours(world, tmp_path):
+    """Bit for bit, with the numbers that a careless conversion changes."""
+    saved = run.load(world.taught)
+    saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor([-0.0, 1e-45, math.pi * 1e-38, 3.4e38])
+    torch.save(saved, tmp_path / "before.pt")
+    convert("export", tmp_path / "before.pt", tmp_path / "step10-tokens0B", "--shard", "100KB")
+    convert("import", tmp_path / "step10-tokens0B", tmp_path / "after.pt", "--world", "toy")
+    after = run.load(tmp_path / "after.pt")
+    assert same_bits(saved["model"], after["model"]) and [*saved["model"]] == [*after["model"]]
+    assert saved["config"] == after["config"] and [*saved["config"]] == [*after["config"]]
+    assert saved["meta"].keys() <= after["meta"].keys() and after["meta"]["encoding"] == "toy" and after["meta"]["preset"] == "toy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_from_theirs(twin, tmp_path, dtype):
+    twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size="20KB")
+    twin.float()
+    convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
+    convert("export", tmp_path / "ours.pt", tmp_path / "back", "--dtype", str(dtype).removeprefix("torch."))
+    assert same_bits(files(tmp_path / NAMED), files(tmp_path / "back"))
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / NAMED, tmp_path / "back"))
+    assert {k: v for k, v in was.items() if k not in ("transformers_version", "eos_token_id", "pad_token_id")}.items() <= now.items()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == dtype
+
+
+def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_path):
+    """A row of the head that is no id is never trained: its logit is about 0, which beats most words."""
+    saved = run.load(world.taught)
+    convert("export", world.taught, tmp_path / "all")
+    convert("export", world.taught, tmp_path / "trimmed", "--padding", "false")
+    ids = IDS[:1]
+    ours = our_logits(world.taught, ids)[..., :TOY].log_softmax(-1)
+    whole, trimmed = (their_logits(tmp_path / name, ids).log_softmax(-1) for name in ("all", "trimmed"))
+    assert whole.shape[-1] == hf.padded(TOY) and whole[..., TOY:].exp().sum(-1).max() > 0.01
+    torch.testing.assert_close(trimmed, ours, rtol=0, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "all")
+    assert model.generation_config.suppress_tokens == list(range(TOY, hf.padded(TOY)))
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (TOY - 2, TOY - 1)
+    answers = model.generate(ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8)
+    assert answers.max() < TOY
+    convert("import", tmp_path / "trimmed", tmp_path / "trimmed.pt", "--tokens", "1")
+    assert run.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {"padded_vocab": TOY}
+
+
+# ---- config.json and meta
+
+def write_config(folder, **fields):
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    return path
+
+
+def test_public_config(tmp_path):
+    """In the form of transformers 4, of 5, and with the unpadded vocabulary."""
+    five = PUBLIC | {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    want = PRESETS["1b"] | {"vocab": 100278, "padded_vocab": 100352, "theta": 500000.0, "eps": 1e-6}
+    for fields in (PUBLIC, five):
+        shape, encoding = hf.read_config(write_config(tmp_path, **fields))
+        assert dataclasses.asdict(shape) == want and ModelConfig(**want) and encoding == "cl100k_base"
+        assert sum(math.prod(s) * len(names) for names, s in hf.layout(shape).values()) == 1_484_916_736
+    shape, _ = hf.read_config(write_config(tmp_path, **PUBLIC | {"vocab_size": 100278, "rope_theta": 1e4, "rms_norm_eps": 1e-5}))
+    assert (shape.padded_vocab, shape.theta, shape.eps) == (100278, 1e4, 1e-5)
+
+
+@pytest.mark.parametrize("field, value, says", [
+    ("model_type", "llama", "model_type is 'llama', only 'olmo2' is"),
+    ("model_type", ..., "model_type is None"),
+    ("num_key_value_heads", 4, "num_key_value_heads is 4, only as many as num_attention_heads (16) is"),
+    ("head_dim", 64, "head_dim is 64"),
+    ("num_attention_heads", 15, "num_key_value_heads"),
+    ("hidden_size", 2052, "head_dim is None, only an even 2052 / 16"),
+    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
+    ("attention_bias", True, "attention_bias is True"),
+    ("attention_dropout", 0.1, "attention_dropout is 0.1"),
+    ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+    ("quantization_config", {"bits": 4}, "quantization_config"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}, "only plain RoPE"),
+    ("rope_scaling", {"rope_type": "dynamic"}, "only plain RoPE"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 500000, "factor": 8.0}, "rope_parameters"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 500000, "partial_rotary_factor": 0.5}, "rope_parameters"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 10000}, "rope_theta is [500000, 10000], only one number"),
+    ("rope_theta", ..., "rope_theta is []"),
+    ("rope_theta", "big", "rope_theta is 'big', only a number above 0"),
+    ("rms_norm_eps", ..., "rms_norm_eps is None"),
+    ("hidden_size", ..., "hidden_size is None, only a whole number from 1"),
+    ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+    ("vocab_size", 50304, "vocab_size is 50304, the encodings here have"),
+])  # fmt: skip
+def test_another_network_is_refused(refused, tmp_path, field, value, says):
+    write_config(tmp_path / NAMED, **PUBLIC | {field: value})
+    said = refused("import", tmp_path / NAMED, tmp_path / "out.pt")
+    assert says in said and "config.json" in said and not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""])
+def test_broken_config_is_refused(refused, tmp_path, text):
+    write_config(tmp_path / NAMED).write_text(text)
+    assert "config.json" in refused("import", tmp_path / NAMED, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("words, step, count", [
+    (["--revision", "stage1-step300-tokens1B"], 300, 10**9),
+    (["--revision", "stage1-step0-tokens0B"], 0, 0),
+    (["--revision", "stage1-step1000-tokens3B", "--tokens", "2097152000"], 1000, 2_097_152_000),  # the name is rounded up
+    (["--revision", "stage2-ingredient3-step1000-tokens3B", "--tokens", "4004e9"], 1000, 4_004 * 10**9),
+    (["--revision", "main", "--tokens", "4e12"], 0, 4 * 10**12),
+    ([], 10000, 21 * 10**9),  # the folder's own name
+])  # fmt: skip
+def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
+    convert("import", theirs, tmp_path / "out.pt", *words)
+    meta = run.load(tmp_path / "out.pt")["meta"]
+    assert (meta["step"], meta["tokens"]) == (step, count)
+
+
+@pytest.mark.parametrize("revision", ["main", "stage2-ingredient3-step1000-tokens3B"])
+def test_tokens_that_the_name_does_not_say(refused, theirs, tmp_path, revision):
+    """Seen to fail without the look for stage2: 3B tokens, where 4,004B were seen."""
+    assert "give --tokens, 21e9" in refused("import", theirs, tmp_path / "out.pt", "--revision", revision)
+
+
+def test_meta_is_complete(world, theirs, tmp_path):
+    """Every stage and eval.py read nothing that pretrain.py writes and import does not."""
+    convert("import", theirs, tmp_path / "out.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
+    meta, pretrained = run.load(tmp_path / "out.pt")["meta"], run.load(world.base)["meta"]
+    assert pretrained.keys() <= meta.keys()
+    assert {k: meta[k] for k in ("stage", "recipe", "parent", "world", "encoding", "questions", "tasks", "pretrain_seed", "seed")} == dict(
+        stage="pretrain", recipe="base", parent=str(theirs), world="olmo-mix-1124", encoding="toy", questions="some/questions",
+        tasks="some/tasks", pretrain_seed=3, seed=3)  # fmt: skip
+    assert meta["preset"] == "3x24" and meta["commit"] and meta["torch"] == torch.__version__
+    edit_weights(theirs, lambda content: content["model.norm.weight"].mul_(2))
+    convert("import", theirs, tmp_path / "other.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
+    other = run.load(tmp_path / "other.pt")["meta"]
+    assert run.config_hash(other) != run.config_hash(meta)  # rows of the one are not taken for rows of the other
+
+
+def test_hub_id(theirs, tmp_path, monkeypatch):
+    """What is asked of the hub, and that no pickle of the repository would come along."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *words, **values: asked.append((words, values)) or str(theirs))
+    convert("import", "allenai/OLMo-2-0425-1B", tmp_path / "ckpt" / "out.pt", "--revision", "stage1-step20000-tokens42B")
+    (words, values), = asked
+    assert words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
+    repository = ["README.md", "config.json", "generation_config.json", "merges.txt", "model-00001-of-00002.safetensors", "tokenizer.json",
+                  "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "training_args.bin", "modeling.py"]  # fmt: skip
+    kept = filter_repo_objects(repository, allow_patterns=values["allow_patterns"])
+    assert set(repository) - {*kept} == {"README.md", "generation_config.json", "merges.txt", "pytorch_model.bin", "training_args.bin",
+                                         "modeling.py"}  # fmt: skip
+    meta = run.load(tmp_path / "ckpt" / "out.pt")["meta"]
+    assert meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B" and meta["tokens"] == 42 * 10**9
+
+
+def test_no_hub(refused, tmp_path, monkeypatch):
+    def unreachable(*words, **values):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    said = refused("import", "allenai/OLMo-2-0425-1B", tmp_path / "out.pt", "--revision", NAMED)
+    assert f"is no folder here, and the hub does not give it at {NAMED}: no connection to the hub" in said
+
+
+# ---- weights that are refused
+
+def rename(content, old, new):
+    content[new] = content.pop(old)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing (1 such"),
+    (lambda c: c.pop("lm_head.weight"), "lm_head.weight is missing"),
+    (lambda c: c.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "model.layers.3.mlp.up_proj.weight is nothing that OLMo2"),
+    (lambda c: c.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}), "self_attn.q_proj.bias is nothing that OLMo2 has"),
+    (lambda c: rename(c, "model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.input_layernorm.weight"), "input_layernorm"),
+    (lambda c: c.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 24)}), "[40, 24], its config.json needs [24, 40]"),
+    (lambda c: c.update({"model.layers.0.self_attn.k_norm.weight": torch.ones(12)}), "[12], its config.json needs [24]"),
+    (lambda c: c.update({"model.norm.weight": torch.ones(24, dtype=torch.float64)}), "model.norm.weight is F64"),
+])  # fmt: skip
+def test_wrong_tensors_are_refused(refused, theirs, tmp_path, change, says):
+    edit_weights(theirs, change)
+    assert says in refused("import", theirs, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_pickles_are_refused(refused, theirs, tmp_path):
+    for path in theirs.glob("model*"):
+        path.unlink()
+    assert "nothing to read" in refused("import", theirs, tmp_path / "out.pt")
+    (theirs / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
+    assert "pickles (.bin) can run code when they are read and are refused" in refused("import", theirs, tmp_path / "out.pt")
+
+
+def test_incomplete_download_is_refused(refused, theirs, tmp_path):
+    last, index = sorted(theirs.glob("*.safetensors"))[-1], theirs / "model.safetensors.index.json"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-8])
+    assert f"{last.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    last.unlink()
+    assert f"lacks {last.name}: download it again" in refused("import", theirs, tmp_path / "out.pt")
+    shutil.copy(sorted(theirs.glob("*.safetensors"))[0], last)
+    assert "is also in another file" in refused("import", theirs, tmp_path / "out.pt")
+    last.write_bytes(whole)
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    named = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()})
+    assert "lacks ../elsewhere.safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    edit(index, weight_map={})
+    assert "lacks all" in refused("import", theirs, tmp_path / "out.pt")
+
+
+# ---- nothing lost
+
+def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
+    out, folder = tmp_path / "out.pt", tmp_path / "folder"
+    out.write_text("mine")
+    assert "exists: --overwrite replaces it" in refused("import", theirs, out) and out.read_text() == "mine"
+    convert("import", theirs, out, "--overwrite")
+    assert run.load(out)["meta"]["recipe"] == "base"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    for place in (folder, folder / "mine"):
+        assert "is not an empty folder" in refused("export", world.taught, place)
+    assert [p.name for p in folder.iterdir()] == ["mine"]
+    (folder / "mine").unlink()
+
+    def full(*words, **values):
+        raise hf.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "save_file", full)
+        assert "could not write" in refused("export", world.taught, folder)
+    assert [*folder.iterdir()] == [] and not (tmp_path / "folder.new").exists()
+    convert("export", world.taught, folder)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+def test_wrong_words(refused, world, theirs, tmp_path, capsys):
+    assert "--out is needed" in refused("import", theirs)
+    assert "unknown flag --revison, did you mean --revision?" in refused("import", theirs, tmp_path / "a.pt", "--revison", "main")
+    assert "unknown flag" in refused("export", world.taught, tmp_path / "a", tmp_path / "b")
+    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused("export", world.taught, tmp_path / "a", "--dtype", "int8")
+    assert "no checkpoint at" in refused("export", tmp_path / "none.pt", tmp_path / "a")
+    assert "'exprot' is not a command" in refused("exprot")
+    convert("--help")
+    assert "python data/hf.py export" in capsys.readouterr().out
+    saved = run.load(world.taught)
+    saved["model"]["norm.weight"] = torch.ones(3)
+    torch.save(saved, tmp_path / "odd.pt")
+    assert "is of another model than its config says" in refused("export", tmp_path / "odd.pt", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# ---- tokenizer
+
+def real_texts(count=300):
+    for name in ("pretrain_text/wikitext2_valid.txt.gz", "pretrain_text/tinyshakespeare.txt.gz", "pretrain_text/tinystories_sample.txt.gz"):
+        with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
+            yield from file.read()[:200_000].split("\n\n")[:count]
+    for name in ("pretrain_text/open_logic.jsonl.gz", "math/train.jsonl.gz", "gsm8k/train.jsonl.gz", "hellaswag/validation.jsonl.gz"):
+        with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
+            for _, line in zip(range(count), file, strict=False):
+                row = json.loads(line)
+                yield "\n".join(str(value) for value in row.values())[:4000]
+
+
+HARD_TEXTS = [
+    hf.PROBE, "", " ", "  a", "a  ", "\n", "\r\n\r\n  x", "\t\t x\n\n\n", "1234567890 12 3", "\u00b2\u2167\u0663 ",
+    "it's IT'S it'\u017f we'LL 'VE 're", "caf\u00e9 cafe\u0301 \ufb01", "\u6771\u4eac\u90fd\u3000\u306f", "\x00\x01\u2028\u00a0\u200b",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ee\U0001f1f9",
+    "<|endoftext|>", "a<|endoftext|>b <|pad|> <|im_start|> |||PHONE_NUMBER||| <|extra_id_3|> <|endofprompt|>", "||||||PHONE_NUMBER||||||",
+    *("".join(c * n) for c in (" ", "a", "-", "=", "\n", "0", "_", "x ") for n in (1, 2, 3, 5, 7, 16, 31, 77, 200)),
+]  # fmt: skip
+
+
+def test_tokenizer_gives_our_ids(cl100k, tmp_path):
+    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included. Seen to fail with
+    tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without split_special_tokens."""
+    folder = tmp_path / "hf"
+    model = small_model(100278, 100352, torch.float32, width=8, heads=2, ffn=8, layers=1)
+    run.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
+    convert("export", tmp_path / "a.pt", folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    texts = [*HARD_TEXTS, *real_texts()] if DATASETS.is_dir() else HARD_TEXTS
+    for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
+        assert ids == tokens.encode(cl100k, text), text[:80]
+        assert theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+    special = {theirs.convert_tokens_to_ids(text): text for text in hf.OLMO2}
+    assert special == {100256 + i: text for i, text in enumerate(hf.OLMO2)} and len(hf.OLMO2) == 22
+    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(theirs) == tokens.vocab_size(cl100k)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (cl100k.eot_token, tokens.pad_id(cl100k)) == (100257, 100277)
+    assert theirs.decode([9906, 100257, 100277], skip_special_tokens=True) == "Hello"
+    # and it is what import accepts beside the weights
+    convert("import", folder, tmp_path / "b.pt", "--tokens", "1")
+    assert same_weights(tmp_path / "a.pt", tmp_path / "b.pt")
+
+
+def test_toy_tokenizer(world, tmp_path):
+    """The toy's own words, and the folder imports again."""
+    convert("export", world.taught, tmp_path / "hf")
+    theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokens.encoding("toy")
+    lines = [json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()]
+    for text in (f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines):
+        text = re.sub(r"^ ?", " ", text)
+        ids = enc.encode_ordinary(text)
+        assert theirs(text).input_ids == ids and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (enc.eot_token, tokens.pad_id(enc))
+    convert("import", tmp_path / "hf", tmp_path / "again.pt", "--tokens", "1")
+    assert same_weights(world.taught, tmp_path / "again.pt")
+
+
+def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
+    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(str(theirs / "tokenizer.json"))
+    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused("import", theirs, tmp_path / "out.pt")
+    (theirs / "tokenizer.json").write_text("{}")
+    assert "cannot read" in refused("import", theirs, tmp_path / "out.pt")
+
+
+# ---- the stages
+
+def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
+    """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe follow from the meta."""
+    rows = [{"id": str(i), "question": f"What is {i} + 1?", "answer": str(i + 1), "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"]}
+            for i in range(6)]  # fmt: skip
+    for split in ("train", "val", "shots"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = small_model(100278, 100352, torch.float32, width=16, ffn=24)
+    transformers_twin(model).to(torch.bfloat16).save_pretrained(tmp_path / NAMED, max_shard_size="4MB")
+    start, shared = tmp_path / "step10000.pt", dict(eval_questions=2, eval_n=2, max_new=6)
+    convert("import", tmp_path / NAMED, start, "--questions", tmp_path)
+    call("sft", init=start, steps=1, batch=2, **shared)
+    call("rl", init=start, steps=1, questions_per_step=2, group=2, compile="false", **shared)
+    call("rl", init=tmp_path / "step10000-sft.pt", steps=1, questions_per_step=2, group=2, compile="false", **shared)
+    call("mix", init=start, steps=1, questions_per_step=2, group=2, batch=2, compile="false", **shared)
+    recipes = {"step10000": "base", "step10000-sft": "sft", "step10000-rl": "rl", "step10000-sft-rl": "sft->rl", "step10000-mix": "mix"}
+    paths = [tmp_path / f"{name}.pt" for name in recipes]
+    call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6)
+    for path in paths:
+        meta, rows = run.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
+        (row,) = (row for row in rows if row["kind"] == "pass")
+        assert meta["recipe"] == row["recipe"] == recipes[path.stem]
+        assert (row["tokens"], row["world"], row["model"], row["n"]) == (21 * 10**9, "olmo-mix-1124", "2x16", 2)
+        assert path == start or meta["parent_hash"] == run.config_hash(run.load(meta["parent"])["meta"])
+    assert not same_weights(start, paths[1])
+    convert("export", paths[4], tmp_path / "mixed")  # and what the stages wrote goes back
+    ids = torch.tensor([tokens.encode(cl100k, "Question: What is 1 + 1?\nAnswer:")])
+    torch.testing.assert_close(their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4)

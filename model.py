@@ -629,7 +629,8 @@ class Sampler:
         self.model, self.rows = model, rows  # rows: answers sampled side by side
         self.progress = iter  # wraps the list of batches, tqdm for instance
         self.copies, self.graphs, self.buffers, self.sizes, self.prefix_ids = [], {}, None, (0, 0, 0, 0), None
-        self.pool = torch.cuda.graph_pool_handle() if model.embed.weight.is_cuda else None
+        self.capture = model.embed.weight.is_cuda
+        self.pool = torch.cuda.graph_pool_handle() if self.capture else None
         self.layers = [
             (*(self._copy(m.weight) for m in (b.qkv, b.out, b.gate_up, b.down)),
              *(m.weight.detach() for m in (b.q_norm, b.k_norm, b.attention_norm, b.mlp_norm)))
@@ -780,7 +781,7 @@ class Sampler:
 
     def _advance(self, *shape):
         """The work of one token. On CUDA: run as it is the first time, which compiles; captured the second; then replayed."""
-        if not self.embed.is_cuda or shape not in self.graphs:
+        if not self.capture or shape not in self.graphs:
             self.graphs[shape] = None
             return self._token(*shape)
         if self.graphs[shape] is None:
@@ -795,7 +796,7 @@ class Sampler:
         b.t += 1
         cos, sin = (y[:R].index_select(1, b.t) for y in (b.cos, b.sin))  # (R, 1, K/2)
         x = F.embedding(b.token[:R], self.embed).to(self.model.compute)
-        column = b.t if self.embed.is_cuda else slice(int(b.t), int(b.t) + 1)  # a graph must read it on the device
+        column = b.t if self.capture else slice(int(b.t), int(b.t) + 1)  # a graph must read it on the device
         for layer, weights in enumerate(self.layers):
             keys, values = b.own[layer, :, :R, :, :T]
             prompt, prefix = b.prompt[layer, :, :, :, :P], self.prefix[layer] if S else None

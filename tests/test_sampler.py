@@ -1,11 +1,15 @@
 """The KV-cache sampler against a loop that runs the whole sequence again for every token of every answer."""
 
+import contextlib
+import time
+
 import pytest
 import torch
 from helpers import small_model
 
+import model as network
 from data import problems
-from model import Sampler, uniform_noise
+from model import Sampler, bucket, uniform_noise
 
 VOCAB, END = 37, 0
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
@@ -219,3 +223,140 @@ def test_impossible_requests_are_refused(model, prompts, max_new, says):
 def test_context_may_be_filled_to_the_last_token(model):
     samples = Sampler(model)([[1] * 56], 2, 40, [0, 1], [99])
     assert samples.lengths.tolist() == [40, 40] and samples.cut.all()
+
+
+def test_order_of_the_questions_changes_nothing(model):
+    """An answer is a function of its seed and prompt, whatever stands beside it."""
+    whole, seeds = draw(model), list(range(20))
+    turned = Sampler(model, 8)(PROMPTS[::-1], 4, 24, [s for q in range(5)[::-1] for s in seeds[4 * q : 4 * q + 4]], [END, 1, 2])
+    place = torch.tensor([4 * q + a for q in range(5)[::-1] for a in range(4)])
+    same(whole._replace(**{name: getattr(whole, name)[place] for name in ("tokens", "lengths", "logp", "cut")}), turned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_noise_is_the_same_in_every_precision_and_bucket(dtype, monkeypatch):
+    """What each row draws with, watched inside the sampler: row by row the numbers of `uniform_noise`. Seen to fail with the
+    noise cast to the compute dtype and with `noise` left out of the compaction."""
+    model, used = small_model(VOCAB, 64, torch.float64 if dtype == torch.float64 else torch.float32), {}
+    model.compute = dtype
+    real = Sampler._draw
+
+    def watched(self, x, temperature, ends):
+        t = int(self.buffers.t) + 1
+        used.update({(int(row), t): float(u) for row, u in zip(self.buffers.row[: len(x)], self.buffers.noise[: len(x), t], strict=True)})
+        real(self, x, temperature, ends)
+
+    monkeypatch.setattr(Sampler, "_draw", watched)
+    samples = draw(model, [[5, 6, 7]], n=60)
+    noise = uniform_noise(range(60), 24)
+    assert min(samples.lengths.tolist()) < 12 and len(used) > int(samples.lengths.sum())  # rows were dropped
+    assert all(u == float(noise[row, t]) for (row, t), u in used.items())
+
+
+def test_buckets_and_waste():
+    """Powers of two and the halves between; with answers of 150 tokens on average, cut at 512, under a fifth of the slots is
+    idle (powers of two alone: 18% in the published estimate for checks after every token, here 4 apart)."""
+    assert [bucket(count) for count in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97, 500, 512, 513)] == [
+        16, 16, 24, 24, 32, 48, 48, 64, 96, 128, 512, 512, 768]  # fmt: skip
+    lengths = torch.empty(512).geometric_(1 / 150, generator=torch.Generator().manual_seed(0)).clamp(1, 512)
+    rows, slots = 512, 0
+    for t in range(512):
+        live = int((lengths > t).sum())
+        if t % Sampler.CHECK == 0 and t:
+            rows = min(rows, bucket(live)) if live else 0
+        slots += rows
+    assert float(1 - lengths.sum() / slots) < 0.2
+
+
+def test_log_prob_at_temperature_one_comes_along(model):
+    """Beside the log-prob under the distribution that was sampled, in the same pass."""
+    for temperature in (0.6, 1.0, 0):
+        samples = draw(model, [[5, 6, 7]], n=20, max_new=8, ends=(99,), temperature=temperature)
+        ids = torch.cat([torch.tensor([[5, 6, 7]]).expand(20, 3), samples.tokens], 1)
+        torch.testing.assert_close(model(ids)[0].detach()[:, 2:].float(), samples.logp_1, atol=1e-5, rtol=0)
+        assert torch.allclose(samples.logp, samples.logp_1, atol=1e-5) == (temperature != 0.6)
+
+
+def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
+    """By what is free; the message says what would make it fit."""
+    whole, sizes, real = draw(model), [], Sampler._batch
+    monkeypatch.setattr(Sampler, "_batch", lambda self, prompts, *rest: sizes.append(len(prompts)) or real(self, prompts, *rest))
+    sampler = Sampler(model)
+    question = 4 * (24 * 1024 + 16 * VOCAB + 40 * 24 + 8 * (48 + 4 * 32)) + 7 * (2 * 1024 + 32 * (48 + 4 * 32))  # by hand
+    monkeypatch.setattr(network, "free_bytes", lambda device: 2.5 * question)
+    with pytest.warns(UserWarning, match="sampling 8 answers at a time, not 20; a lower --max_new"):
+        same(sampler(PROMPTS, 4, 24, range(20), [END, 1, 2]), whole)
+    assert sizes == [1, 2, 2]
+    monkeypatch.setattr(network, "free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="4 answers of 24 tokens to a prompt of 7 need .* GiB, more than is free: lower --max_new"):
+        Sampler(model)(PROMPTS, 4, 24, range(20), [END])
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph: what is recorded is not run, a replay runs it on the same buffers."""
+
+    def replay(self):
+        type(self).replays += 1
+        self.sampler._token(*self.shape)
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_captured_steps_equal_plain_ones(model, monkeypatch, prefix):
+    """The bookkeeping of the CUDA path on the CPU: a shape is run once, recorded the second time, then replayed; two calls
+    share their graphs; another prefix drops them. Seen to fail without the replay after a capture."""
+    plain, Graph.replays = draw(model, n=20, prefix=prefix), 0
+    sampler, real = Sampler(model), Sampler._token
+    sampler.capture = True
+
+    @contextlib.contextmanager
+    def recorded(graph, pool):
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "_token", lambda self, *shape: setattr(graph, "shape", shape))
+            yield
+        graph.sampler = sampler
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    for again in (False, True):
+        same(sampler(PROMPTS, 20, 24, range(100), [END, 1, 2], 1.0, list(prefix)), plain, atol=0)
+        graphs = sum(graph is not None for graph in sampler.graphs.values())
+        assert Sampler._token is real and (graphs == len(sampler.graphs) if again else graphs > 2)
+    assert Graph.replays > 30
+    sampler(PROMPTS, 1, 24, range(5), [END], 1.0, PREFIX[:3])
+    assert all(shape[-1] == 3 for shape in sampler.graphs)
+
+
+def test_refresh_keeps_the_addresses():
+    """A graph goes on reading the weights where they were: copies in the compute dtype are filled anew, in place."""
+    model = small_model(VOCAB, 64, torch.float32)
+    model.compute = torch.bfloat16
+    sampler = Sampler(model)
+    before = [w.data_ptr() for layer in sampler.layers for w in layer] + [sampler.head.data_ptr()]
+    for p in model.parameters():
+        p.data.mul_(1.5)
+    sampler.refresh()
+    assert before == [w.data_ptr() for layer in sampler.layers for w in layer] + [sampler.head.data_ptr()]
+    assert torch.equal(sampler.layers[1][0], model.blocks[1].qkv.weight.bfloat16())
+    assert torch.equal(sampler.head, model.head.weight[:VOCAB].bfloat16())
+
+
+def test_buffers_are_kept(model):
+    """No allocation a token, and none a batch once the largest has been seen."""
+    sampler = Sampler(model)
+    sampler(PROMPTS, 4, 24, range(20), [END])
+    held = sampler.buffers
+    sampler(PROMPTS[:2], 4, 8, range(8), [END])
+    assert sampler.buffers is held
+    sampler(PROMPTS, 8, 24, range(40), [END])
+    assert sampler.buffers is not held and sampler.buffers.own.shape[2] == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_compiled_equals_plain(model, prefix):
+    """torch.compile of the block, in fp64, with compaction; the second call compiles nothing new."""
+    sampler = Sampler(model, compile=True)
+    for _ in range(2):
+        began = time.time()
+        same(sampler(PROMPTS, 20, 24, range(100), [END, 1, 2], 1.0, list(prefix)), draw(model, n=20, prefix=prefix))
+    assert time.time() - began < 3

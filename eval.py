@@ -4,11 +4,13 @@
     python eval.py --report results/toy
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A base model is
-measured with 8 shots and with none, everything else with none. Questions come from the validation split; --final takes
-the test split. Rows of a checkpoint are written together to RESULTS/CHECKPOINT.jsonl, and those that are there are kept.
+measured with 8 shots (or as many as the set has) and with none, everything else with none. Questions come from the
+validation split; --final takes the test split. Rows of a checkpoint are written together to RESULTS/CHECKPOINT.jsonl, and
+those that are there are kept.
 """
 
 import functools
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import problems, report, run, tasks, tokens
-from model import Model, ModelConfig, Sampler
+from data import grader, problems, report, run, tasks, tokens
+from model import Model, ModelConfig, Sampler, log_probs
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Config:
     n: int = 32  # answers a question, at least the largest k
     k: tuple[int, ...] = (1, 8, 32)  # for pass@k
     temperature: float = 0.6  # paper: 0.6
-    shots: tuple[int, ...] | None = None  # solved examples before the question (default: 8 and 0 for a base, else 0)
+    shots: tuple[int, ...] | None = None  # solved examples before the question (default: 0, and 8 or all there are for a base)
     max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 48 for a toy base, else 512)
     rows: int = 1024  # answers sampled side by side; never changes the result
     seed: int = 1234  # noise of the sampling
+    compile: bool = True  # torch.compile the sampler; half a minute the first time, a few seconds after that
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
     overwrite: bool = False  # measure again what has a row
@@ -47,29 +50,34 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     """Answer each question n times; per-question counts of right answers and what follows from them.
 
     rows: questions; shots: solved questions shown before each. Answers end at the end of text, or where the next question
-    would begin (a base model likes to go on). The ranks share the questions; all return the same."""
+    would begin (a base model likes to go on). The ranks share the questions; all return the same. "flexible@1" also counts
+    what is right in the last box, or else in the last number, whatever the format: it is reported and never a reward.
+    "log_prob": what the model itself (temperature 1) gives a token of its answers, in nats, on average: sharpening raises it."""
     mine = rows[world.rank :: world.size]
-    head = problems.PROMPTS[enc.name].split("{}")[0]
-    ends = [enc.eot_token, tokens.encode(enc, head.rstrip())[0]]
+    ends = [enc.eot_token, tokens.encode(enc, problems.stop_string(enc.name))[0]]  # the sampler stops early, the text is cut below
     prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
     prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
     seeds = problems.answer_seeds(seed, "eval", mine, n)
     samples = sampler(prompts, n, max_new, seeds, ends, temperature, prefix) if mine else None
-    counts = torch.zeros(4, len(rows), dtype=torch.float64)  # right, in format, cut, distinct answers
-    for place, row in enumerate(mine):
-        block = range(place * n, (place + 1) * n)
-        cut, lengths = (x[block.start : block.stop].tolist() for x in (samples.cut, samples.lengths))
-        answers = zip(samples.tokens[block.start : block.stop].tolist(), lengths, cut, strict=True)
-        texts = [tokens.decode(enc, ids[: length - (not c)]) for ids, length, c in answers]
+    counts = torch.zeros(7, len(rows), dtype=torch.float64)  # right, ... in the flexible reading, in format, cut, distinct, nats, tokens
+    for place, row in enumerate(tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)):
+        block = slice(place * n, (place + 1) * n)
+        texts, ended = [], []
+        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.cut)), strict=True):
+            text, goes_on = problems.until_next_question(enc.name, tokens.decode(enc, ids[: length - (not cut)]))
+            texts.append(text)
+            ended.append(goes_on or not cut)
+        flexible = [grader.compare(grader.flexible_answer(text), row["answer"])[0] for text in texts]
+        right, formatted = zip(*grader.grade_all(texts, [row["answer"]] * n, ended), strict=True)
         counts[:, world.rank + place * world.size] = torch.tensor([
-            sum(not c and problems.grade(text, row["answer"]) for text, c in zip(texts, cut, strict=True)),
-            sum(not c and problems.well_formed(text) for text, c in zip(texts, cut, strict=True)),
-            sum(cut), len({problems.final_answer(text) for text in texts}),
+            sum(right), sum(map(max, right, flexible)), sum(formatted), n - sum(ended), len(set(map(grader.final_answer, texts))),
+            samples.logp_1[block].sum(), samples.lengths[block].sum(),
         ])  # fmt: skip
-    counts = torch.tensor(world.sum(*counts.flatten().tolist())).view(4, -1)
+    counts = torch.tensor(world.sum(*counts.flatten().tolist())).view(7, -1)
     correct = [int(c) for c in counts[0]]
-    out = {"n": n, "temperature": temperature, "correct": correct, "formatted": float(counts[1].mean() / n),
-           "cut": float(counts[2].mean() / n), "answers": float(counts[3].mean())}  # fmt: skip
+    shares = {name: float(count.mean() / n) for name, count in zip(("flexible@1", "formatted", "cut"), counts[1:4], strict=True)}
+    out = {"n": n, "temperature": temperature, "correct": correct, **shares, "answers": float(counts[4].mean()),
+           "log_prob": float(counts[5].sum() / counts[6].sum())}  # fmt: skip
     for k in ks:
         if k <= n:
             each = report.pass_at_k(n, correct, k)
@@ -78,17 +86,45 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
 
 
 @torch.no_grad()
-def continuation_log_probs(model, pairs, pad, device, budget=16384) -> list[float]:
-    """Summed log-prob of each continuation given its context, [(context ids, continuation ids)], batched by length."""
-    order, out = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))), [0.0] * len(pairs)
-    while order:
-        count = max(1, budget // sum(map(len, pairs[order[0]])))  # tokens a batch, padding counted
-        part, order = order[:count], order[count:]
-        batch = problems.make_batch([pairs[i][0] for i in part], [pairs[i][1] for i in part], [1.0] * len(part), pad)
-        logp, _ = model(batch.ids.to(device), mask=batch.mask.to(device))
-        for i, total in zip(part, logp.sum(1).tolist(), strict=True):
-            out[i] = total
-    return out
+def continuation_log_probs(sampler, pairs, greedy, world, budget=16384) -> list[tuple[float, bool]]:
+    """[(context ids, continuation ids)] -> for each its summed log-prob and, if `greedy`, whether each of its tokens is the
+    most probable one (else False).
+
+    The choices of a context share its keys and values. Contexts of one length make a batch of at most `budget` tokens, each
+    choice counted with its context; the ranks share the contexts. What is too long for the model loses its first tokens
+    (as in lm-eval). Raises ValueError if a continuation alone is too long."""
+    c, device = sampler.model.config, sampler.head.device
+    choices, batches = {}, []  # context -> its places in pairs
+    for place, (context, continuation) in enumerate(pairs):
+        room = c.context + 1 - len(continuation)  # the last token is a target and no input
+        if room < 1:
+            raise ValueError(f"a choice of {len(continuation)} tokens is longer than the model's context of {c.context}")
+        choices.setdefault(tuple(context[-room:]), []).append(place)
+    for length, same in itertools.groupby(sorted(choices, key=len)[world.rank :: world.size], key=len):
+        same = list(same)
+        most = max(len(choices[x]) * (length + max(len(pairs[i][1]) for i in choices[x])) for x in same)
+        step = max(1, budget // most)
+        batches += [same[i : i + step] for i in range(0, len(same), step)]
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for contexts in sampler.progress(batches):
+        places = [i for context in contexts for i in choices[context]]
+        group = torch.tensor([g for g, context in enumerate(contexts) for _ in choices[context]], device=device)
+        ids = torch.tensor(contexts, device=device)  # (G, S + 1): the last token belongs to the rows, its output is wanted
+        past = sampler._prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
+        size = torch.tensor([len(pairs[i][1]) for i in places], device=device)
+        wanted = torch.nn.utils.rnn.pad_sequence([torch.tensor(pairs[i][1]) for i in places], batch_first=True).to(device)  # (R, T)
+        rows = torch.cat([ids[group, -1:], wanted[:, :-1]], dim=1)
+        hidden, _ = sampler._prefill(rows, [(k[group], v[group]) for k, v in past])  # (R, T, D)
+        real = torch.arange(wanted.shape[1], device=device) < size[:, None]
+        states, target = hidden[real], wanted[real]  # (N, D), (N,)
+        scores = torch.zeros(2, *wanted.shape, dtype=torch.float64, device=device)  # log-probs, misses
+        scores[0, real] = log_probs(states, sampler.model.head.weight, target, c.vocab)[0].double()
+        if greedy:  # a second product with the head
+            best = torch.cat([(part @ sampler.head.T).argmax(1) for part in states.split(256)])
+            scores[1, real] = (best != target).double()
+        found[places] = scores.sum(2).T.cpu()
+    found = world.sum(*found.flatten().tolist())
+    return [(logp, greedy and misses == 0) for logp, misses in zip(found[::2], found[1::2], strict=True)]
 
 
 def training(path) -> tuple[list[dict], dict]:
@@ -134,7 +170,7 @@ def evaluate(path, cfg, world) -> list[dict]:
         return True
 
     model = run.load_model(saved, Model, ModelConfig, world).eval()
-    sampler = Sampler(model, cfg.rows)
+    sampler = Sampler(model, cfg.rows, cfg.compile and run.can_compile(world))
     if world.rank == 0:
         sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
 
@@ -146,10 +182,13 @@ def evaluate(path, cfg, world) -> list[dict]:
         if Path(folder).name == "test.jsonl" and not cfg.final:
             raise ValueError(f"{folder} looks like a test split: only --final opens one")
         questions = problems.load(folder, split)[: cfg.limit or None]
-        for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
-            name, shown = Path(folder).stem, problems.load(folder, "shots")[:shots] if shots else []
-            if len(shown) < shots:
-                raise ValueError(f"{folder} has {len(shown)} shots, not {shots}: lower --shots")
+        wanted = cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,))
+        known = problems.load(folder, "shots") if any(wanted) else []
+        for shots in wanted:
+            shots = shots if cfg.shots else min(shots, len(known))  # MATH has four
+            if len(known) < shots:
+                raise ValueError(f"{folder} has {len(known)} shots, not {shots}: lower --shots")
+            name, shown = Path(folder).stem, known[:shots]
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=cfg.seed,
                        ids=[row["id"] for row in questions], content=run.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
@@ -157,11 +196,12 @@ def evaluate(path, cfg, world) -> list[dict]:
             result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
             rows.append({"kind": "pass", **base, "benchmark": name, **how, **result})
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
-            say(f"{name} {split} {shots}-shot  {told}  in format {100 * result['formatted']:.0f}%")
+            say(f"{name} {split} {shots}-shot  {told}  read flexibly {100 * result['flexible@1']:.1f}"
+                f"  in format {100 * result['formatted']:.0f}%")
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
         if missing("general", name, content=run.fingerprint(items)):
-            result = tasks.score(items, enc, lambda pairs: continuation_log_probs(model, pairs, tokens.pad_id(enc), world.device))
+            result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world))
             rows.append({"kind": "general", **base, "benchmark": name, "content": run.fingerprint(items), **result})
             say(f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}")
     split = "val"  # what a trainer watches, whatever is measured here

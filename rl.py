@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import problems, run, tokens
+from data import grader, problems, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
@@ -100,14 +100,12 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
     texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
     truth = [row["answer"] for row in mine for _ in range(cfg.group)]
-    ended = (~samples.cut).tolist()
-    graded = [*zip(texts, truth, ended, strict=True)]
-    rewards = torch.tensor([problems.reward(*answer, cfg.format_reward) for answer in graded], dtype=torch.float64)
+    graded = grader.grade_all(texts, truth, (~samples.cut).tolist())  # (correct, well-formed); neither for a cut answer
+    rewards = torch.tensor([grader.reward(*marks, cfg.format_reward) for marks in graded], dtype=torch.float64)
     advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
 
     names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
-    correct = [done and problems.grade(text, answer) for text, answer, done in graded]
-    formatted = [done and problems.well_formed(text) for text, _, done in graded]
+    correct, formatted = zip(*graded, strict=True)
     flat = (advantage == 0).all(1).sum()
     sums = (rewards.sum(), sum(correct), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
     total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
@@ -181,8 +179,9 @@ def main(cfg):
     if state:
         optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
-    sampler = Sampler(model, cfg.rows)
-    if cfg.compile:
+    compiled = cfg.compile and run.can_compile(world)
+    sampler = Sampler(model, cfg.rows, compiled)
+    if compiled:
         run.compile_blocks(model)
     log = run.Log(cfg.out, world, cfg.steps, first, "loss reward cut flat")
 

@@ -10,7 +10,7 @@ each answer.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import problems, run, tokens
+from data import grader, problems, run, tokens
 from model import Model, ModelConfig, Sampler
 
 
@@ -58,8 +58,10 @@ def main(cfg):
             samples = sampler([prompt], 1, cfg.max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
             cut = bool(samples.cut)
             text = tokens.decode(enc, samples.tokens[0, : int(samples.lengths) - (not cut)].tolist())
-            reward = f"{problems.reward(text, row['answer'], not cut, cfg.format_reward):4.1f} " if "answer" in row else ""
-            print(f"  {reward}|{text}{' ...' if cut else ''}", flush=True)
+            graded = grader.grade_all([text], [row["answer"]], [not cut]) if "answer" in row else ()
+            reward = "".join(f"{grader.reward(*marks, cfg.format_reward):4.1f} " for marks in graded)
+            nats = float(samples.logp_1.sum() / samples.lengths)  # log-prob a token at temperature 1
+            print(f"  {reward}{nats:6.2f} |{text}{' ...' if cut else ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Make the data that the stages read: python data/prepare.py COMMAND [flags]
 
 toy      the default world, generated; nothing is downloaded
-text     your own text to cl100k_base shards: --source FOLDER of .txt and .jsonl ("text" field), .gz or not
-gsm8k    the GSM8K questions, from the Hugging Face hub or from --source FOLDER
-Each makes one folder, with its settings in world.json, and has its flags under --help.
+dolmino  the pre-training mix of the paper, from the Hugging Face hub or from --source FOLDER, to cl100k_base shards
+text     your own text to cl100k_base shards: --source FOLDER of .txt and .jsonl ("text" field), .gz, .zst or neither
+gsm8k, math, openmath    questions, from the hub or from --source FOLDER
+split    easy and hard questions, by how often a checkpoint solved them
+tasks    the six general-capability benchmarks, from the hub or from --source FOLDER
+Each makes one folder, with its settings in world.json, and has its flags under --help. A dolmino or text command that was
+cut off goes on when it is given again.
 """
 
 import array
-import contextlib
-import dataclasses
-import hashlib
-import json
-import re
-import shutil
+import functools
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,97 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import problems, run, tasks, tokens, toy  # noqa: E402
-
-# ---- files
-
-
-@contextlib.contextmanager
-def new_folder(cfg, name):
-    """A folder to fill. It becomes cfg.out when all went well; otherwise it is removed and what was there stays."""
-    out = Path(cfg.out)
-    new, old = Path(f"{out}.new"), Path(f"{out}.old")
-    if out.exists() and not cfg.overwrite:
-        raise ValueError(f"{out} exists: --overwrite replaces it, --out makes another")
-    if out.exists() and not (out / "world.json").is_file():
-        raise ValueError(f"{out} is not replaced, it was not made by prepare.py (it has no world.json)")
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-    new.mkdir(parents=True)
-    try:
-        settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in ("out", "overwrite")}
-        (new / "world.json").write_text(json.dumps({"name": name, **settings}, indent=1) + "\n")
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def write_rows(folder, name, rows):
-    path = folder / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_questions(folder, name, rows, enc):
-    """Write {name}.jsonl, read it back through the checks of problems.load, and print the numbers to expect."""
-    rows = problems.load(write_rows(folder, name, rows), name)
-    prompts = [len(tokens.encode(enc, problems.prompt(enc.name, row["question"]))) for row in rows]
-    answers = [len(problems.answer_ids(enc, solution)) for row in rows for solution in row["solutions"]]
-    print(f"{name:<11} {len(rows):>6,} questions, {len(answers) / len(rows):4.1f} solutions each; "
-          f"tokens (longest): prompt {sum(prompts) / len(prompts):5.1f} ({max(prompts)}), "
-          f"solution {sum(answers) / len(answers):5.1f} ({max(answers)})")
-
-
-def write_text(folder, documents, enc, shard_tokens=100_000_000):
-    """(split, text) pairs to {split}_000.bin, {split}_001.bin, ...; an end-of-text id ends each text."""
-    ids = {"train": array.array("I"), "val": array.array("I")}  # of the next shard
-    texts, size, shards = (dict.fromkeys(ids, 0) for _ in range(3))
-
-    def write(split):
-        tokens.write_shard(folder / f"{split}_{shards[split]:03}.bin", ids[split], enc.name)
-        tokens.verify_shard(folder / f"{split}_{shards[split]:03}.bin")  # read back what the disk has
-        size[split] += len(ids[split])
-        shards[split] += 1
-        ids[split] = array.array("I")
-
-    for split, text in documents:
-        ids[split].extend([*tokens.encode(enc, text), enc.eot_token])
-        texts[split] += 1
-        if len(ids[split]) >= shard_tokens:
-            write(split)
-    for split in ids:
-        if ids[split]:
-            write(split)
-        if not texts[split]:
-            raise ValueError(f"no text for {split} among {sum(texts.values())} documents: change --val_share or --seed")
-        print(f"{split:<11} {size[split]:>12,} tokens in {texts[split]:,} documents, {shards[split]} shards")
-
-
-def words(question):
-    """A question without case, punctuation and spacing, to find it again in another set."""
-    return " ".join(re.findall(r"\w+", question.lower()))
-
-
-def check_apart(splits):
-    """ValueError if a question is in two of the splits {name: rows}."""
-    where = {}
-    for split, rows in splits.items():
-        for row in rows:
-            other = where.setdefault(words(row["question"]), split)
-            if other != split:
-                raise ValueError(f"question {row['id']!r} of {split} is also in {other}: {row['question'][:60]!r}")
-
-
-def draw(seed, text):
-    """A number in [0, 1) that depends on nothing but the seed and the text."""
-    digest = hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
+from data import corpus, questions, run, tasks, tokens, toy  # noqa: E402
+from data.folder import new_folder, note, read_world, settings, write_rows  # noqa: E402
+from data.questions import Gsm8k, Math, OpenMath, check_apart, make_gsm8k, make_math, make_openmath, write_questions  # noqa: E402
 
 # ---- the default world
 
@@ -132,14 +44,24 @@ class Toy:
     overwrite: bool = False  # replace the folder if it exists
 
 
-def toy_documents(cfg):
-    for split, count in (("train", cfg.tokens), ("val", cfg.val_tokens)):
-        with tqdm(total=count, unit=" tokens", unit_scale=True, desc=f"{split} text", mininterval=1) as bar:
-            for text in toy.text(cfg.seed, split, cfg.math_share, cfg.format_share):
-                yield split, text
-                bar.update(toy.length(text) + 1)
-                if bar.n >= count:
-                    break
+def toy_documents(cfg, split, count):
+    with tqdm(total=count, unit=" tokens", unit_scale=True, desc=f"{split} text", mininterval=1) as bar:
+        for text in toy.text(cfg.seed, split, cfg.math_share, cfg.format_share):
+            yield text
+            bar.update(toy.length(text) + 1)
+            if bar.n >= count:
+                break
+
+
+def write_text(folder, split, texts, enc):
+    """Texts to {split}_000.bin, an end-of-text id after each."""
+    ids, documents = array.array("H"), 0
+    for text in texts:
+        ids.extend([*tokens.encode(enc, text), enc.eot_token])
+        documents += 1
+    tokens.write_shard(folder / f"{split}_000.bin", ids, enc.name)
+    tokens.verify_shard(folder / f"{split}_000.bin")  # read back what the disk has
+    print(f"{split:<11} {len(ids):>12,} tokens in {documents:,} documents")
 
 
 def make_toy(cfg):
@@ -149,7 +71,8 @@ def make_toy(cfg):
     enc = tokens.encoding("toy")
     counts = {"train": cfg.train_questions, "val": cfg.val_questions, "test": cfg.test_questions, "shots": cfg.shots}
     with new_folder(cfg, f"toy-math{100 * cfg.math_share:g}") as folder:
-        write_text(folder, toy_documents(cfg), enc)
+        for split, count in (("train", cfg.tokens), ("val", cfg.val_tokens)):
+            write_text(folder, split, toy_documents(cfg, split, count), enc)
         splits = {split: [] for split in counts}
         for level in toy.LEVELS:
             for split, count in counts.items():
@@ -165,112 +88,120 @@ def make_toy(cfg):
 
 # ---- text
 
+MIX = ("dclm=0.472", "flan=0.166", "wiki=0.071", "pes2o=0.058", "stackexchange=0.024", "math=0.208")
+
+
+@dataclass(frozen=True)
+class Dolmino:
+    tokens: int = 50_000_000_000  # of training text; what is held out comes on top (paper: 50B)
+    mix: tuple[str, ...] = MIX  # SOURCE=SHARE,... of the tokens, in proportion (OLMo 2's 50B high-quality mix)
+    extra: tuple[str, ...] = ()  # SOURCE=TOKENS,... on top of the mix (paper's data study: math=10e9)
+    source: str = ""  # a folder with a folder or file of each source's name in it; empty: allenai/dolmino-mix-1124 of the hub
+    revision: str = "main"  # of the hub's data set; a commit hash pins it
+    repeat: int = 1  # times a source may be read to get its tokens (all of math is about 10.7B)
+    check: tuple[str, ...] = ()  # folders of questions whose test prompts are looked for in the text and counted: 13 words in a row
+    out: str = "data/out/dolmino"  # the folder to make
+    val_share: float = 0.0002  # held-out share of the documents: 10M tokens of 50B; copies of a document stay on one side
+    shard_tokens: int = 100_000_000  # tokens in a shard: 400 MB
+    processes: int = 0  # how many tokenise (0: one a core); their number changes nothing in the result
+    seed: int = 0  # of the order of the files and of the choice of held-out documents
+    overwrite: bool = False  # replace the folder if it exists
+
 
 @dataclass(frozen=True)
 class Text:
-    source: str  # a file, or a folder that is searched for .txt, .txt.gz, .jsonl and .jsonl.gz
+    source: str  # a file, or a folder that is searched for .txt and .jsonl, .gz, .zst or neither
+    check: tuple[str, ...] = ()  # folders of questions whose test prompts are looked for in the text and counted: 13 words in a row
     out: str = "data/out/text"  # the folder to make
     val_share: float = 0.02  # held-out share of the documents; copies of a document stay on one side
     shard_tokens: int = 100_000_000  # tokens in a shard: 400 MB
+    processes: int = 0  # how many tokenise (0: one a core); their number changes nothing in the result
     seed: int = 0  # of the choice of held-out documents
     overwrite: bool = False  # replace the folder if it exists
 
 
-def documents(path, bar):
-    """The texts of a file: one a line of .jsonl; a .txt is cut at the first blank line after each 4,000 characters,
-    so that a part of one long file can be held out."""
-    if ".jsonl" in path.suffixes:
-        yield from (row["text"] for row in problems.read_jsonl(path, {"text": str}, bar))
-        return
-    gathered, size = [], 0
-    for _, line in problems.lines_of(path, bar):
-        gathered.append(line)
-        size += len(line)
-        if size >= 4000 and not line.strip():
-            yield "".join(gathered)
-            gathered, size = [], 0
-    yield "".join(gathered)
+def shares(name, parts, least):
+    """("math=10e9", ...) to {"math": 10e9}; each number at least `least`."""
+    try:
+        pairs = {source: float(value) for source, value in (part.split("=") for part in parts)}
+    except ValueError:
+        pairs = {"": -1}
+    if len(pairs) < len(parts) or not all(least <= value < float("inf") for value in pairs.values()):
+        raise ValueError(f"--{name} takes SOURCE=NUMBER,SOURCE=NUMBER, each source once, not {','.join(parts)!r}")
+    return pairs
+
+
+def budgets_of(cfg):
+    """{source: training tokens}, and the name of this world."""
+    mix, extra = shares("mix", cfg.mix, 1e-9), shares("extra", cfg.extra, 1)
+    share = {name: mix.get(name, 0) / sum(mix.values()) for name in mix | extra}
+    budgets = {name: max(1, round(share[name] * cfg.tokens + extra.get(name, 0))) for name in share}
+    return budgets, f"dolmino-math{100 * budgets.get('math', 0) / sum(budgets.values()):.3g}"
+
+
+def make_dolmino(cfg):
+    """A mix of sources to cl100k_base shards, in parallel; given again after it was cut off, it goes on."""
+    budgets, name = budgets_of(cfg)
+    if cfg.source:
+        found = corpus.local_files(cfg.source)
+        below = {file: Path(file.name).relative_to(cfg.source).parts for file in found}
+        sources = {source: [file for file in found if below[file][:1] and below[file][0].split(".")[0] == source]  # dclm.jsonl.gz
+                   for source in budgets}
+        return make_local_shards(cfg, name, sources, budgets)
+    sources = {source: functools.partial(corpus.hub_files, cfg.revision, source) for source in budgets}
+    make_shards(cfg, name, sources, budgets)
 
 
 def make_text(cfg):
-    """Your own text to cl100k_base shards: files of .txt, or of .jsonl with a "text" field, gzipped or not."""
-    source, suffixes = Path(cfg.source), (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-    paths = [path for path in sorted([source, *source.rglob("*")]) if path.name.endswith(suffixes) and path.is_file()]
-    if not paths:
-        raise ValueError(f"no {', '.join(suffixes)} file at {source}")
-    with new_folder(cfg, "text") as folder:
-        size = sum(path.stat().st_size for path in paths)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=1) as bar:
-            texts = (text for path in paths for text in documents(path, bar) if text.strip())
-            pairs = (("val" if draw(cfg.seed, text) < cfg.val_share else "train", text) for text in texts)
-            write_text(folder, pairs, tokens.encoding("cl100k_base"), cfg.shard_tokens)
+    """Your own text to cl100k_base shards, in parallel; given again after it was cut off, it goes on."""
+    make_local_shards(cfg, "text", {"text": corpus.local_files(cfg.source)}, None)
 
 
-# ---- GSM8K
+def make_local_shards(cfg, name, sources, budgets):
+    for source, files in sources.items():
+        if not files:
+            raise ValueError(f"no .txt, .jsonl or .json file (.gz, .zst or neither) of {source} at {cfg.source}")
+    sizes = {source: [[file.name, file.size] for file in files] for source, files in sources.items()}
+    listed = {source: functools.partial(list, files) for source, files in sources.items()}
+    make_shards(cfg, name, listed, budgets, files=run.fingerprint(sizes))
+
+
+def make_shards(cfg, name, sources, budgets, **facts):
+    done = read_world(cfg.out)
+    if not cfg.overwrite and all(done.get(key) == value for key, value in {"name": name, **settings(cfg), **facts}.items()):
+        (Path(cfg.out) / "state.json").unlink(missing_ok=True)  # of a run that was killed after its last word
+        return print(f"{cfg.out} is finished")
+    with new_folder(cfg, name, **facts) as folder:
+        note(folder, **corpus.write(
+            folder, sources, budgets, seed=cfg.seed, val_share=cfg.val_share, shard_tokens=cfg.shard_tokens,
+            processes=cfg.processes, repeat=getattr(cfg, "repeat", 1), check=cfg.check))  # fmt: skip
+
+
+# ---- general capability
 
 
 @dataclass(frozen=True)
-class Gsm8k:
-    source: str = ""  # a folder with train.jsonl and test.jsonl, .gz or not; empty: openai/gsm8k from the hub
-    shots: str = ""  # .json list of {"question", "target"} ending "The answer is N."; empty: 8 training questions
-    out: str = "data/out/gsm8k"  # the folder to make
-    val: int = 500  # training questions held out for validation
-    seed: int = 0  # of the choice of validation questions
+class Tasks:
+    source: str = ""  # a folder with lambada/test.jsonl, hellaswag/validation.jsonl, ... (.gz or not); empty: from the hub
+    out: str = "data/out/tasks"  # the folder to make, for eval.py --tasks
+    limit: int = 0  # items of each benchmark, the first ones (0: all)
     overwrite: bool = False  # replace the folder if it exists
 
 
-def gsm8k_rows(cfg, split):
-    """GSM8K's rows as questions with one solution, without its <<48/2=24>> calculator notes."""
-    if cfg.source:
-        path = next((p for p in Path(cfg.source).glob(f"{split}.jsonl*") if p.name.endswith((".jsonl", ".gz"))), None)
-        if path is None:
-            raise ValueError(f"no {split}.jsonl or {split}.jsonl.gz in {cfg.source}")
-        rows = problems.read_jsonl(path, {"question": str, "answer": str})
-    else:
-        from datasets import load_dataset  # slow to import
-        rows = load_dataset("openai/gsm8k", "main", split=split)
-    for index, row in enumerate(rows):
-        solution = re.sub("<<[^<>]*>>", "", row["answer"]).strip()
-        if not problems.well_formed(solution):
-            raise ValueError(f"row {index + 1} of {split} does not end in '#### number': {solution[-60:]!r}")
-        yield {"id": f"gsm8k-{split}-{index}", "question": row["question"].strip(),
-               "answer": problems.final_answer(solution), "solutions": [solution]}
+def make_tasks(cfg):
+    """LAMBADA, HellaSwag, ARC-Easy, ARC-Challenge, PIQA and OpenBookQA as lm-evaluation-harness asks them."""
+    with new_folder(cfg, "tasks") as folder:
+        for name in tasks.BENCHMARKS:
+            write_rows(folder, name, itertools.islice(tasks.read(name, cfg.source), cfg.limit or None))
+        for name, items in tasks.load(folder).items():
+            print(f"{name:<15} {len(items):>6,} items, {sum(len(item['choices']) for item in items) / len(items):.1f} choices each")
 
 
-def gsm8k_shots(path):
-    """Shots whose last sentence is "The answer is N." as questions that end in the one ending, #### N."""
-    try:
-        rows = [(row["question"].strip(), row["target"]) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-        parts = [target.rpartition("The answer is ") for _, target in rows]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{path}: must be a JSON list of {{"question": text, "target": text}}') from None
-    for index, ((question, _), (reasons, _, answer)) in enumerate(zip(rows, parts, strict=True)):
-        answer = answer.strip().removesuffix(".")
-        yield {"id": f"gsm8k-shot-{index}", "question": question, "answer": answer,
-               "solutions": [f"{reasons.strip()}\n#### {answer}"]}
-
-
-def make_gsm8k(cfg):
-    """The GSM8K questions, each with its one solution."""
-    with new_folder(cfg, "gsm8k") as folder:
-        train, test = list(gsm8k_rows(cfg, "train")), list(gsm8k_rows(cfg, "test"))
-        in_test = {words(row["question"]) for row in test}
-        apart = [row for row in train if words(row["question"]) not in in_test]
-        print(f"{len(train) - len(apart)} training questions are also in test (without case and punctuation): left out")
-        fixed = sorted(apart, key=lambda row: draw("shots", row["id"]))[:8]
-        shots = list(gsm8k_shots(cfg.shots)) if cfg.shots else fixed
-        shown = {words(row["question"]) for row in shots}
-        # drawn from the distinct questions, so that copies of one stay on one side
-        rest = sorted({words(row["question"]) for row in apart} - shown, key=lambda question: draw(cfg.seed, question))
-        held_out = set(rest[:cfg.val])
-        splits = {"train": [row for row in apart if words(row["question"]) not in held_out | shown],
-                  "val": [row for row in apart if words(row["question"]) in held_out], "test": test, "shots": shots}
-        check_apart(splits)
-        for split, rows in splits.items():
-            write_questions(folder, split, rows, tokens.encoding("cl100k_base"))
-
-
-COMMANDS = {"toy": (Toy, make_toy), "text": (Text, make_text), "gsm8k": (Gsm8k, make_gsm8k)}
+COMMANDS = {
+    "toy": (Toy, make_toy), "dolmino": (Dolmino, make_dolmino), "text": (Text, make_text), "gsm8k": (Gsm8k, make_gsm8k),
+    "math": (Math, make_math), "openmath": (OpenMath, make_openmath), "split": (questions.Split, questions.make_split),
+    "tasks": (Tasks, make_tasks),
+}  # fmt: skip
 
 
 def main(argv):

@@ -1,38 +1,43 @@
-"""Questions, prompts, the grader, and the batches that SFT and RL train on.
+"""Questions, prompts, and the batches that SFT and RL train on.
 
-A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all of it text. Each
-solution ends in `#### answer`. One grader serves reward, validation and test, and it sees nothing but the answer.
+A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all of it text. The answer
+is a number or LaTeX in one line, and each solution ends in `#### answer`, which data/grader.py reads.
 """
 
 import gzip
 import hashlib
+import io
 import json
 import random
-import re
 import zlib
 from contextlib import nullcontext
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import tokens
+from data import grader, tokens
 
-ENDING = "####"
 PROMPTS = {"toy": " Q : {} A :", "cl100k_base": "Question: {}\nAnswer:"}
 BETWEEN_SHOTS = {"toy": "", "cl100k_base": "\n\n"}
 KINDS = {str: "text", int: "a whole number", list: "a list of texts"}
-# an optional sign and $ in either order, digits that may be grouped by commas, decimals, a denominator, % and a stop
-NUMBER = re.compile(r"(?:(-?|\+)\$?|\$(-))(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:/(\d+))?%?\.?", re.ASCII)
+
+
+def unpacked(raw, path):
+    """The open file `raw` as it was before it was packed as .gz or .zst, if it was."""
+    if path.endswith(".zst"):
+        import pyarrow  # `datasets` brings it; unlike zstandard's reader it notices a file that was cut off
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return gzip.open(raw) if path.endswith(".gz") else nullcontext(raw)
 
 
 def lines_of(path, bar=None):
-    """(line number, line) of a UTF-8 file, gzipped or not; a tqdm `bar` counts the bytes read from disk."""
+    """(line number, line) of a UTF-8 file, packed as .gz or .zst or not; a tqdm `bar` counts the bytes read from disk."""
     line_number = 0
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if str(path).endswith(".gz") else nullcontext(raw) as file:
+        with open(path, "rb") as raw, unpacked(raw, str(path)) as file:
             start = bar.n if bar is not None else 0
             for line_number, line in enumerate(file, 1):
                 yield line_number, line.decode("utf-8")
@@ -71,12 +76,14 @@ def load(path, split):
             raise ValueError(f"{where}: id {row['id'][:60]!r} is also on line {first[row['id']]}")
         if not row["question"].strip():
             raise ValueError(f"{where}: the question is empty")
-        value = number(row["answer"])
-        if value is None:
-            raise ValueError(f"{where}: the answer must be a number, not {row['answer'][:60]!r}")
-        for text in row["solutions"]:
-            if text.count(ENDING) != 1 or number(final_answer(text)) != value:
-                raise ValueError(f"{where}: a solution must end in '{ENDING} {row['answer'][:60]}', not {text[-60:]!r}")
+        answer = row["answer"].strip()
+        if not grader.askable(answer):
+            raise ValueError(f"{where}: the answer must be a number, or one line of LaTeX, not {answer[:60]!r}")
+        value = grader.number(answer)
+        for text in row["solutions"]:  # by their text: algebra would take minutes
+            final = grader.final_answer(text)
+            if text.count(grader.ENDING) != 1 or (final != answer and (value is None or grader.number(final) != value)):
+                raise ValueError(f"{where}: a solution must end in '{grader.ENDING} {answer[:60]}', not {text[-60:]!r}")
     return rows
 
 
@@ -99,6 +106,16 @@ def prompt(encoding_name, question):
     return PROMPTS[encoding_name].format(question)
 
 
+def until_next_question(encoding_name, text):
+    """(text up to where the next question would begin, does one begin): a base model likes to go on."""
+    before, begun, _ = text.partition(stop_string(encoding_name))
+    return before, bool(begun)
+
+
+def stop_string(encoding_name):
+    return PROMPTS[encoding_name].split("{}")[0].rstrip()
+
+
 def few_shot(encoding_name, shots):
     """The text before a prompt that shows it solved questions: rows of shots.jsonl, the first solution of each."""
     between = BETWEEN_SHOTS[encoding_name]
@@ -108,53 +125,6 @@ def few_shot(encoding_name, shots):
 def answer_ids(enc, solution):
     """What a model is trained to write after a prompt: the solution after one space, and the end-of-text id."""
     return [*tokens.encode(enc, f" {solution}"), enc.eot_token]
-
-
-# ---- grader
-
-def final_answer(text):
-    """What the line says after the last ####, or None."""
-    before, ending, after = text.rpartition(ENDING)
-    return after.split("\n", 1)[0].strip() if ending else None
-
-
-def number(text):
-    """The exact value of a text that is a number and nothing else, or None.
-
-    Numbers: 18  -5  +5  1,234  3.0  .5  $18.  -$5  20% (= 20)  1/2. Not numbers: "18 dollars", "1 8", "3 + 4", "1e5",
-    "12,34", and whatever is longer than 100 characters, so that a million digits cost nothing. Nothing is evaluated.
-    """
-    match = NUMBER.fullmatch(text.strip()) if text and len(text) <= 100 else None
-    if match is None:
-        return None
-    sign, dollar_sign, whole, decimals, denominator = match.groups()
-    if not (whole or decimals) or (denominator and not int(denominator)):
-        return None
-    whole = whole.replace(",", "") or "0"
-    value = Fraction(whole + decimals) if decimals else Fraction(int(whole))
-    if denominator:
-        value /= int(denominator)
-    return -value if sign == "-" or dollar_sign else value
-
-
-def grade(text, answer):
-    """Is the final answer of this text the number `answer`?"""
-    value = number(final_answer(text))
-    return value is not None and value == number(answer)
-
-
-def well_formed(text):
-    """One ending and a number after it, right or wrong."""
-    return text.count(ENDING) == 1 and number(final_answer(text)) is not None
-
-
-def reward(text, answer, ended, format_reward):
-    """1 for a right answer, `format_reward` for a wrong but well-formed one, 0 for one that did not end by itself."""
-    if not ended:
-        return 0.0
-    if grade(text, answer):
-        return 1.0
-    return float(format_reward) if well_formed(text) else 0.0
 
 
 # ---- batches

@@ -1,14 +1,89 @@
 """General capability: questions with choices, answered by the log-probability of each choice as a continuation.
 
 A task is a file NAME.jsonl of {"context": text, "choices": [text, ...], "label": index of the right one}. A choice is
-what follows the context letter for letter, so it begins with its own space.
+what follows the context letter for letter, so it begins with its own space. The right choice must have the highest
+log-probability, or, with "metric": "acc_norm", the highest one a character. A single choice must be what the model
+would say: each of its tokens the most probable one (LAMBADA).
+
+The six benchmarks are those of lm-evaluation-harness 0.4.13, under its names and with its prompts and tokens.
 """
 
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data import problems, tokens
+
+# ---- the six benchmarks: a row of the source -> context, choices, index of the right one
+
+
+def lambada(row):
+    context, _, word = row["text"].rpartition(" ")
+    return context, [word], 0
+
+
+def hellaswag(row):
+    """A row with ctx_a and ctx_b, as published, or one whose prompt is made, "query"."""
+    query = row.get("query") or f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return without_marks(query), [without_marks(ending) for ending in row["endings"]], int(row["label"])
+
+
+def without_marks(text):
+    """Without WikiHow's [title] and [step]. The space that a mark leaves behind stays, as in the harness."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def arc(row):
+    return f"Question: {row['question']}\nAnswer:", row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+
+
+def piqa(row):
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
+
+
+def openbookqa(row):
+    return row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip())
+
+
+class Benchmark(NamedTuple):
+    item: callable
+    hub: tuple  # repository, config, split
+    file: str  # in a local folder, with .jsonl or .jsonl.gz
+    metric: str  # paper: "accuracy"; here: the usual one of the harness's two (Mamba, arXiv 2312.00752, appendix E.2.3)
+
+
+BENCHMARKS = {
+    "lambada_openai": Benchmark(lambada, ("EleutherAI/lambada_openai", "default", "test"), "lambada/test", "acc"),
+    "hellaswag": Benchmark(hellaswag, ("Rowan/hellaswag", None, "validation"), "hellaswag/validation", "acc_norm"),
+    "arc_easy": Benchmark(arc, ("allenai/ai2_arc", "ARC-Easy", "test"), "arc/easy_test", "acc"),
+    "arc_challenge": Benchmark(arc, ("allenai/ai2_arc", "ARC-Challenge", "test"), "arc/challenge_test", "acc_norm"),
+    "piqa": Benchmark(piqa, ("baber/piqa", None, "validation"), "piqa/validation", "acc"),
+    "openbookqa": Benchmark(openbookqa, ("allenai/openbookqa", "main", "test"), "openbookqa/test", "acc_norm"),
+}
+
+
+def read(name, source=""):
+    """The items of a benchmark, from its file in the folder `source` or from the Hugging Face hub."""
+    item, (repository, config, split), file, metric = BENCHMARKS[name]
+    if source:
+        path = next((p for p in (Path(source, f"{file}.jsonl"), Path(source, f"{file}.jsonl.gz")) if p.exists()), None)
+        if path is None:
+            raise ValueError(f"{name}: no {file}.jsonl or {file}.jsonl.gz in {source}")
+        rows = problems.read_jsonl(path, {})
+    else:
+        from datasets import load_dataset  # slow to import
+        rows = load_dataset(repository, config, split=split)
+    for number, row in enumerate(rows, 1):
+        try:
+            context, choices, label = item(row)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"row {number} of {source or repository} is not one of {name} ({error!r})") from None
+        yield {"context": context, "choices": [f" {choice}" for choice in choices], "label": label, "metric": metric}
+
+
+# ---- files and scores
 
 
 def load(folder):
@@ -17,29 +92,49 @@ def load(folder):
     for path in sorted(Path(folder).glob("*.jsonl")):
         tasks[path.stem] = list(problems.read_jsonl(path, {"context": str, "choices": list, "label": int}))
         for line_number, row in enumerate(tasks[path.stem], 1):
-            texts = [row["context"], *row["choices"]]
-            if len(texts) < 3 or not all(texts) or not 0 <= row["label"] < len(row["choices"]):
-                raise ValueError(f"{path}:{line_number}: needs a context, two choices and a label that counts from 0")
+            choices, metric = row["choices"], row.get("metric", "acc")
+            if not all(text.strip() for text in choices) or not 0 <= row["label"] < len(choices) or metric not in ("acc", "acc_norm"):
+                raise ValueError(f"{path}:{line_number}: needs choices that are not empty, a label that counts them from 0, "
+                                 "and acc or acc_norm if it names a metric")
     if not tasks:
-        raise ValueError(f"no .jsonl tasks in {folder}, make some with python data/prepare.py toy")
+        raise ValueError(f"no .jsonl tasks in {folder}, make some with python data/prepare.py toy or tasks")
     return tasks
 
 
-def score(items, enc, logprob):
-    """How often the right choice has the highest summed log-prob, and its mean probability among the choices.
+def encode_pair(enc, context, choice):
+    """Ids of a context and of the choice after it, as lm-eval's `_encode_pair` has them: spaces that end the context go
+    to the choice, and the choice is what both together have more than the context alone. No context: end of text."""
+    before = tokens.encode(enc, context.rstrip())
+    after = tokens.encode(enc, context + choice)[len(before):]
+    if not after:
+        raise ValueError(f"the choice {choice!r} melts into the last word of {context[-40:]!r}: begin it with a space")
+    return before or [enc.eot_token], after
 
-    `logprob` takes [(context ids, continuation ids)], all choices of all items, and returns one sum for each; it is
-    free to batch them as it likes. Returns accuracy, its standard error over items, probability, right (0/1 an item).
+
+def score(items, enc, loglikelihood):
+    """How often the choice is right, by the items' metric and by both, and the mean probability of the right one.
+
+    `loglikelihood` takes [(context ids, continuation ids)], all choices of all items, and whether some item has a single
+    choice; it returns for each its summed log-prob and, if so, whether each of its tokens is the most probable one. Returns
+    accuracy, its standard error over items, probability (among the choices; of a single choice its own), right (0/1 an
+    item), acc, acc_norm (by characters, without the first space), and the perplexity of single choices.
     """
-    pairs = [(tokens.encode(enc, item["context"]), tokens.encode(enc, choice))
-             for item in items for choice in item["choices"]]
-    sums = np.asarray(logprob(pairs), dtype=np.float64)
+    pairs = [encode_pair(enc, item["context"], choice) for item in items for choice in item["choices"]]
     ends = np.cumsum([len(item["choices"]) for item in items])
-    right, probability = [], []
-    for item, logp in zip(items, np.split(sums, ends[:-1]), strict=True):
+    single = any(len(item["choices"]) == 1 for item in items)
+    found = np.split(np.asarray(loglikelihood(pairs, single), dtype=np.float64), ends[:-1])
+    hits, right, probability = {"acc": [], "acc_norm": []}, [], []
+    for item, (logp, greedy) in zip(items, (part.T for part in found), strict=True):
+        lengths = [len(choice.removeprefix(" ")) for choice in item["choices"]]
+        for metric, values in (("acc", logp), ("acc_norm", logp / lengths)):
+            hits[metric].append(int(greedy[0] if len(logp) == 1 else values.argmax() == item["label"]))
+        right.append(hits[item.get("metric", "acc")][-1])
         share = np.exp(logp - logp.max())
-        right.append(int(logp.argmax() == item["label"]))
-        probability.append(share[item["label"]] / share.sum())
+        probability.append(np.exp(logp[0]) if len(logp) == 1 else share[item["label"]] / share.sum())
     accuracy = float(np.mean(right))
     se = (accuracy * (1 - accuracy) / max(len(items) - 1, 1)) ** 0.5
-    return {"accuracy": accuracy, "se": se, "probability": float(np.mean(probability)), "right": right}
+    out = {"accuracy": accuracy, "se": se, "probability": float(np.mean(probability)), "right": right}
+    out |= {metric: float(np.mean(values)) for metric, values in hits.items()}
+    if len(pairs) == len(items):
+        out["perplexity"] = float(np.exp(-np.mean([part[0, 0] for part in found])))
+    return out

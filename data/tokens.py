@@ -59,6 +59,17 @@ def encode(enc, text):
     return ids
 
 
+def encode_document(enc, text):
+    """The ids of a text of any origin and the end-of-text id, as uint32 (n,)."""
+    try:
+        ids = enc.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # a lone half of a UTF-16 pair: tiktoken's encode_ordinary takes it so too
+        return encode_document(enc, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:  # about a million blanks in a row are too many for tiktoken's regular expression
+        ids = np.concatenate([encode_document(enc, text[i:i + 10**5])[:-1] for i in range(0, len(text), 10**5)])
+    return np.append(ids, np.uint32(enc.eot_token))
+
+
 @functools.cache
 def _bytes_of(enc):
     ranks = enc._mergeable_ranks | {text.encode(): i for text, i in enc._special_tokens.items()}
@@ -84,7 +95,7 @@ def write_shard(path, ids, encoding_name):
     ids = np.asarray(ids)
     if ids.size == 0 or ids.min() < 0 or ids.max() >= limit:
         raise ValueError(f"{path}: a shard needs at least one id and all of them in 0..{limit - 1}")
-    ids = ids.astype(DTYPES[2 if limit <= 2**16 else 4])
+    ids = ids.astype(DTYPES[2 if limit <= 2**16 else 4], copy=False)
     header = HEADER.pack(MAGIC, VERSION, ids.itemsize, ids.size, zlib.crc32(ids), encoding_name.encode())
     temporary = Path(f"{path}.tmp")
     try:

@@ -2,8 +2,8 @@
 
     python tests/bench_cpu.py [--json]
 
-Same weights, same shapes, fp32, both sides with their best settings: training compiled with fused AdamW and gradient
-clipping; transformers' `generate` with its default cache, no top-k, every answer exactly NEW tokens. The two sides take
+Same weights, same shapes, fp32: training compiled on both sides, with fused AdamW and gradient clipping; our sampler compiled
+as in rl.py, transformers' `generate` with its default cache, no top-k, every answer exactly NEW tokens. The two sides take
 turns, and the ratio is the median over the turns, because the speed of a shared machine drifts.
 """
 
@@ -94,7 +94,7 @@ def training(model, twin, steps: int, count: int):
 def rollouts(model, twin, batch: int, count: int):
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab, (batch // GROUP, PROMPT), generator=generator)
-    sampler, never = Sampler(model, rows=batch), [model.config.vocab]  # an end token that is never drawn
+    sampler, never = Sampler(model, rows=batch, compile=True), [model.config.vocab]  # an end token that is never drawn
     expanded = prompts.repeat_interleave(GROUP, 0)
 
     def ours():

@@ -87,7 +87,7 @@ def main():
     vocab = tokens.VOCABULARY["cl100k_base" if large else "toy"]
     config = ModelConfig(**PRESETS[args.preset], vocab=vocab, padded_vocab=-(-vocab // 128) * 128)
     model = Model(config, torch.bfloat16 if device == "cuda" else torch.float32).init_weights(0).to(device).eval()
-    prompt, new, group = (100, 512, 8) if large else (24, 32, 8)
+    prompt, new, group, end = (100, 512, 8, vocab - 1) if large else (24, 32, 8, vocab - 1)
     twin = transformers_twin(model).eval().to(device, model.compute)
     sampler, table, figures = Forced(model, rows=1 << 20, compile=True), [], {}
     for batch in map(int, args.batches.split(",")):
@@ -97,7 +97,7 @@ def main():
         if large:
             lengths = (torch.empty(batch).geometric_(1 / 200, generator=generator)).clamp(1, new).long()
         expanded, done = ids.repeat_interleave(group, 0).to(device), int(lengths.sum())
-        sampler.lengths, waste, end = lengths.to(device), [], vocab - 1
+        sampler.lengths, waste = lengths.to(device), []
 
         def ours(ids=ids, batch=batch, waste=waste):
             sampler.steps = 1  # the first token comes from the prompt
@@ -126,7 +126,8 @@ def main():
     figures["waste"] = round(table[-1][-1], 3)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     size = sum(p.numel() for p in model.parameters())
-    print(f"torch {torch.__version__}, {name}, {args.preset} model of {size:,} parameters, {model.compute}, prompt {prompt}, answers up to {new}")
+    print(f"torch {torch.__version__}, {name}, {args.preset} model of {size:,} parameters, {model.compute}, prompt {prompt}, "
+          f"answers {'of 1 to' if large else 'of'} {new} tokens")  # fmt: skip
     print(f"{'rows':>6}{'ours':>12}{'generate':>12}{'ratio':>8}{'ms a step':>11}{'products':>10}{'cache':>8}{'of ceiling':>12}{'waste':>8}")
     for batch, ours_, theirs_, ratio, step, products, reading, waste in table:
         print(f"{batch:6}{ours_:12,.0f}{theirs_:12,.0f}{ratio:8.2f}{1e3 * step:11.2f}{1e3 * products:10.2f}{1e3 * reading:8.2f}"

@@ -196,7 +196,7 @@ def test_prompt_that_is_too_long(refused, world):
 @pytest.mark.parametrize("line, says", [
     ("", "not one JSON object a line"), ("[1]", '"id" must be text'), ('{"id": "b", "question": "x"}', '"answer" must be text'),
     ('{"id": "b", "question": " ", "answer": "1", "solutions": []}', "the question is empty"),
-    ('{"id": "b", "question": "sam ?", "answer": "one", "solutions": []}', "the answer must be a number"),
+    ('{"id": "b", "question": "sam ?", "answer": "1 8", "solutions": []}', "the answer must be a number"),
 ])  # fmt: skip
 def test_malformed_questions_name_the_line(refused, world, tmp_path, line, says):
     path = tmp_path / "train.jsonl"

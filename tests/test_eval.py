@@ -15,10 +15,10 @@ from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
 import eval as evaluation
-from data import problems, report, run, tasks, tokens, toy
+from data import grader, problems, report, run, tasks, tokens, toy
 from model import Model, ModelConfig, Sampler
 
-HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu")
+HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu", compile="false")
 FEW = HOW | dict(n=1, k="1", limit=2, max_new=8, tasks="")
 RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, eval_every=2, eval_questions=4, eval_n=2, lr=1e-3, compile="false")
 
@@ -114,7 +114,7 @@ def test_counts_and_pass_at_k_from_scratch(measured, tmp_path, shots):
         prompt, seeds = tokens.encode(enc, f"{shown} Q : {question['question']} A :"), problems.answer_seeds(1234, "eval", [question], 8)
         samples = sampler([prompt], 8, 24, seeds, [enc.eot_token, tokens.encode(enc, " Q")[0]], 0.6)
         ended = [ids[: length - 1] for ids, length, cut in zip(samples.tokens, samples.lengths, samples.cut, strict=True) if not cut]
-        right.append(sum(problems.grade(tokens.decode(enc, ids.tolist()), question["answer"]) for ids in ended))
+        right.append(sum(grader.grade(tokens.decode(enc, ids.tolist()), question["answer"]) for ids in ended))
     assert row["correct"] == right and 0 < sum(right) < 64
     for k in (1, 2, 8):
         each = [statistics.mean(any(i < c for i in chosen) for chosen in itertools.combinations(range(8), k)) for c in right]
@@ -202,14 +202,21 @@ def test_continuation_log_probs_equal_a_loop_with_all_logits():
     def ids(length):
         return torch.randint(37, (length,), generator=generator).tolist()
 
-    pairs = [(ids(1 + 7 * i % 23), ids(1 + 5 * i % 11)) for i in range(20)]
+    contexts = [ids(1 + 7 * i % 23) for i in range(12)]
+    pairs = [(contexts[i % 12], ids(1 + 5 * i % 11)) for i in range(30)]
+    pairs += [(contexts[5], [token]) for token in range(37)]  # one of them is the most probable
+    pairs.append((ids(95), ids(8)))  # longer than the model's context of 96: its first tokens go
     expected = []
     for context, continuation in pairs:
-        hidden = model.hidden(torch.tensor([[*context, *continuation]]))[0]
-        logp = (hidden @ model.head.weight[:37].T).log_softmax(1)
-        expected.append(sum(float(logp[len(context) - 1 + i, token]) for i, token in enumerate(continuation)))
-    for budget in (1, 60, 16384):  # one by one, in several batches, all at once
-        assert evaluation.continuation_log_probs(model, pairs, 36, "cpu", budget) == pytest.approx(expected, abs=1e-5)
+        hidden = model.hidden(torch.tensor([[*context, *continuation][-97:-1]]))[0]
+        logp = (hidden @ model.head.weight[:37].T).log_softmax(1)[-len(continuation) :]
+        expected.append((sum(float(logp[i, token]) for i, token in enumerate(continuation)), logp.argmax(1).tolist() == continuation))
+    for budget in (1, 60, 16384):  # one context by one, in several batches, all of a length at once
+        found = evaluation.continuation_log_probs(Sampler(model), pairs, True, run.start("cpu", "float64"), budget)
+        assert [x[0] for x in found] == pytest.approx([x[0] for x in expected], abs=1e-9)
+        assert [x[1] for x in found] == [x[1] for x in expected] and sum(x[1] for x in found[30:67]) == 1
+    with pytest.raises(ValueError, match="a choice of 97 tokens is longer"):
+        evaluation.continuation_log_probs(Sampler(model), [([1], ids(97))], False, run.start("cpu", "float64"))
 
 
 # ---- sample.py
@@ -223,9 +230,10 @@ def test_sample_shows_answers_and_their_rewards(world, capsys, name):
         head, *answers = block.split("\n")
         assert head == f" Q : {row['question']} A :   [answer {row['answer']}]" and len(answers) == 4
         for line in answers:
-            shown, text, cut = re.fullmatch(r" +([\d.]+) \|(.*?)( \.\.\.)?", line).groups()
+            shown, nats, text, cut = re.fullmatch(r" +([\d.]+) +(-[\d.]+) \|(.*?)( \.\.\.)?", line).groups()
             rewards.append(float(shown))
-            assert rewards[-1] == problems.reward(text, row["answer"], not cut, 0.1)
+            assert -8 < float(nats) <= 0
+            assert rewards[-1] == grader.reward(*grader.grade_all([text], [row["answer"]], [not cut])[0], 0.1)
     assert name == "base" or max(rewards) > 0
 
 
@@ -236,7 +244,7 @@ def test_sample_goes_on_from_a_prompt(world, capsys, name):
         call("sample", getattr(world, name), prompt=space + prompt, n=3, max_new=8)
         shown.append(capsys.readouterr().out)
     head, *answers = shown[0].strip("\n").split("\n")
-    assert head == f" {prompt}" and len(answers) == 3 and all(line.startswith("  | ") for line in answers) and shown[0] == shown[1]
+    assert head == f" {prompt}" and len(answers) == 3 and all(re.match(r" +-[\d.]+ \| ", line) for line in answers) and shown[0] == shown[1]
 
 
 # ---- regressions

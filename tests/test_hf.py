@@ -478,7 +478,7 @@ def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     call("mix", init=start, steps=1, questions_per_step=2, group=2, batch=2, compile="false", **shared)
     recipes = {"step10000": "base", "step10000-sft": "sft", "step10000-rl": "rl", "step10000-sft-rl": "sft->rl", "step10000-mix": "mix"}
     paths = [tmp_path / f"{name}.pt" for name in recipes]
-    call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6)
+    call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6, compile="false")
     for path in paths:
         meta, rows = run.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
         (row,) = (row for row in rows if row["kind"] == "pass")

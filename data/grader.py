@@ -5,6 +5,7 @@ What takes algebra goes to the math-verify library, in a process of its own that
 script. It imports neither torch nor anything of ours, so that process is small and nothing is forked.
 """
 
+import collections
 import contextlib
 import functools
 import json
@@ -64,10 +65,8 @@ def boxed(text):
 
 def flexible_answer(text):
     """The last box, or else the last number, or None: for a model that never learned the ending."""
-    last = None
-    for last in LAST_NUMBER.finditer(text):
-        pass
-    return boxed(text) or (last[0] if last else None)
+    numbers = collections.deque(LAST_NUMBER.finditer(text), maxlen=1)
+    return boxed(text) or (numbers[0][0] if numbers else None)
 
 
 def number(text):

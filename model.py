@@ -639,7 +639,6 @@ class Sampler:
         self.embed, self.head = model.embed.weight.detach(), self._copy(model.head.weight)[: model.config.vocab]
         self.block = model.blocks[0].decode  # the weights are arguments: one code for all blocks
         if compile:
-            torch.fx.experimental._config.use_duck_shape = False  # or sizes that happen to be equal once are taken to be always
             self.block = torch.compile(self.block, dynamic=True)
 
     def _copy(self, weight):
@@ -656,6 +655,7 @@ class Sampler:
             copy.copy_(weight)
         self.prefix_ids = None
 
+    @torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that happen to be equal once are not taken to be always
     @torch.inference_mode()
     def __call__(self, prompts, n: int, max_new: int, seeds, ends, temperature=1.0, prefix=()) -> Samples:
         """prompts: Q lists of ids; n answers each, of at most max_new tokens, until one of the ids `ends` is drawn.

@@ -114,6 +114,7 @@ def test_reward_does_not_read_the_prompt():
 
 
 @pytest.mark.parametrize("text, expected", [
+    (r"\boxed{\{ x} or 7", r"\{ x"),
     (r"so \boxed{3} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed {\{1, \text{ a } \}} or 7", r"\{1, \text{ a } \}"),
     (r"\fbox{7} of 9", "7"), (r"it is $\boxed 5$, not 6", "5"), (r"\boxed{5, said 6", "6"), (r"\boxed{} 4", "4"),
     ("first 3 then 1,234.50 .", "1,234.50"), ("9 - 4 = 5", "5"), ("7-5", "5"), ("it is -5", "-5"), ("= -.5 m", "-.5"), ("$18", "$18"),
@@ -260,7 +261,7 @@ def test_verifier_does_not_hang(name):
     began = time.process_time()
     for answer in ("18", EXPRESSION):
         for text in (HARMLESS[name], f"#### {HARMLESS[name]}"):
-            assert grader.grade_all([text], [answer], [True])[0][0] is False
+            assert grader.number(text) is None and not grader.grade_all([text], [answer], [True])[0][0]
     assert not grader.compare(grader.flexible_answer(HARMLESS[name][:10**5]), "17")[0]  # its model had a limit of tokens
     assert time.process_time() - began < 2
 
@@ -290,19 +291,19 @@ def test_many_hard_answers_in_a_row(uncached):
 
 
 def test_memory_is_bounded(impatient, monkeypatch):
-    """A number of 1.2 GB: the process gives up by itself, before its time. Seen to fail without RLIMIT_AS."""
+    """A number of 250 MB: the process gives up by itself, before its time. Seen to fail without RLIMIT_AS."""
     monkeypatch.setattr(grader, "SECONDS", 30)
-    monkeypatch.setattr(grader, "MEMORY", 2**28)
+    monkeypatch.setattr(grader, "MEMORY", 2**27)
     assert grader.grade(r"#### \frac{2}{\sqrt{2}}", EXPRESSION)
     process = worker().process
-    assert resource.prlimit(process.pid, resource.RLIMIT_AS) == (2**28, 2**28)
+    assert resource.prlimit(process.pid, resource.RLIMIT_AS) == (2**27, 2**27)
     with open(f"/proc/{process.pid}/maps") as maps:
         assert "torch" not in maps.read()
-    assert grader.compare("2^{10000000000}", EXPRESSION) == (False, False) and process.wait(20) != -signal.SIGPROF
+    assert grader.compare("2^{2000000000}", EXPRESSION) == (False, False) and process.wait(20) != -signal.SIGPROF
     assert grader.grade(r"#### \frac{4}{2\sqrt{2}}", EXPRESSION)
 
 
-@pytest.mark.parametrize("when", ["idle", "working", "stopped"])
+@pytest.mark.parametrize("when", ["idle", "working", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_replaced(impatient, when):
     """Seen to fail without the second try (a right answer was then wrong)."""
     assert grader.grade(r"#### \frac{2}{\sqrt{2}}", EXPRESSION)

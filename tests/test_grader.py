@@ -16,7 +16,7 @@ from fractions import Fraction
 import pytest
 from helpers import DATASETS, ROOT
 
-from data import grader, problems, tokens
+from data import grader, problems, questions, tokens
 
 NUMBERS = {
     "18": 18, " 18 ": 18, "-5": -5, "+5": 5, "007": 7, "1,234": 1234, "1,234,567.50": Fraction(2469135, 2), "3.0": 3,
@@ -176,14 +176,15 @@ def test_all_gsm8k_reference_solutions_are_right():
 
 
 def test_all_math_solutions_are_right():
-    """Each of 12,498 solutions with its answer after ####, graded by its own answer; and its box is that answer."""
+    """12,498 solutions as prepare.py writes them, each against its own answer; and what the grader takes for the box of
+    the original is that answer."""
     answers = math_answers()
-    for split in ("train", "test"):
-        for i, row in enumerate(real(f"math/{split}")):
-            if answer := answers.get(f"{split}-{i}"):
-                text = f"{row['solution']}\n#### {answer}"
-                assert grader.askable(answer) and grader.grade_all([text], [answer], [True]) == [(True, True)], (split, i)
-                assert grader.grade(f"#### {grader.boxed(row['solution'])}".replace("\n", " "), answer), (split, i)
+    rows = [row for split in ("train", "test") for row in questions.math(DATASETS / "math", split)]
+    texts, meant = [row["solutions"][0] for row in rows], [row["answer"] for row in rows]
+    assert meant == [*answers.values()] and all(map(grader.askable, meant))
+    assert set(grader.grade_all(texts, meant, [True] * len(rows))) == {(True, True)}
+    boxes = {f"{split}-{i}": grader.boxed(row["solution"]) for split in ("train", "test") for i, row in enumerate(real(f"math/{split}"))}
+    assert {name: " ".join(boxes[name].split()) for name in answers} == answers
 
 
 UNREADABLE = {"train-6786": r"\phantom in a matrix"}  # for math-verify; right where it is written the same

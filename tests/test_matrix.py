@@ -63,6 +63,20 @@ def test_wrong_settings(more, says):
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_paper_scale_prints_its_commands():
-    done = subprocess.run(["bash", "matrix.sh"], cwd=ROOT, env=os.environ | {"SCALE": "1b"}, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 0 and "--save_steps 1000,2000,3000" in done.stdout
+def test_wrong_flag():
+    done = subprocess.run(["bash", "matrix.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "no flag --dryrun, there is --dry_run" in done.stderr
+
+
+@pytest.mark.parametrize("scale, count", [("smoke", 25), ("gsm8k", 26)])
+def test_dry_run_prices_every_command_and_runs_none(tmp_path, scale, count):
+    (tmp_path / "gsm8k").mkdir()
+    folders = {"OUT": f"{tmp_path}/ckpt", "DATA": f"{tmp_path}/data", "SOURCE": str(tmp_path)}
+    env = os.environ | folders | {"SCALE": scale, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "matrix.sh", "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not done.stderr
+    lines = done.stdout.splitlines()
+    priced = [i for i, line in enumerate(lines) if line.startswith("+ ")]
+    assert len(priced) == count and all("FLOPs" in lines[i + 1] and "GB" in lines[i + 1] for i in priced)
+    assert lines[-1].startswith("all ") and int(lines[-1].split()[1]) == count
+    assert [path.name for path in tmp_path.iterdir()] == ["gsm8k"]

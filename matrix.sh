@@ -76,7 +76,7 @@ case $SCALE in
     STEPS=${STEPS:-1000 2000 3000 5000 6000 7000 10000 14000 22000}  # 2, 4, 6, 10, 12, 14, 20, 28 and 44 B tokens
     EARLY=${EARLY:-1000 2000 3000 5000} EARLY_SEEDS=${EARLY_SEEDS:-4}  # where seeds differ most: at least so many
     LAST=${STEPS##* } GPUS=${GPUS:-8} QUESTION_FLAGS=${QUESTION_FLAGS:-} TASK_FLAGS=${TASK_FLAGS:-} SPLIT_FLAGS=${SPLIT_FLAGS:-}
-    JOBS=1 ranks=$GPUS start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS")  # that is torchrun
+    JOBS=1 ranks=$GPUS start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" --)  # that is torchrun
     prepare() {
       local openmath=(openmath $QUESTION_FLAGS ${SOURCE:+--source "$SOURCE/openmath" --tests "$SOURCE"})
       local dolmino=(dolmino $TEXT --tokens "$TOKENS" --check "$DATA/gsm8k,$DATA/math" ${SOURCE:+--source "$SOURCE/dolmino"})

@@ -40,7 +40,7 @@ class Config:
     max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 48 for a toy base, else 512)
     rows: int = 1024  # answers sampled side by side; never changes the result
     seed: int = 1234  # noise of the sampling
-    compile: bool = True  # torch.compile the sampler; half a minute the first time, a few seconds after that
+    compile: bool = True  # torch.compile the sampler; costs seconds at the start, more the first time on a machine
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
     overwrite: bool = False  # measure again what has a row

@@ -52,7 +52,7 @@ class Config:
     eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
-    compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
+    compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions, noise of the sampling, which solution
     device: str = "auto"  # auto, cpu or cuda

@@ -136,8 +136,8 @@ class Block(nn.Module):
         where a prompt is shorter, are read through group (R,); prefix (2, H, S, K), or None, is read by all.
         -> x after the block, and the token's key and value (R, H, K).
 
-        Weighted sums are written as products and sums, not as matrix products: a row has one query, and compiled into
-        loops that read each key once this is several times as fast on a CPU as 2 * R * H small calls of a BLAS."""
+        Weighted sums are written as products and sums, not as matrix products: a row has one query, and a compiler makes
+        loops of them that read each key once, where a BLAS would be called 2 * R * H times for next to nothing."""
         qkv, out, gate_up, down, q_norm, k_norm, attention_norm, mlp_norm = weights
         H, K, eps = self.heads, self.head_width, self.mlp_norm.eps
         x = x.view(-1, H * K)  # numbers that a compiler can rely on
@@ -618,7 +618,7 @@ class Sampler:
     Answers begin together, so all rows are equally long and columns past t are not read, but for what rounds T up to SPAN.
     Rows that finished are dropped as soon as the others fit the next smaller `bucket`.
     Buffers stay from one batch to the next; on CUDA the work of one token is a captured graph for each shape.
-    compile: torch.compile the block (a few seconds, half a minute the first time on a machine).
+    compile: torch.compile the block: seconds at the start, more of them the first time on a machine.
     Call `refresh()` after the weights of the model have changed.
     """
 

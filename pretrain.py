@@ -48,7 +48,7 @@ class Config:
     eval_every: int = 200  # steps between losses on the held-out text
     eval_rows: int = 64  # rows of held-out text
     save_every: int = 200  # steps between states for --resume
-    compile: bool = True  # torch.compile the blocks; half a minute the first time, a few seconds after that
+    compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     seed: int = 0  # initial weights and order of the text
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU

@@ -15,7 +15,8 @@ STYLES = {"base": ("#000000", "o"), "rl": ("#0072B2", "s"), "sft": ("#E69F00", "
           "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X")}  # fmt: skip
 PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
 DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
-           "probability of the right choice %", "questions": "questions seen", "sampled_tokens": "tokens sampled",
+           "probability of the right choice %", "log_prob": "log-prob a token (nats)",
+           "flexible@1": "right in any format %", "questions": "questions seen", "sampled_tokens": "tokens sampled",
            "flops": "training FLOPs", "seconds": "training seconds"}  # fmt: skip  # a row's field -> its column
 
 # paper: GSM8K and the average of five general benchmarks, %; columns are billions of pre-training tokens
@@ -215,7 +216,7 @@ def details(r, name, tokens, benchmark):
     for field, column in DETAILS.items():
         values = [row[field] for row in rows if row.get(field) is not None]
         mean = np.mean(values) * (100 if "%" in column else 1) if values else 0
-        cells.append("-" if not values else f"{mean:.3g}" if mean >= 1000 else f"{mean:.1f}")
+        cells.append("-" if not values else f"{mean:.3g}" if mean >= 1000 else f"{mean:.{1 if abs(mean) >= 1 else 2}f}")
     try:
         metric, parent = f"{benchmark} solved", PARENT.get(name.split()[0], name)
         arms = [(sign, r.arm(arm, tokens, metric)) for sign, arm in ((1, name), (-1, parent))]

@@ -7,10 +7,9 @@
                for --resume takes 12 bytes a weight more.
 
 Nothing of this is measured on a GPU, and what is not known before the data is there is assumed: the constants below. The
-script that a command names is loaded and asked for its flags and sizes, pretrain.py for the model too.
+scripts are asked for their flags and sizes: this is the one file of data/ that imports them, and none of them imports it.
 """
 
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -20,6 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import eval as evaluation  # noqa: E402
+import mix  # noqa: E402
+import pretrain  # noqa: E402
+import rl  # noqa: E402
+import sft  # noqa: E402
 from data import prepare, run, tokens  # noqa: E402
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
@@ -118,8 +122,8 @@ def cost(command):
     script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
     if script == "prepare":
         return "data", prepared(*flags.split())
-    module = importlib.import_module(script)
-    price = {"pretrain": pretrained, "eval": evaluated}.get(script, post_trained)
+    module, price = {"pretrain": (pretrain, pretrained), "eval": (evaluation, evaluated), "sft": (sft, post_trained),
+                     "rl": (rl, post_trained), "mix": (mix, post_trained)}[script]  # fmt: skip
     return script, price(module, run.configure(module.Config, flags.split()))
 
 

@@ -67,7 +67,7 @@ def ceiling(model, rows: int, group: int, prompt: int, own: int, device) -> tupl
 
     def multiply():
         for layer in weights:
-            for (x, _), w, out in zip(products, layer, outputs, strict=False):
+            for (x, _), w, out in zip(products, layer, outputs[:-1], strict=True):
                 torch.mm(x, w.T, out=out)
         torch.mm(head[0], head[1].T, out=outputs[-1])
 

@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from data import run
@@ -41,6 +43,16 @@ def start(script: str, *words, **values) -> subprocess.Popen:
     """The same as a process of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags(*map(str, words), **values)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ))
+
+
+def refused(capsys, script: str, *words, **values) -> str:
+    """`call`, which must fail with exit status 2 and one line; -> that line. Bars before it end in a carriage return."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, *words, **values)
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0].partition("error: ")[2]
 
 
 def weights(path) -> dict:

@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that says what to do, exit status 2, and nothing lost or overwritten."""
 
+import functools
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from helpers import PRETRAIN, ROOT, call, flags, same_weights
@@ -22,16 +24,7 @@ TRAINERS = {"sft": SFT, "rl": RL, "mix": RL | {"batch": 8}}
 
 @pytest.fixture()
 def refused(capsys):
-    """Call a script; -> its one line on stderr. Whatever the script printed before (bars) ends in a carriage return."""
-    def refused(script, *words, **values):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            call(script, *words, **values)
-        lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
-        assert stop.value.code == 2 and len(lines) == 1
-        return lines[0].partition("error: ")[2]
-
-    return refused
+    return functools.partial(helpers.refused, capsys)
 
 
 def changed(path, out, **changes):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call, flags, same_weights, small_model, weights
+from helpers import call, flags, refused, same_weights, small_model, weights
 from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
@@ -52,15 +52,6 @@ def kept(measured, tmp_path):
     """A copy of the trained checkpoint's rows, for a test to change."""
     shutil.copytree(measured.results, tmp_path / "kept")
     return tmp_path / "kept"
-
-
-def refused(capsys, script, *words, **values) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(script, *words, **values)
-    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0].partition("error: ")[2]
 
 
 def rows_in(folder, stem, kind=None) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import re
@@ -214,7 +215,7 @@ def test_all_math_answers_are_read():
 def different_answers(step):
     """Pairs of different MATH answers that look alike: neighbours in the alphabet, of those that are not numbers."""
     every = sorted({answer for answer in math_answers().values() if grader.number(grader.tidy(answer)[0]) is None})
-    pairs = [(a, b) for a, b in zip(every, every[1:], strict=False) if grader.tidy(a) != grader.tidy(b)]
+    pairs = [(a, b) for a, b in itertools.pairwise(every) if grader.tidy(a) != grader.tidy(b)]
     return pairs[::step]
 
 

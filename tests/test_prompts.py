@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DATASETS, call
-from test_eval import FEW, refused, rows_in
+from helpers import DATASETS, call, refused
+from test_eval import FEW, rows_in
 from test_grader import real
 
 from data import grader, problems, questions, tokens

@@ -255,7 +255,7 @@ def test_noise_is_the_same_in_every_precision_and_bucket(dtype, monkeypatch):
 
 def test_buckets_and_waste():
     """Powers of two and the halves between; with answers of 150 tokens on average, cut at 512, under a fifth of the slots is
-    idle (powers of two alone: 18% in the published estimate for checks after every token, here 4 apart)."""
+    idle."""
     assert [bucket(count) for count in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97, 500, 512, 513)] == [
         16, 16, 24, 24, 32, 48, 48, 64, 96, 128, 512, 512, 768]  # fmt: skip
     lengths = torch.empty(512).geometric_(1 / 150, generator=torch.Generator().manual_seed(0)).clamp(1, 512)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import grader, problems, report, run, tasks, tokens
+from data import checkpoint, grader, problems, ranks, report, run, tasks, tokens
 from model import Model, ModelConfig, Sampler, log_probs
 
 
@@ -142,12 +142,12 @@ def training(path) -> tuple[list[dict], dict]:
 
 def evaluate(path, cfg, world) -> list[dict]:
     """All rows of one checkpoint that are not in the results yet."""
-    saved = run.load(path)
+    saved = checkpoint.load(path)
     meta = saved["meta"]
     enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
     max_new = cfg.max_new or meta["run"].get("max_new") or (48 if meta["preset"].startswith("toy") else 512)
-    base = {"checkpoint": str(path), "config_hash": run.config_hash(meta), "model": meta["preset"], "split": split, "seed": meta["seed"]}
-    base |= {k: meta[k] for k in ("world", "recipe", "tokens", "pretrain_seed", "step")}
+    base = {"checkpoint": str(path), "config_hash": checkpoint.config_hash(meta), "model": meta["preset"], "split": split}
+    base |= {k: meta[k] for k in ("seed", "world", "recipe", "tokens", "pretrain_seed", "step")}
     base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}
     points, costs = training(path)
     if meta["recipe"] != "base":
@@ -169,8 +169,8 @@ def evaluate(path, cfg, world) -> list[dict]:
         rows[:] = [row for row in rows if row not in old]
         return True
 
-    model = run.load_model(saved, Model, ModelConfig, world).eval()
-    sampler = Sampler(model, cfg.rows, cfg.compile and run.can_compile(world))
+    model = checkpoint.load_model(saved, Model, ModelConfig, world).eval()
+    sampler = Sampler(model, cfg.rows, cfg.compile and ranks.can_compile(world))
     if world.rank == 0:
         sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
 
@@ -190,7 +190,7 @@ def evaluate(path, cfg, world) -> list[dict]:
                 raise ValueError(f"{folder} has {len(known)} shots, not {shots}: lower --shots")
             name, shown = Path(folder).stem, known[:shots]
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=cfg.seed,
-                       ids=[row["id"] for row in questions], content=run.fingerprint(questions + shown))  # fmt: skip
+                       ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
                 continue
             result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
@@ -200,9 +200,9 @@ def evaluate(path, cfg, world) -> list[dict]:
                 f"  in format {100 * result['formatted']:.0f}%")
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
-        if missing("general", name, content=run.fingerprint(items)):
+        if missing("general", name, content=checkpoint.fingerprint(items)):
             result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world))
-            rows.append({"kind": "general", **base, "benchmark": name, "content": run.fingerprint(items), **result})
+            rows.append({"kind": "general", **base, "benchmark": name, "content": checkpoint.fingerprint(items), **result})
             say(f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}")
     split = "val"  # what a trainer watches, whatever is measured here
     if points and missing("curve"):
@@ -226,7 +226,7 @@ def main(cfg):
         raise ValueError("--json goes with --report")
     if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):
         raise ValueError("two of --questions have the same name, and a row is known by it: rename one")
-    world = run.start(cfg.device, cfg.dtype)
+    world = ranks.start(cfg.device, cfg.dtype)
     for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)
 

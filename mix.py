@@ -9,10 +9,12 @@ AdamW update is linear in its learning rate, so the shares go into the rates and
 With the same steps, --micro and --compile, --share 1 is rl.py and --share 0 is sft.py, bit for bit.
 """
 
+import functools
 import time
 from dataclasses import dataclass
+from typing import Literal
 
-from data import problems, run, tokens
+from data import checkpoint, problems, ranks, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 from rl import rl_backward, rl_batch, rl_costs
@@ -47,11 +49,14 @@ class Config:
     micro: int = 64  # rows a forward pass; never changes the result
     weight_decay: float = 0.0  # of both
     clip: float = 1.0  # largest norm of each of the two gradients
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
+    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
     eval_every: int = 10  # steps between validations (0: only before and after)
     eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
+    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions, noise of the sampling, which solution
@@ -76,17 +81,21 @@ def main(cfg):
         for optimizer, kept in zip((rl_optimizer, sft_optimizer), state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         first = state["step"]
-    compiled = cfg.compile and run.can_compile(world)
+    compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
-        run.compile_blocks(model)
-    log = run.Log(cfg.out, world, cfg.steps, first, "loss sft_loss reward cut flat")
+        ranks.compile_blocks(model)
+    log = run.Log(cfg.out, world, cfg.steps, state, "loss sft_loss reward cut flat")
 
     def validate(step):
         if held_out:
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
-    for step in range(first, cfg.steps):
+    def save(done):
+        meta = checkpoint.child_meta(cfg, parent, "mix", name, done)
+        checkpoint.save_state(cfg.out, model, meta, done, [rl_optimizer, sft_optimizer], log)
+
+    for step in run.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
         began = time.time()
@@ -95,28 +104,25 @@ def main(cfg):
         if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
             raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
                              f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
-        rl_gradients, norm = run.gradients(model, world, cfg.clip)
+        rl_gradients, norm = ranks.gradients(model, world, cfg.clip)
         sft = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
         sft_loss = sft_backward(model, sft, cfg, world)
-        sft_gradients, sft_norm = run.gradients(model, world, cfg.clip)
+        sft_gradients, sft_norm = ranks.gradients(model, world, cfg.clip)
         loss, sft_loss = world.sum(loss, sft_loss)
-        run.check_finite(step, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
         rl_lr = cfg.share * cosine(step, cfg.steps, cfg.lr, cfg.warmup, floor=1.0)
         sft_lr = (1 - cfg.share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
-        update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
+        batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
+        if log.healthy(step, cfg, batch_rows, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm):
+            update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
         costs["flops"] += cfg.batch * sft.mask.shape[1] * model.flops_per_token(sft.mask.shape[1])
         log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
             tokens_per_s=stats["sampled_tokens"] / costs["seconds"])  # fmt: skip
-        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            meta = run.child_meta(cfg, parent, "mix", name, step + 1)
-            run.save_state(cfg.out, model, meta, step + 1, [rl_optimizer, sft_optimizer])
     validate(cfg.steps)
     log.close()
-    if world.rank == 0:
-        run.save(cfg.out, model, run.child_meta(cfg, parent, "mix", name, cfg.steps))
-        run.finish(cfg.out)
+    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "mix", name, cfg.steps))
+    checkpoint.finish(cfg.out)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from data import run, tokens
+from data import checkpoint, ranks, run, tokens
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
@@ -45,9 +46,12 @@ class Config:
     embed_std: float | None = None  # initial std of the embedding (toy 0.5; OLMo2: 0.02)
     z_loss: float = 1e-5  # OLMo2: keeps the log-normaliser near 0
     clip: float = 1.0  # largest gradient norm
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
+    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     eval_every: int = 200  # steps between losses on the held-out text
     eval_rows: int = 64  # rows of held-out text
     save_every: int = 200  # steps between states for --resume
+    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     seed: int = 0  # initial weights and order of the text
     device: str = "auto"  # auto, cpu or cuda
@@ -73,7 +77,7 @@ def main(cfg):
     if cfg.preset not in PRESETS:
         raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     cfg = run.fill(cfg, SIZES["toy" if cfg.preset.startswith("toy") else "paper"])
-    world = run.start(cfg.device, cfg.dtype)
+    world = ranks.start(cfg.device, cfg.dtype)
     stream = tokens.Stream(cfg.data, "train", cfg.length, cfg.seed)
     held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed)
     enc = tokens.encoding(stream.encoding_name)
@@ -89,18 +93,18 @@ def main(cfg):
         raise ValueError(f"--save_tokens or --save_steps lies outside the run of {steps} steps of {cfg.batch_tokens} tokens")
     path = {k: str(Path(cfg.out) / f"step{k}.pt") for k in keep}
 
-    state = run.claim(path[steps], cfg, others=path.values())
+    state = checkpoint.claim(path[steps], cfg, others=path.values())
     first = state["step"] if state else 0
     vocab = tokens.vocab_size(enc)
     shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
     model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
-    run.place(model.init_weights(cfg.seed, cfg.embed_std), world)
+    ranks.place(model.init_weights(cfg.seed, cfg.embed_std), world)
     optimizer = adam(model)
     if state:
-        run.fill_model(model, state)
+        checkpoint.fill_model(model, state)
         optimizer.load_state_dict(state["optimizers"][0])
-    if cfg.compile and run.can_compile(world):
-        run.compile_blocks(model, dynamic=False)
+    if cfg.compile and ranks.can_compile(world):
+        ranks.compile_blocks(model, dynamic=False)
 
     def beside(name):  # what prepare.py toy puts next to the text
         return str(Path(cfg.data) / name) if (Path(cfg.data) / name).is_dir() else ""
@@ -109,15 +113,19 @@ def main(cfg):
     world_name = json.loads(world_file.read_text())["name"] if world_file.exists() else Path(cfg.data).name
 
     def meta(step):
-        return run.new_meta(
+        return checkpoint.new_meta(
             cfg, stage="pretrain", recipe="base", step=step, tokens=step * cfg.batch_tokens, parent="", preset=cfg.preset,
             encoding=enc.name, world=world_name, pretrain_seed=cfg.seed,
             questions=cfg.questions or beside("easy"), tasks=cfg.tasks or beside("tasks"),
         )  # fmt: skip
 
-    log = run.Log(path[steps], world, steps, first, "loss held_out tokens_per_s")
+    log = run.Log(path[steps], world, steps, state, "loss held_out tokens_per_s")
     flops = model.flops_per_token(cfg.length)
-    for step in range(first, steps):
+
+    def save(done):
+        checkpoint.save_state(path[steps], model, meta(done), done, [optimizer], log)
+
+    for step in run.loop(first, steps, cfg, world, save):
         began = time.time()
         lr = cosine(step, steps, cfg.lr, cfg.warmup)
         rows = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
@@ -129,10 +137,10 @@ def main(cfg):
             part, *_ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens)
             part.backward()
             loss += float(part.detach())
-        grads, norm = run.gradients(model, world, cfg.clip)
+        grads, norm = ranks.gradients(model, world, cfg.clip)
         loss = world.sum(loss)[0]
-        run.check_finite(step, loss=loss, gradient_norm=norm)
-        update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+        if log.healthy(step, cfg, lambda step=step: stream.chosen(step, batch), loss=loss, gradient_norm=norm):
+            update(model, [(optimizer, lr, grads)], cfg.weight_decay)
 
         done = step + 1
         extra = {}
@@ -141,13 +149,10 @@ def main(cfg):
         seconds = time.time() - began
         log(step, dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds), loss=loss, lr=lr,
             gradient_norm=norm, tokens_per_s=cfg.batch_tokens / seconds, **extra)  # fmt: skip
-        if world.rank == 0 and done in keep:
-            run.save(path[done], model, meta(done))
-        if world.rank == 0 and done % cfg.save_every == 0 and done < steps:
-            run.save_state(path[steps], model, meta(done), done, [optimizer])
+        if done in keep:
+            checkpoint.save(path[done], model, meta(done))
     log.close()
-    if world.rank == 0:
-        run.finish(path[steps])
+    checkpoint.finish(path[steps])
 
 
 if __name__ == "__main__":

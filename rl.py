@@ -14,12 +14,14 @@ What differs from a textbook GRPO (arXiv 2402.03300), each a flag:
  4. the loss is summed over all tokens of the step and divided by their number: long answers are not discounted (DAPO)
 """
 
+import functools
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from data import grader, problems, run, tokens
+from data import checkpoint, grader, problems, ranks, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
@@ -50,11 +52,14 @@ class Config:
     warmup: int = 5  # updates of linear warm-up
     weight_decay: float = 0.0  # off, as in veRL
     clip: float = 1.0  # largest gradient norm
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
+    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
     eval_every: int = 10  # steps between validations (0: only before and after)
     eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 10  # steps between states for --resume
+    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions and noise of the sampling
@@ -152,7 +157,7 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
     total, kl, entropy, count = world.sum(*map(sum, totals))
     sums = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
     mean = {name: value / count if count else None for name, value in sums.items()}  # over groups that are not flat
-    return loss, mean | {"mismatch_max": world.max(max(worst))}
+    return loss, mean | {"mismatch_max": world.max(max(worst))[0]}
 
 
 def batch_tokens(batch, world) -> float:
@@ -173,23 +178,26 @@ def main(cfg):
         raise ValueError("--temperature must be above 0: the policy that is trained is the one that is sampled")
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    start = run.load_model(run.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
+    start = checkpoint.load_model(checkpoint.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
 
     optimizer, first = adam(model), 0
     if state:
         optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
-    compiled = cfg.compile and run.can_compile(world)
+    compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
-        run.compile_blocks(model)
-    log = run.Log(cfg.out, world, cfg.steps, first, "loss reward cut flat")
+        ranks.compile_blocks(model)
+    log = run.Log(cfg.out, world, cfg.steps, state, "loss reward cut flat")
 
     def validate(step):
         if held_out:
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
-    for step in range(first, cfg.steps):
+    def save(done):
+        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", "rl", done), done, [optimizer], log)
+
+    for step in run.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
         began = time.time()
@@ -204,20 +212,18 @@ def main(cfg):
                 if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
                     raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
                                      f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
-            grads, norm = run.gradients(model, world, cfg.clip)
-            run.check_finite(step, loss=loss, gradient_norm=norm)
+            grads, norm = ranks.gradients(model, world, cfg.clip)
             lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
-            update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+            batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
+            if log.healthy(step, cfg, batch_rows, loss=loss, gradient_norm=norm):
+                update(model, [(optimizer, lr, grads)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
         log(step, costs, loss=loss, gradient_norm=norm, **stats, tokens_per_s=stats["sampled_tokens"] / costs["seconds"])
-        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save_state(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", step + 1), step + 1, [optimizer])
     validate(cfg.steps)
     log.close()
-    if world.rank == 0:
-        run.save(cfg.out, model, run.child_meta(cfg, parent, "rl", "rl", cfg.steps))
-        run.finish(cfg.out)
+    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", "rl", cfg.steps))
+    checkpoint.finish(cfg.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ each answer.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import grader, problems, run, tokens
+from data import checkpoint, grader, problems, ranks, run, tokens
 from model import Model, ModelConfig, Sampler
 
 
@@ -38,8 +38,8 @@ def main(cfg):
         raise ValueError(f"--split takes train or val, not {cfg.split!r}: only eval.py --final opens the test split")
     if cfg.questions and Path(cfg.questions).name == "test.jsonl":
         raise ValueError(f"{cfg.questions} looks like a test split: only eval.py --final opens one")
-    world = run.start(cfg.device, cfg.dtype)
-    saved = run.load(cfg.checkpoints[0])
+    world = ranks.start(cfg.device, cfg.dtype)
+    saved = checkpoint.load(cfg.checkpoints[0])
     meta = saved["meta"]
     enc = tokens.encoding(meta["encoding"])
     if cfg.prompt:
@@ -51,7 +51,7 @@ def main(cfg):
         prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in rows]
         shots = problems.load(folder, "shots")[: cfg.shots] if cfg.shots else ()
         prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
-    sampler = Sampler(run.load_model(saved, Model, ModelConfig, world))
+    sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, world))
     for row, prompt in zip(rows, prompts, strict=True):
         print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
         for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):  # one by one, to show each when it is there

@@ -6,10 +6,12 @@
 Next-token loss on the answer and its end token, each of the batch's n answer tokens weighs 1/n; the prompt weighs 0.
 """
 
+import functools
 import time
 from dataclasses import dataclass
+from typing import Literal
 
-from data import problems, run, tokens
+from data import checkpoint, problems, ranks, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
@@ -34,11 +36,14 @@ class Config:
     warmup: int = 10  # steps of linear warm-up
     weight_decay: float = 0.0  # off: a few hundred steps are not what decay is for
     clip: float = 1.0  # largest gradient norm
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
+    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_new: int | None = None  # longest answer when the validation questions are answered (toy 48; its hard questions need 84)
     eval_every: int = 0  # steps between validations (0: only before and after)
     eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each
     save_every: int = 100  # steps between states for --resume
+    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = False  # torch.compile the blocks: pays for runs of several minutes
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # which solution of a question, and the order
@@ -87,37 +92,38 @@ def main(cfg):
     if state:
         optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
-    compiled = cfg.compile and run.can_compile(world)
+    compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
-        run.compile_blocks(model)
-    log = run.Log(cfg.out, world, steps, first, "loss")
+        ranks.compile_blocks(model)
+    log = run.Log(cfg.out, world, steps, state, "loss")
 
     def validate(step):
         if held_out:
             sampler.refresh()
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
-    for step in range(first, steps):
+    def save(done):
+        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "sft", name, done), done, [optimizer], log)
+
+    for step in run.loop(first, steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(step)
         began = time.time()
         batch = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
         loss = world.sum(sft_backward(model, batch, cfg, world))[0]
-        grads, norm = run.gradients(model, world, cfg.clip)
-        run.check_finite(step, loss=loss, gradient_norm=norm)
-        update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
+        grads, norm = ranks.gradients(model, world, cfg.clip)
+        batch_rows = functools.partial(problems.shuffled, len(pairs), cfg.batch, cfg.seed, step)
+        if log.healthy(step, cfg, batch_rows, loss=loss, gradient_norm=norm):
+            update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
         size = batch.mask.shape[1]  # padding counts as work done
         costs = dict(flops=cfg.batch * size * model.flops_per_token(size), questions=cfg.batch, seconds=time.time() - began)
         answer_tokens = int(world.sum(float(batch.mask.sum()))[0])
         log(step, costs, loss=loss, gradient_norm=norm, tokens=answer_tokens, tokens_per_s=answer_tokens / costs["seconds"])
-        if world.rank == 0 and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_state(cfg.out, model, run.child_meta(cfg, parent, "sft", name, step + 1), step + 1, [optimizer])
     validate(steps)
     log.close()
-    if world.rank == 0:
-        run.save(cfg.out, model, run.child_meta(cfg, parent, "sft", name, steps))
-        run.finish(cfg.out)
+    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "sft", name, steps))
+    checkpoint.finish(cfg.out)
 
 
 if __name__ == "__main__":

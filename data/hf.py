@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import run, tokens  # noqa: E402
+from data import checkpoint, run, tokens  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,13 @@ def import_folder(cfg: Import):
         check_tokenizer(folder / "tokenizer.json", tokens.encoding(encoding))
     weights, content = read_weights(folder, shape)
     sizes = shape.layers, shape.width, shape.heads, shape.ffn
-    meta = run.new_meta(
+    meta = checkpoint.new_meta(
         cfg, stage="pretrain", recipe="base", step=step, tokens=count, parent=cfg.source + (f"@{cfg.revision}" if cfg.revision else ""),
         parent_hash=content, preset=PRESETS.get(sizes, f"{shape.layers}x{shape.width}"), encoding=encoding, world=cfg.world,
         pretrain_seed=cfg.seed, questions=cfg.questions, tasks=cfg.tasks,
     )  # fmt: skip
     print(f"writing {cfg.out}", flush=True)
-    run.save(cfg.out, SimpleNamespace(config=shape, state_dict=lambda: weights), meta)
+    checkpoint.save(cfg.out, SimpleNamespace(config=shape, state_dict=lambda: weights), meta)
     total = sum(w.numel() for w in weights.values())
     print(f"{cfg.out}: {meta['preset']}, {total:,} parameters, step {step}, {count / 1e9:g}B tokens, {encoding}\n"
           f"next: python rl.py --init {cfg.out}" + ("" if cfg.questions else " --questions FOLDER"))  # fmt: skip
@@ -335,7 +335,7 @@ def export_folder(cfg: Export):
     folder, new = Path(cfg.folder), Path(f"{Path(cfg.folder)}.new")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: nothing in it is replaced, name another")
-    saved = run.load(cfg.checkpoint)
+    saved = checkpoint.load(cfg.checkpoint)
     c = Shape(**saved["config"])
     wanted = {ours: (len(names) * shape[0], *shape[1:]) for ours, (names, shape) in layout(c).items()}
     if {name: tuple(w.shape) for name, w in saved["model"].items()} != wanted:

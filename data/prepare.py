@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import corpus, questions, run, tasks, tokens, toy  # noqa: E402
+from data import checkpoint, corpus, questions, run, tasks, tokens, toy  # noqa: E402
 from data.folder import new_folder, note, read_world, settings, write_rows  # noqa: E402
 from data.questions import Gsm8k, Math, OpenMath, check_apart, make_gsm8k, make_math, make_openmath, write_questions  # noqa: E402
 
@@ -163,7 +163,7 @@ def make_local_shards(cfg, name, sources, budgets):
             raise ValueError(f"no .txt, .jsonl or .json file (.gz, .zst or neither) of {source} at {cfg.source}")
     sizes = {source: [[file.name, file.size] for file in files] for source, files in sources.items()}
     listed = {source: functools.partial(list, files) for source, files in sources.items()}
-    make_shards(cfg, name, listed, budgets, files=run.fingerprint(sizes))
+    make_shards(cfg, name, listed, budgets, files=checkpoint.fingerprint(sizes))
 
 
 def make_shards(cfg, name, sources, budgets, **facts):

@@ -175,6 +175,11 @@ class Stream:
             ids = np.append(ids, self.shards[shard][offset:offset + self.length + 1 - len(ids)])
         return ids
 
+    def chosen(self, step, batch):
+        """The indices of the `batch` windows of step `step` (from 0), on all ranks together."""
+        places = (divmod(place, self.windows) for place in range(step * batch, (step + 1) * batch))
+        return [int(self.order(epoch)[index]) for epoch, index in places]
+
     def rows(self, step, batch, rank=0, world=1):
         """The rows of step `step` (from 0) that belong to `rank`: int64 (batch / world, length + 1)."""
         if batch % world:
@@ -182,6 +187,4 @@ class Stream:
             raise ValueError(f"a batch of {batch} rows does not divide over {world} ranks, take {below or world} or "
                              f"{below + world}")
         share = batch // world
-        first = step * batch + rank * share
-        places = [divmod(place, self.windows) for place in range(first, first + share)]
-        return np.stack([self.window(int(self.order(epoch)[index])) for epoch, index in places])
+        return np.stack([self.window(i) for i in self.chosen(step, batch)[rank * share:(rank + 1) * share]])

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
 
-from data import run, tokens  # noqa: E402
+from data import ranks, tokens  # noqa: E402
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
 ROWS, LENGTH = 8, 256  # the default pre-training step
@@ -68,15 +68,15 @@ def turns(ours, theirs, count: int) -> tuple[float, float, float]:
 def training(model, twin, steps: int, count: int):
     ids = torch.randint(0, model.config.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     weight = torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH))
-    world = run.start("cpu", "float32")
-    run.compile_blocks(model, dynamic=False)
+    world = ranks.start("cpu", "float32")
+    ranks.compile_blocks(model, dynamic=False)
     optimizer, peer_optimizer = adam(model), torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
     compiled, inputs, targets = torch.compile(twin), ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def ours():
         for _ in range(steps):
             model(ids, weight=weight)[0].backward()
-            grads, _ = run.gradients(model, world, 1.0)
+            grads, _ = ranks.gradients(model, world, 1.0)
             update(model, [(optimizer, 1e-5, grads)], 0.1)
 
     def theirs():

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import rl  # noqa: E402
-from data import problems, run, tokens  # noqa: E402
+from data import checkpoint, problems, ranks, run, tokens  # noqa: E402
 from model import Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
 
@@ -27,15 +27,15 @@ def main():
     parser.add_argument("--compile", default="true", help="as in rl.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    world, saved = run.start(), run.load(args.checkpoint)
-    model, meta = run.load_model(saved, Model, ModelConfig, world), saved["meta"]
+    world, saved = ranks.start(), checkpoint.load(args.checkpoint)
+    model, meta = checkpoint.load_model(saved, Model, ModelConfig, world), saved["meta"]
     sizes = rl.SIZES["toy" if meta["preset"].startswith("toy") else "paper"]
     cfg = run.fill(rl.Config(init=args.checkpoint), {"questions": meta["questions"], **sizes})
     enc, rows = tokens.encoding(meta["encoding"]), problems.load(cfg.questions, "train")
-    compiled = args.compile == "true" and run.can_compile(world)
+    compiled = args.compile == "true" and ranks.can_compile(world)
     sampler, optimizer, spent, sampled = Sampler(model, cfg.rows, compiled), adam(model), [], 0
     if compiled:
-        run.compile_blocks(model)
+        ranks.compile_blocks(model)
 
     def clock():
         if world.device.type == "cuda":
@@ -54,7 +54,7 @@ def main():
             seconds["forward, log-probs"] += half - start
             seconds["backward"] += clock() - half
         start = clock()
-        update(model, [(optimizer, cfg.lr, run.gradients(model, world, cfg.clip)[0])], cfg.weight_decay)
+        update(model, [(optimizer, cfg.lr, ranks.gradients(model, world, cfg.clip)[0])], cfg.weight_decay)
         sampler.refresh()
         seconds["update"] = clock() - start
         seconds["the rest"] = clock() - began - sum(seconds.values())

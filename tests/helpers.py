@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import run
+from data import checkpoint, run
 from model import Model, ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def refused(capsys, script: str, *words, **values) -> str:
 
 
 def weights(path) -> dict:
-    return run.load(path)["model"]
+    return checkpoint.load(path)["model"]
 
 
 def same_weights(one, other) -> bool:

@@ -15,7 +15,7 @@ import torch
 from helpers import PRETRAIN, ROOT, call, flags, same_weights
 
 import model as network
-from data import run
+from data import checkpoint, ranks, run
 
 SFT = dict(batch=8, steps=4, save_every=1, eval_questions=0, warmup=1)
 RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, save_every=1, eval_questions=0, compile="false")
@@ -229,9 +229,9 @@ def test_batch_that_does_not_divide(refused, world, tmp_path):
     message = refused("pretrain", "--compile", "false", data=world.data, out=tmp_path, batch_tokens=1000, length=64)
     assert message == "--batch_tokens 1000 is not a multiple of 1 ranks x 64 tokens: 960 or 1024 would be"
     with pytest.raises(ValueError, match="--batch 10 does not divide over 4 ranks: 8 or 12 would"):
-        run.World(0, 4, torch.device("cpu"), torch.float32).share(10, "--batch")
+        ranks.World(0, 4, torch.device("cpu"), torch.float32).share(10, "--batch")
     with pytest.raises(ValueError, match="--batch 3 does not divide over 4 ranks: 4 or 8 would"):
-        run.World(0, 4, torch.device("cpu"), torch.float32).share(3, "--batch")
+        ranks.World(0, 4, torch.device("cpu"), torch.float32).share(3, "--batch")
 
 
 @pytest.mark.parametrize("script, flag", [
@@ -286,14 +286,14 @@ def test_checkpoint_on_the_way_is_not_overwritten(refused, world, tmp_path):
 
 def stopped_at(step, monkeypatch):
     """A run whose gradient is not a number at update `step`, counted over all calls."""
-    real, calls = run.gradients, []
+    real, calls = ranks.gradients, []
 
     def gradients(*arguments):
         taken, norm = real(*arguments)
         calls.append(norm)
         return taken, float("nan") if len(calls) == step + 1 else norm
 
-    monkeypatch.setattr(run, "gradients", gradients)
+    monkeypatch.setattr(ranks, "gradients", gradients)
 
 
 @pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "mix"])
@@ -309,7 +309,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(refused, world, tmp_pat
     stopped_at(4 if script == "mix" else 2, monkeypatch)
     message = refused(script, *words("cut"))
     assert "gradient_norm is nan at step 2: stopped before the update, the last saved state is intact" in message
-    assert not (tmp_path / "cut/step4.pt").exists() and run.load(tmp_path / "cut/step4.pt.resume")["step"] == 2
+    assert not (tmp_path / "cut/step4.pt").exists() and checkpoint.load(tmp_path / "cut/step4.pt.resume")["step"] == 2
     monkeypatch.undo()
     call(script, *words("cut"), "--resume")
     assert same_weights(tmp_path / "cut/step4.pt", tmp_path / "whole/step4.pt")

@@ -15,7 +15,7 @@ from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
 import eval as evaluation
-from data import grader, problems, report, run, tasks, tokens, toy
+from data import checkpoint, grader, problems, ranks, report, run, tasks, tokens, toy
 from model import Model, ModelConfig, Sampler
 
 HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu", compile="false")
@@ -97,8 +97,8 @@ def test_counts_and_pass_at_k_from_scratch(measured, tmp_path, shots):
     questions = problems.load(tmp_path / "easy", "val")[:8]
     call("eval", measured.trained, results=tmp_path, questions=tmp_path / "easy", shots=shots, **HOW | {"tasks": ""})
     (row,) = rows_in(tmp_path, "rl", "pass")
-    saved, enc = run.load(measured.trained), tokens.encoding("toy")
-    sampler = Sampler(run.load_model(saved, Model, ModelConfig, run.start("cpu")))
+    saved, enc = checkpoint.load(measured.trained), tokens.encoding("toy")
+    sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, ranks.start("cpu")))
     shown = "".join(f" Q : {shot['question']} A : {shot['solutions'][0]}" for shot in problems.load(measured.easy, "shots")[:shots])
     right = []
     for question in questions:
@@ -203,11 +203,11 @@ def test_continuation_log_probs_equal_a_loop_with_all_logits():
         logp = (hidden @ model.head.weight[:37].T).log_softmax(1)[-len(continuation) :]
         expected.append((sum(float(logp[i, token]) for i, token in enumerate(continuation)), logp.argmax(1).tolist() == continuation))
     for budget in (1, 60, 16384):  # one context by one, in several batches, all of a length at once
-        found = evaluation.continuation_log_probs(Sampler(model), pairs, True, run.start("cpu", "float64"), budget)
+        found = evaluation.continuation_log_probs(Sampler(model), pairs, True, ranks.start("cpu", "float64"), budget)
         assert [x[0] for x in found] == pytest.approx([x[0] for x in expected], abs=1e-9)
         assert [x[1] for x in found] == [x[1] for x in expected] and sum(x[1] for x in found[30:67]) == 1
     with pytest.raises(ValueError, match="a choice of 97 tokens is longer"):
-        evaluation.continuation_log_probs(Sampler(model), [([1], ids(97))], False, run.start("cpu", "float64"))
+        evaluation.continuation_log_probs(Sampler(model), [([1], ids(97))], False, ranks.start("cpu", "float64"))
 
 
 # ---- sample.py

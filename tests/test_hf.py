@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import hf, run, tokens
+from data import checkpoint, hf, ranks, run, tokens
 from model import PRESETS, Model, ModelConfig
 
 TOY = tokens.VOCABULARY["toy"]
@@ -78,7 +78,7 @@ def cl100k():
 
 def our_logits(path, ids):
     """(B, T, padded_vocab) of a checkpoint, in fp32 on the CPU."""
-    model = run.load_model(run.load(path), Model, ModelConfig, run.start("cpu", "float32"))
+    model = checkpoint.load_model(checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float32"))
     with torch.no_grad():
         return model.head(model.hidden(ids))
 
@@ -131,7 +131,7 @@ def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
     twin.float()
     assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
     convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
-    assert {w.dtype for w in run.load(tmp_path / "ours.pt")["model"].values()} == {torch.float32}
+    assert {w.dtype for w in checkpoint.load(tmp_path / "ours.pt")["model"].values()} == {torch.float32}
     torch.testing.assert_close(our_logits(tmp_path / "ours.pt", IDS), their_logits(tmp_path / NAMED, IDS), rtol=0, atol=1e-4)
 
 
@@ -145,12 +145,12 @@ def test_exported_folder_is_the_same_model_in_transformers(world, tmp_path, size
 
 def test_round_trip_from_ours(world, tmp_path):
     """Bit for bit, with the numbers that a careless conversion changes."""
-    saved = run.load(world.taught)
+    saved = checkpoint.load(world.taught)
     saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor([-0.0, 1e-45, math.pi * 1e-38, 3.4e38])
     torch.save(saved, tmp_path / "before.pt")
     convert("export", tmp_path / "before.pt", tmp_path / "step10-tokens0B", "--shard", "100KB")
     convert("import", tmp_path / "step10-tokens0B", tmp_path / "after.pt", "--world", "toy")
-    after = run.load(tmp_path / "after.pt")
+    after = checkpoint.load(tmp_path / "after.pt")
     assert same_bits(saved["model"], after["model"]) and [*saved["model"]] == [*after["model"]]
     assert saved["config"] == after["config"] and [*saved["config"]] == [*after["config"]]
     assert saved["meta"].keys() <= after["meta"].keys() and after["meta"]["encoding"] == "toy" and after["meta"]["preset"] == "toy"
@@ -170,7 +170,7 @@ def test_round_trip_from_theirs(twin, tmp_path, dtype):
 
 def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_path):
     """A row of the head that is no id is never trained: its logit is about 0, which beats most words."""
-    saved = run.load(world.taught)
+    saved = checkpoint.load(world.taught)
     convert("export", world.taught, tmp_path / "all")
     convert("export", world.taught, tmp_path / "trimmed", "--padding", "false")
     ids = IDS[:1]
@@ -184,7 +184,7 @@ def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_p
     answers = model.generate(ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8)
     assert answers.max() < TOY
     convert("import", tmp_path / "trimmed", tmp_path / "trimmed.pt", "--tokens", "1")
-    assert run.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {"padded_vocab": TOY}
+    assert checkpoint.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {"padded_vocab": TOY}
 
 
 # ---- config.json and meta
@@ -254,7 +254,7 @@ def test_broken_config_is_refused(refused, tmp_path, text):
 ])  # fmt: skip
 def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
     convert("import", theirs, tmp_path / "out.pt", *words)
-    meta = run.load(tmp_path / "out.pt")["meta"]
+    meta = checkpoint.load(tmp_path / "out.pt")["meta"]
     assert (meta["step"], meta["tokens"]) == (step, count)
 
 
@@ -267,7 +267,7 @@ def test_tokens_that_the_name_does_not_say(refused, theirs, tmp_path, revision):
 def test_meta_is_complete(world, theirs, tmp_path):
     """Every stage and eval.py read nothing that pretrain.py writes and import does not."""
     convert("import", theirs, tmp_path / "out.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
-    meta, pretrained = run.load(tmp_path / "out.pt")["meta"], run.load(world.base)["meta"]
+    meta, pretrained = checkpoint.load(tmp_path / "out.pt")["meta"], checkpoint.load(world.base)["meta"]
     assert pretrained.keys() <= meta.keys()
     assert {k: meta[k] for k in ("stage", "recipe", "parent", "world", "encoding", "questions", "tasks", "pretrain_seed", "seed")} == dict(
         stage="pretrain", recipe="base", parent=str(theirs), world="olmo-mix-1124", encoding="toy", questions="some/questions",
@@ -275,8 +275,8 @@ def test_meta_is_complete(world, theirs, tmp_path):
     assert meta["preset"] == "3x24" and meta["commit"] and meta["torch"] == torch.__version__
     edit_weights(theirs, lambda content: content["model.norm.weight"].mul_(2))
     convert("import", theirs, tmp_path / "other.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
-    other = run.load(tmp_path / "other.pt")["meta"]
-    assert run.config_hash(other) != run.config_hash(meta)  # rows of the one are not taken for rows of the other
+    other = checkpoint.load(tmp_path / "other.pt")["meta"]
+    assert checkpoint.config_hash(other) != checkpoint.config_hash(meta)  # rows of the one are not taken for rows of the other
 
 
 def test_hub_id(theirs, tmp_path, monkeypatch):
@@ -291,7 +291,7 @@ def test_hub_id(theirs, tmp_path, monkeypatch):
     kept = filter_repo_objects(repository, allow_patterns=values["allow_patterns"])
     assert set(repository) - {*kept} == {"README.md", "generation_config.json", "merges.txt", "pytorch_model.bin", "training_args.bin",
                                          "modeling.py"}  # fmt: skip
-    meta = run.load(tmp_path / "ckpt" / "out.pt")["meta"]
+    meta = checkpoint.load(tmp_path / "ckpt" / "out.pt")["meta"]
     assert meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B" and meta["tokens"] == 42 * 10**9
 
 
@@ -359,7 +359,7 @@ def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
     out.write_text("mine")
     assert "exists: --overwrite replaces it" in refused("import", theirs, out) and out.read_text() == "mine"
     convert("import", theirs, out, "--overwrite")
-    assert run.load(out)["meta"]["recipe"] == "base"
+    assert checkpoint.load(out)["meta"]["recipe"] == "base"
     folder.mkdir()
     (folder / "mine").write_text("mine")
     for place in (folder, folder / "mine"):
@@ -388,7 +388,7 @@ def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     assert "'exprot' is not a command" in refused("exprot")
     convert("--help")
     assert "python data/hf.py export" in capsys.readouterr().out
-    saved = run.load(world.taught)
+    saved = checkpoint.load(world.taught)
     saved["model"]["norm.weight"] = torch.ones(3)
     torch.save(saved, tmp_path / "odd.pt")
     assert "is of another model than its config says" in refused("export", tmp_path / "odd.pt", tmp_path / "a")
@@ -422,7 +422,7 @@ def test_tokenizer_gives_our_ids(cl100k, tmp_path):
     tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without split_special_tokens."""
     folder = tmp_path / "hf"
     model = small_model(100278, 100352, torch.float32, width=8, heads=2, ffn=8, layers=1)
-    run.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
+    checkpoint.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
     convert("export", tmp_path / "a.pt", folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     texts = [*HARD_TEXTS, *real_texts()] if DATASETS.is_dir() else HARD_TEXTS
@@ -480,11 +480,11 @@ def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     paths = [tmp_path / f"{name}.pt" for name in recipes]
     call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6, compile="false")
     for path in paths:
-        meta, rows = run.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
+        meta, rows = checkpoint.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
         (row,) = (row for row in rows if row["kind"] == "pass")
         assert meta["recipe"] == row["recipe"] == recipes[path.stem]
         assert (row["tokens"], row["world"], row["model"], row["n"]) == (21 * 10**9, "olmo-mix-1124", "2x16", 2)
-        assert path == start or meta["parent_hash"] == run.config_hash(run.load(meta["parent"])["meta"])
+        assert path == start or meta["parent_hash"] == checkpoint.config_hash(checkpoint.load(meta["parent"])["meta"])
     assert not same_weights(start, paths[1])
     convert("export", paths[4], tmp_path / "mixed")  # and what the stages wrote goes back
     ids = torch.tensor([tokens.encode(cl100k, "Question: What is 1 + 1?\nAnswer:")])

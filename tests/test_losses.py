@@ -11,10 +11,10 @@ from helpers import small_model
 import model as network
 import rl
 import sft
-from data import grader, problems, run, tokens
+from data import grader, problems, ranks, tokens
 from model import Samples, adam, log_probs, update, weighted_nll
 
-ALONE = run.World(0, 1, torch.device("cpu"), torch.float64)
+ALONE = ranks.World(0, 1, torch.device("cpu"), torch.float64)
 WIDTH, VOCAB, PADDED = 6, 11, 16
 
 
@@ -273,7 +273,7 @@ def test_sft_weights_are_one_over_all_answer_tokens():
     """Over the whole batch, whichever rank has the rows. Seen to fail with n counted over the rank's own rows."""
     pairs = [([1, 2, 3], list(range(4, 5 + i))) for i in range(8)]
     n = sum(len(answer) for _, answer in pairs)
-    batches = [sft.sft_batch(pairs, 0, 8, 0, 0, run.World(rank, 2, torch.device("cpu"), torch.float32)) for rank in (0, 1)]
+    batches = [sft.sft_batch(pairs, 0, 8, 0, 0, ranks.World(rank, 2, torch.device("cpu"), torch.float32)) for rank in (0, 1)]
     for batch in batches:
         torch.testing.assert_close(batch.weight, batch.mask / n)
     assert sum(int(batch.mask.sum()) for batch in batches) == n
@@ -386,7 +386,7 @@ def test_gradients_are_clipped_once_and_the_norm_is_from_before():
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
     count = sum(p.numel() for p in model.parameters())
-    taken, norm = run.gradients(model, ALONE, clip=1.0)
+    taken, norm = ranks.gradients(model, ALONE, clip=1.0)
     assert norm == pytest.approx(2 * count**0.5)
     assert float(sum(g.square().sum() for g in taken)) == pytest.approx(1.0, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())

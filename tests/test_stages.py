@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics, same_weights, start, weights
 
-from data import run
+from data import checkpoint, ranks
 
 RL = dict(questions_per_step=4, group=4, max_new=24, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, lr=1e-3,
           compile="false")  # fmt: skip
@@ -83,7 +83,7 @@ def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage)
     out = tmp_path / "step6.pt"
     words = words_of(stage, world, out)
     killed(stage, words, out, after=3)
-    state = run.load(f"{out}.resume")
+    state = checkpoint.load(f"{out}.resume")
     assert 2 <= state["step"] < 6 and not out.exists()
     call(stage, *words, "--resume")
     assert same_weights(out, whole[stage]) and record(out) == record(whole[stage])
@@ -141,41 +141,41 @@ def test_kill_between_write_and_rename_keeps_the_old_checkpoint(world, tmp_path)
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data import run
+from data import checkpoint, ranks
 from model import Model, ModelConfig
-saved = run.load({str(path)!r})
-model = run.load_model(saved, Model, ModelConfig, run.start("cpu"))
+saved = checkpoint.load({str(path)!r})
+model = checkpoint.load_model(saved, Model, ModelConfig, ranks.start("cpu"))
 for p in model.parameters():
     p.data.zero_()
 os.replace = os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-run.save({str(path)!r}, model, saved["meta"])
+checkpoint.save({str(path)!r}, model, saved["meta"])
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert same_weights(path, world.base) and len(list(tmp_path.iterdir())) == 2  # the old one whole, the new one beside it
-    saved = run.load(path)
-    model = run.load_model(saved, *run_model())
-    run.save(path, model, saved["meta"])  # what was left behind is in nobody's way
+    saved = checkpoint.load(path)
+    model = checkpoint.load_model(saved, *run_model())
+    checkpoint.save(path, model, saved["meta"])  # what was left behind is in nobody's way
     assert same_weights(path, world.base) and len(list(tmp_path.iterdir())) == 1
 
 
 def run_model():
     from model import Model, ModelConfig
 
-    return Model, ModelConfig, run.World(0, 1, torch.device("cpu"), torch.float32)
+    return Model, ModelConfig, ranks.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def test_full_disk_keeps_the_old_checkpoint(world, tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     path.write_bytes(world.base.read_bytes())
-    saved = run.load(path)
-    model = run.load_model(saved, *run_model())
+    saved = checkpoint.load(path)
+    model = checkpoint.load_model(saved, *run_model())
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="No space left on device.*what was saved before is intact"):
-        run.save(path, model, saved["meta"])
+        checkpoint.save(path, model, saved["meta"])
     assert same_weights(path, world.base) and list(tmp_path.iterdir()) == [path]
 
 
@@ -215,14 +215,14 @@ def test_share_one_is_rl_and_share_zero_is_sft(whole, world, tmp_path, share, st
 
 
 def test_checkpoints_say_where_they_come_from(whole, world):
-    metas = {stage: run.load(out)["meta"] for stage, out in whole.items()}
+    metas = {stage: checkpoint.load(out)["meta"] for stage, out in whole.items()}
     assert [metas[s]["recipe"] for s in STAGES] == ["base", "sft-gold->sft", "sft-gold->rl", "sft-gold->mix"]
     for stage in ("sft", "rl", "mix"):
         meta = metas[stage]
         assert (meta["parent"], meta["stage"], meta["step"]) == (str(world.taught), stage, 6)
         assert (meta["tokens"], meta["encoding"], meta["preset"]) == (10 * 1024, "toy", "toy")
         assert meta["run"]["questions"] == str(world.data / "easy")  # what followed from the parent
-    assert run.recipe("base", "rl") == "rl" and run.recipe("sft", "rl") == "sft->rl"
+    assert checkpoint.recipe("base", "rl") == "rl" and checkpoint.recipe("sft", "rl") == "sft->rl"
     assert {tuple(t.dtype for t in weights(out).values()) for out in whole.values()} == {(torch.float32,) * len(weights(world.base))}
 
 
@@ -230,4 +230,4 @@ def test_config_hash_ignores_where_and_how():
     meta = {"recipe": "rl", "step": 6, "run": {"lr": 1.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
     same = {"recipe": "rl", "step": 6, "run": {"lr": 1.0, "out": "c", "init": "d", "rows": 8, "seed": 0}}
     other = {"recipe": "rl", "step": 6, "run": {"lr": 2.0, "out": "a", "init": "b", "rows": 4, "seed": 0}}
-    assert run.config_hash(meta) == run.config_hash(same) != run.config_hash(other)
+    assert checkpoint.config_hash(meta) == checkpoint.config_hash(same) != checkpoint.config_hash(other)

@@ -22,7 +22,7 @@ import torch
 from helpers import DATASETS, call, small_model
 
 import eval as evaluation
-from data import prepare, report, run, tasks, tokens
+from data import checkpoint, prepare, ranks, report, tasks, tokens
 from model import Sampler
 
 FILES = {"lambada_openai": "lambada/test.jsonl.gz", "hellaswag": "hellaswag/validation_raw_1000.jsonl.gz",
@@ -31,7 +31,7 @@ FILES = {"lambada_openai": "lambada/test.jsonl.gz", "hellaswag": "hellaswag/vali
 STOCK = {"lambada_openai": "lambada/lambada_openai", "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge"}
 GOLDEN = Path(__file__).with_name("golden_tasks.json")
 ITEMS, KEPT = 200, 20  # of each benchmark: compared with a run of lm-eval, kept in the golden file
-WORLD = run.World(0, 1, torch.device("cpu"), torch.float32)
+WORLD = ranks.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +358,8 @@ def test_from_files_to_the_report(source, world, tmp_path, capsys, model):
     prepare.main(["tasks", "--source", str(source), "--out", str(tmp_path / "tasks"), "--limit", "3"])
     assert capsys.readouterr().out.count(" 3 items, ") == 6
     assert tasks.load(tmp_path / "tasks") == {name: list(itertools.islice(tasks.read(name, source), 3)) for name in FILES}
-    meta = run.load(world.base)["meta"] | {"encoding": "cl100k_base", "questions": str(world.data / "easy")}
-    run.save(tmp_path / "m.pt", model, meta)
+    meta = checkpoint.load(world.base)["meta"] | {"encoding": "cl100k_base", "questions": str(world.data / "easy")}
+    checkpoint.save(tmp_path / "m.pt", model, meta)
     how = dict(results=tmp_path / "results", tasks=tmp_path / "tasks", limit=1, n=1, k=1, max_new=1, shots=0, device="cpu", compile="false")
     call("eval", tmp_path / "m.pt", **how)
     rows = [row for row in report.read(tmp_path / "results")[0] if row["kind"] == "general"]

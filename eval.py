@@ -5,14 +5,12 @@
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A base model is
 measured with 8 shots (or as many as the set has) and with none, everything else with none. Questions come from the
-validation split; --final takes the test split. Rows of a checkpoint are written together to RESULTS/CHECKPOINT.jsonl, and
-those that are there are kept.
+validation split; --final takes the test split. The rows of a checkpoint come together to RESULTS/CHECKPOINT.jsonl, and those
+that are there are kept. Until it is complete, what is measured is kept beside it, in .jsonl.resume: a run that was cut goes on.
 """
 
 import functools
 import itertools
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,10 +151,12 @@ def evaluate(path, cfg, world) -> list[dict]:
     if meta["recipe"] != "base":
         base |= costs
     file = Path(cfg.results) / f"{Path(path).stem}.jsonl"
-    rows = run.read_lines(file) if file.exists() else []
+    state = Path(f"{file}.resume")  # a file of its own: where FILE is, matrix.sh takes the checkpoint for measured
+    before = state if state.exists() else file
+    rows = run.read_lines(before) if before.exists() else []
     others = {row["checkpoint"] for row in rows} - {str(path)}
     if others and not cfg.overwrite:
-        raise ValueError(f"{file} has the rows of {others.pop()}: give another --results, or --overwrite")
+        raise ValueError(f"{before} has the rows of {others.pop()}: give another --results, or --overwrite")
     rows = [row for row in rows if row["checkpoint"] == str(path)]
 
     def missing(kind, benchmark=None, **settings):
@@ -174,9 +174,11 @@ def evaluate(path, cfg, world) -> list[dict]:
     if world.rank == 0:
         sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
 
-    def say(text):
+    def keep(kind, told, **row):
+        rows.append({"kind": kind, **base, **row})
         if world.rank == 0:
-            print(f"{path}  {text}", flush=True)
+            run.write_lines(state, rows)
+            print(f"{path}  {told}", flush=True)
 
     for folder in cfg.questions or (meta["questions"],):
         if Path(folder).name == "test.jsonl" and not cfg.final:
@@ -194,24 +196,21 @@ def evaluate(path, cfg, world) -> list[dict]:
             if not missing("pass", name, **how):
                 continue
             result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
-            rows.append({"kind": "pass", **base, "benchmark": name, **how, **result})
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
-            say(f"{name} {split} {shots}-shot  {told}  read flexibly {100 * result['flexible@1']:.1f}"
-                f"  in format {100 * result['formatted']:.0f}%")
+            told += f"  read flexibly {100 * result['flexible@1']:.1f}  in format {100 * result['formatted']:.0f}%"
+            keep("pass", f"{name} {split} {shots}-shot  {told}", benchmark=name, **how | result)
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
         if missing("general", name, content=checkpoint.fingerprint(items)):
             result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world))
-            rows.append({"kind": "general", **base, "benchmark": name, "content": checkpoint.fingerprint(items), **result})
-            say(f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}")
+            told = f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}"
+            keep("general", told, benchmark=name, content=checkpoint.fingerprint(items), **result)
     split = "val"  # what a trainer watches, whatever is measured here
     if points and missing("curve"):
         rows.append({"kind": "curve", **base, "split": split, "points": points})
     if world.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(file.name + ".tmp")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(beside, file)
+        run.write_lines(file, rows)
+        state.unlink(missing_ok=True)
     return rows
 
 

@@ -153,8 +153,10 @@ finished() {  # the rows of a chain's last cell exist
 
 began=$SECONDS
 stop() { echo "matrix.sh: error: $last failed" >&2; exit 1; }
-set -m  # each chain is a process group of its own, so that nothing of it stays behind when this script ends
-trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' EXIT
+set -m  # each job is a process group of its own, so that nothing of it stays behind when this script ends
+end() { for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done; }
+trap 'end; trap end INT TERM; wait' EXIT  # trainers end their step and save; a second Ctrl-C stops them at once
+job() { trap 'exit 143' TERM; "$@"; }  # with a trap the shell of a job waits for what it runs
 trap 'exit 130' INT
 trap 'exit 143' TERM
 p=0
@@ -163,8 +165,10 @@ for model in "${models[@]}"; do
   prepare "$data" $((p++)) || stop
   [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
   # one process a core and one thread each: on small models two ranks are faster than two threads
-  run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
-    --resume $flags $PRE || stop
+  last="pretrain.py --out $OUT/$name"
+  job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
+    --resume $flags $PRE &
+  wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
 done
 
 todo=() total=0
@@ -202,7 +206,7 @@ for job in ${todo[@]+"${todo[@]}"}; do
   if [ $running -ge "$JOBS" ]; then reap; running=$((running - 1)); fi
   log=$(cell_name $job).log
   echo "start  $job  ($log)"
-  chain $job > "$log" 2>&1 &
+  job chain $job > "$log" 2>&1 &
   started[$!]=$job
   running=$((running + 1))
 done

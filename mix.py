@@ -58,10 +58,13 @@ class Config:
     save_every: int = 10  # steps between states for --resume
     save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
+    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions, noise of the sampling, which solution
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
     resume: bool = False  # go on from the last saved state; starts afresh if there is none
     overwrite: bool = False  # replace what is there
 
@@ -76,11 +79,8 @@ def main(cfg):
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
 
-    rl_optimizer, sft_optimizer, first = adam(model), adam(model), 0
-    if state:
-        for optimizer, kept in zip((rl_optimizer, sft_optimizer), state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        first = state["step"]
+    rl_optimizer, sft_optimizer = adam(model), adam(model)
+    first = checkpoint.resume(state, rl_optimizer, sft_optimizer)
     compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
@@ -90,6 +90,10 @@ def main(cfg):
     def validate(step):
         if held_out:
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+
+    def batch_rows(step):
+        return {"rl": problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step),
+                "sft": problems.shuffled(len(pairs), cfg.batch, cfg.seed, step)}  # fmt: skip
 
     def save(done):
         meta = checkpoint.child_meta(cfg, parent, "mix", name, done)
@@ -111,8 +115,8 @@ def main(cfg):
         loss, sft_loss = world.sum(loss, sft_loss)
         rl_lr = cfg.share * cosine(step, cfg.steps, cfg.lr, cfg.warmup, floor=1.0)
         sft_lr = (1 - cfg.share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
-        batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
-        if log.healthy(step, cfg, batch_rows, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm):
+        watched = dict(sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
+        if log.healthy(step, cfg, functools.partial(batch_rows, step), watched, loss=loss):
             update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
@@ -120,8 +124,8 @@ def main(cfg):
         log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
             tokens_per_s=stats["sampled_tokens"] / costs["seconds"])  # fmt: skip
     validate(cfg.steps)
-    log.close()
     checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "mix", name, cfg.steps))
+    log.close()
     checkpoint.finish(cfg.out)
 
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 
 triton = None
 if find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ):
@@ -100,6 +102,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """Causal attention (B, H, T, K). documents: None, a row is one; bool (B, 1, T, T), which keys each query sees; or `starts`
+    of Model.hidden, for the flash kernel that takes such (CUDA, bf16)."""
+    if documents is None or documents.dtype == torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents, is_causal=documents is None)
+    flat, T = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v)), q.shape[2]  # (B*T, H, K)
+    y = varlen.varlen_attn(*flat, documents, documents, T, T, window_size=(-1, 0))  # no document is longer than its row
+    return y.unflatten(0, (-1, T)).transpose(1, 2)
+
+
 class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -112,9 +124,8 @@ class Block(nn.Module):
         self.down = Linear(c.ffn, c.width)
         self.mlp_norm = RMSNorm(c.width, c.eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
-        return self.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None) -> Tensor:
+        return self.finish(x, attend(*self.project(x, cos, sin), documents))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, D = x.shape
@@ -138,7 +149,7 @@ class Block(nn.Module):
 
         Weighted sums are written as products and sums, not as matrix products: a row has one query, and a compiler makes
         loops of them that read each key once, where a BLAS would be called 2 * R * H times for next to nothing."""
-        qkv, out, gate_up, down, q_norm, k_norm, attention_norm, mlp_norm = weights
+        qkv, q_norm, k_norm, out, attention_norm, gate_up, down, mlp_norm = weights
         H, K, eps = self.heads, self.head_width, self.mlp_norm.eps
         x = x.view(-1, H * K)  # numbers that a compiler can rely on
         q, k, v = (x @ qkv.T).split(H * K, dim=1)
@@ -167,6 +178,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """OLMo2. Weights are kept in fp32 (or fp64); `compute` is the dtype of activations and matrix products."""
 
+    checkpoint_activations = False  # keep only the blocks' inputs and run each again in the backward pass
+
     def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute = config, compute
@@ -175,37 +188,49 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.width, config.eps)
         self.head = Linear(config.width, config.padded_vocab)
 
-    def init_weights(self, seed: int, embed_std: float = 0.02) -> "Model":
-        """Truncated normal, std 0.02, cut at 3 std (OLMo2); norms start at 1. embed_std: the embedding's own std."""
+    @torch.no_grad()
+    def init_weights(self, seed: int, embed_std: float = 0.02, put=Tensor.copy_) -> "Model":
+        """Truncated normal, std 0.02, cut at 3 std (OLMo2); norms start at 1. embed_std: the embedding's own std.
+        put(parameter, whole tensor): where each rank has a part of a parameter, something else than a copy."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same weights
         for p in self.parameters():
+            fresh = torch.ones(p.shape)
             if p.dim() > 1:
-                fresh = torch.empty(p.shape)
                 nn.init.trunc_normal_(fresh, std=0.02, a=-0.06, b=0.06, generator=generator)
-                p.data.copy_(fresh * (embed_std / 0.02) if p is self.embed.weight else fresh)
+            put(p, fresh * (embed_std / 0.02) if p is self.embed.weight else fresh)
         return self
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Final hidden states (B, T, D), what the head is applied to. Raises ValueError above the context length."""
-        if ids_BT.shape[1] > self.config.context:
-            raise ValueError(f"{ids_BT.shape[1]} tokens in a row, the model's context is {self.config.context}")
-        c = self.config
+    @torch.profiler.record_function("forward")  # a name in the traces of --profile, as others below and in the scripts
+    def hidden(self, ids_BT: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D), what the head is applied to. Raises ValueError above the context length.
+        starts: int32 (documents + 1,), where documents start in the B*T tokens, each row with one, and B*T: attention does not
+        leave them, and positions count from their start. None: a row is one document."""
+        B, T = ids_BT.shape
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens in a row, the model's context is {self.config.context}")
+        c, again = self.config, self.checkpoint_activations
         x = F.embedding(ids_BT, self.embed.weight).to(self.compute)
-        cos, sin = rope_table(torch.arange(ids_BT.shape[1], device=ids_BT.device), c.width // c.heads, c.theta)
+        position, documents = torch.arange(T, device=x.device), None
+        if starts is not None:
+            first = starts.new_zeros(B * T).scatter(0, starts[:-1].long(), starts[:-1]).cummax(0).values  # of each token's document
+            position, first = (torch.arange(B * T, device=x.device) - first).view(B, 1, T), first.view(B, 1, T)
+            documents = starts if x.is_cuda and x.dtype == torch.bfloat16 else (first[..., None] == first[:, :, None]).tril()
+            torch._dynamo.maybe_mark_dynamic(starts, 0)  # or another number of documents would be compiled anew
+        cos, sin = rope_table(position, c.width // c.heads, c.theta)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = checkpoint(block, x, cos, sin, documents, use_reentrant=False) if again else block(x, cos, sin, documents)
         return self.norm(x)
 
-    def forward(self, ids_BT: Tensor, weight=None, mask=None, temperature: float = 1.0, z_loss: float = 0.0):
+    def forward(self, ids_BT: Tensor, weight=None, mask=None, temperature: float = 1.0, z_loss: float = 0.0, starts=None):
         """Log-probs of ids[:, 1:] given what precedes them: the one way into the head for all trainers.
 
-        ids (B, T+1); mask (B, T) bool, which targets count (None: all); weight (B, T).
+        ids (B, T+1); mask (B, T) bool, which targets count (None: all); weight (B, T); starts: as in `hidden`.
         With weight:    -> loss, logp, entropy (B, T).  loss = sum of weight * -logp + z_loss * sum of lse^2 over the mask;
                            logp and entropy are detached
         Without weight: -> logp, entropy (B, T), both differentiable (clipped updates, KL, evaluation).
         Positions outside the mask come back as exactly 0 and cost no head products.
         """
-        hidden = self.hidden(ids_BT[:, :-1])
+        hidden = self.hidden(ids_BT[:, :-1], starts)
         B, T, D = hidden.shape
         hidden, target = hidden.reshape(B * T, D), ids_BT[:, 1:].reshape(B * T)
         rows = None if mask is None else mask.reshape(B * T).nonzero().squeeze(1)
@@ -331,6 +356,7 @@ def _total(weight, logp, lse, z_loss):
     return (z_loss * lse.sum(0).square() - weight * logp).sum()
 
 
+@torch.profiler.record_function("loss head")
 def weighted_nll(hidden, head, target, weight, vocab: int, temperature: float = 1.0, z_loss: float = 0.0):
     """sum_i weight_i * -log softmax(head[:vocab] @ hidden_i / temperature)[target_i]  +  z_loss * sum_i lse_i^2.
 
@@ -389,6 +415,7 @@ class _LogProbs(torch.autograd.Function):
         return d_hidden, d_head.to(head.dtype), None, None, None
 
 
+@torch.profiler.record_function("loss head")
 def log_probs(hidden, head, target, vocab: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy (nats) of each distribution, both (N,) and differentiable; the arguments of
     `weighted_nll`. The backward pass recomputes the logits from the saved log-sum-exp: 2NDV forward, 6NDV backward."""
@@ -626,33 +653,35 @@ class Sampler:
     SPAN = {"cpu": 8, "cuda": 64}  # T and P are multiples: few shapes to compile or capture
 
     def __init__(self, model: Model, rows: int = 512, compile: bool = False):
-        self.model, self.rows = model, rows  # rows: answers sampled side by side
+        self.rows = rows  # answers sampled side by side
         self.progress = iter  # wraps the list of batches, tqdm for instance
         self.copies, self.graphs, self.buffers, self.sizes, self.prefix_ids = [], {}, None, (0, 0, 0, 0), None
-        self.capture = model.embed.weight.is_cuda
+        with torch.device("meta"):  # the same network, over weights that are whole and in the compute dtype
+            self.model = Model(model.config, model.compute).requires_grad_(False)
+        self.model.load_state_dict({name: self._own(name, w.detach()) for name, w in model.named_parameters()}, assign=True)
+        self.layers = [tuple(w.detach() for w in block.parameters()) for block in self.model.blocks]
+        self.embed, self.head = self.model.embed.weight, self.model.head.weight[: model.config.vocab]
+        self.capture = self.embed.is_cuda
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
-        self.layers = [
-            (*(self._copy(m.weight) for m in (b.qkv, b.out, b.gate_up, b.down)),
-             *(m.weight.detach() for m in (b.q_norm, b.k_norm, b.attention_norm, b.mlp_norm)))
-            for b in model.blocks
-        ]  # fmt: skip
-        self.embed, self.head = model.embed.weight.detach(), self._copy(model.head.weight)[: model.config.vocab]
-        self.block = model.blocks[0].decode  # the weights are arguments: one code for all blocks
+        self.block = self.model.blocks[0].decode  # the weights are arguments: one code for all blocks
         if compile:
             self.block = torch.compile(self.block, dynamic=True)
+        self.refresh()
 
-    def _copy(self, weight):
-        """The weight in the compute dtype; itself where there is nothing to cast."""
-        copy = weight.detach().to(self.model.compute)
-        if copy.dtype != weight.dtype:
-            self.copies.append((copy, weight))
-        return copy
+    def _own(self, name: str, weight: Tensor) -> Tensor:
+        """Room for the weight, whole and in the compute dtype; itself where it is that, or is cast when used."""
+        sharded, norm = hasattr(weight, "full_tensor"), weight.dim() == 1
+        dtype = weight.dtype if norm and not (sharded and "blocks" in name) else self.model.compute  # as the trainer has them
+        if not sharded and (dtype == weight.dtype or name == "embed.weight"):
+            return weight
+        self.copies.append((torch.empty(weight.shape, dtype=dtype, device=weight.device), weight))
+        return self.copies[-1][0]
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the model's weights, in place: graphs go on reading the same addresses."""
+        """Take over the model's weights, in place: graphs go on reading the same addresses. All ranks together."""
         for copy, weight in self.copies:
-            copy.copy_(weight)
+            copy.copy_(weight.to(copy.dtype).full_tensor() if hasattr(weight, "full_tensor") else weight)  # cast first: less to send
         self.prefix_ids = None
 
     @torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that happen to be equal once are not taken to be always
@@ -838,6 +867,7 @@ def adam(model: Model, betas=(0.9, 0.95), eps: float = 1e-8) -> torch.optim.Adam
     return torch.optim.Adam(model.parameters(), lr=0.0, betas=betas, eps=eps, fused=True)
 
 
+@torch.profiler.record_function("optimizer")
 @torch.no_grad()
 def update(model: Model, steps: list, weight_decay: float):
     """theta <- theta - sum_i lr_i * (weight_decay * theta + Adam_i(gradient_i)), all taken at one theta.

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from data import checkpoint, ranks, run, tokens
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
@@ -23,6 +24,10 @@ SIZES = {
     "toy": dict(tokens=5_600_000, batch_tokens=2048, length=256, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
     "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
+
+
+# TFLOP/s of dense bf16 products, NVIDIA's data sheets; the first name that occurs in the GPU's
+PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Config:
     save_steps: tuple[int, ...] = ()  # the same, in steps
     batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
     length: int | None = None  # tokens a row (toy 256; paper: 4096)
+    doc_mask: bool = False  # attention and positions stay inside a document (the end-of-text id ends one); paper: not given
     micro: int = 32  # rows a forward pass; never changes the result
     lr: float | None = None  # peak learning rate (toy 3e-3; paper: 4e-4, cosine)
     warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
@@ -52,24 +58,45 @@ class Config:
     eval_rows: int = 64  # rows of held-out text
     save_every: int = 200  # steps between states for --resume
     save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
+    verify: bool = True  # read all the text once and compare its checksums (1 GB/s a rank)
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
+    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
     seed: int = 0  # initial weights and order of the text
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    peak_tflops: float = 0.0  # TFLOP/s of one device, for the mfu in the metrics (0: known for A100, H100 and H200, else no mfu)
+    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
     resume: bool = False  # go on from the last saved state; starts afresh if there is none
     overwrite: bool = False  # replace what is there
 
 
+def ready(rows, cfg, world, end):
+    """Rows (B, length + 1) for the model: ids, and with --doc_mask where documents start; in memory that a GPU reads on its own."""
+    both = torch.from_numpy(rows), torch.from_numpy(tokens.document_starts(rows, end)) if cfg.doc_mask else None
+    return [x.pin_memory() if x is not None and world.device.type == "cuda" else x for x in both]
+
+
+def here(part, world):
+    return [x if x is None else x.to(world.device, non_blocking=True) for x in part]
+
+
+def peak_flops(cfg, world) -> float:
+    """FLOP/s that the devices of all ranks could do together; 0 if that is not known."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    return world.size * 1e12 * (cfg.peak_tflops or next((peak for part, peak in PEAK.items() if part in name), 0))
+
+
 @torch.no_grad()
-def held_out_loss(model, stream, cfg, world) -> float:
+def held_out_loss(model, stream, cfg, world, end) -> float:
     """Mean negative log-likelihood (nats a token) of the first eval_rows windows of the validation text."""
     count = min(cfg.eval_rows, stream.windows)
-    rows = [stream.window(i) for i in range(world.rank, count, world.size)]
-    total = 0.0
-    for i in range(0, len(rows), cfg.micro):
-        ids = torch.from_numpy(np.stack(rows[i : i + cfg.micro])).to(world.device)
-        loss, *_ = model(ids, weight=torch.ones_like(ids[:, 1:], dtype=torch.float32))
-        total += float(loss)
+    places = torch.arange(world.rank, -(-count // world.size) * world.size, world.size)  # as many on every rank: a sharded
+    total = 0.0  # model needs all of them for each pass, so that a place past the last window weighs 0
+    for some in places.split(cfg.micro):
+        ids, starts = here(ready(np.stack([stream.window(i % count) for i in some.tolist()]), cfg, world, end), world)
+        loss, *_ = model(ids, weight=(some < count).float().to(world.device)[:, None].expand(-1, cfg.length), starts=starts)
+        total += loss.double()
     return world.sum(total)[0] / (count * cfg.length)
 
 
@@ -77,7 +104,7 @@ def main(cfg):
     if cfg.preset not in PRESETS:
         raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     cfg = run.fill(cfg, SIZES["toy" if cfg.preset.startswith("toy") else "paper"])
-    world = ranks.start(cfg.device, cfg.dtype)
+    world = ranks.start(cfg.device, cfg.dtype, cfg.shard)
     stream = tokens.Stream(cfg.data, "train", cfg.length, cfg.seed)
     held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed)
     enc = tokens.encoding(stream.encoding_name)
@@ -94,15 +121,19 @@ def main(cfg):
     path = {k: str(Path(cfg.out) / f"step{k}.pt") for k in keep}
 
     state = checkpoint.claim(path[steps], cfg, others=path.values())
-    first = state["step"] if state else 0
+    if cfg.verify:
+        tokens.verify(cfg.data, world.rank, world.size)
     vocab = tokens.vocab_size(enc)
     shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
-    model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
-    ranks.place(model.init_weights(cfg.seed, cfg.embed_std), world)
-    optimizer = adam(model)
+    with torch.device("meta"):
+        model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
     if state:
-        checkpoint.fill_model(model, state)
-        optimizer.load_state_dict(state["optimizers"][0])
+        checkpoint.fill_model(model, state, world)
+    else:
+        ranks.place(model, world).init_weights(cfg.seed, cfg.embed_std, ranks.put)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = adam(model)
+    first = checkpoint.resume(state, optimizer)
     if cfg.compile and ranks.can_compile(world):
         ranks.compile_blocks(model, dynamic=False)
 
@@ -119,8 +150,14 @@ def main(cfg):
             questions=cfg.questions or beside("easy"), tasks=cfg.tasks or beside("tasks"),
         )  # fmt: skip
 
-    log = run.Log(path[steps], world, steps, state, "loss held_out tokens_per_s")
-    flops = model.flops_per_token(cfg.length)
+    log = run.Log(path[steps], world, steps, state, "loss held_out tokens_per_s mfu")
+    flops, peak = model.flops_per_token(cfg.length), peak_flops(cfg, world)
+
+    def text(step):
+        rows = stream.rows(step, batch, world.rank, world.size)
+        return [ready(rows[i : i + cfg.micro], cfg, world, enc.eot_token) for i in range(0, len(rows), cfg.micro)]
+
+    batches = tokens.ahead(text, first, steps)
 
     def save(done):
         checkpoint.save_state(path[steps], model, meta(done), done, [optimizer], log)
@@ -128,29 +165,32 @@ def main(cfg):
     for step in run.loop(first, steps, cfg, world, save):
         began = time.time()
         lr = cosine(step, steps, cfg.lr, cfg.warmup)
-        rows = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
+        with record_function("data"):
+            parts = [here(part, world) for part in next(batches)]
         loss = 0.0
-        for ids in rows.split(cfg.micro):
-            ids = ids.to(world.device)
+        for ids, starts in parts:
             # one denominator: every token of the step, on all ranks, weighs the same
             weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
-            part, *_ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens)
-            part.backward()
-            loss += float(part.detach())
+            part, *_ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens, starts=starts)
+            with record_function("backward"):
+                part.backward()
+            loss += part.detach().double()  # read once for all parts: to read is to wait for the GPU
         grads, norm = ranks.gradients(model, world, cfg.clip)
         loss = world.sum(loss)[0]
-        if log.healthy(step, cfg, lambda step=step: stream.chosen(step, batch), loss=loss, gradient_norm=norm):
+        if log.healthy(step, cfg, lambda step=step: stream.chosen(step, batch), dict(loss=loss, gradient_norm=norm)):
             update(model, [(optimizer, lr, grads)], cfg.weight_decay)
 
         done = step + 1
-        extra = {}
+        speed = cfg.batch_tokens / (time.time() - began)
+        extra = {"mfu": flops * speed / peak} if peak else {}
         if (cfg.eval_every and done % cfg.eval_every == 0) or done in keep:
-            extra["held_out"] = held_out_loss(model, held_out, cfg, world)
+            extra["held_out"] = held_out_loss(model, held_out, cfg, world, enc.eot_token)
         seconds = time.time() - began
         log(step, dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds), loss=loss, lr=lr,
-            gradient_norm=norm, tokens_per_s=cfg.batch_tokens / seconds, **extra)  # fmt: skip
-        if done in keep:
+            gradient_norm=norm, tokens_per_s=speed, **extra)  # fmt: skip
+        if done in keep and done < steps:
             checkpoint.save(path[done], model, meta(done))
+    checkpoint.save(path[steps], model, meta(steps))
     log.close()
     checkpoint.finish(path[steps])
 

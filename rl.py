@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.profiler import record_function
 
 from data import checkpoint, grader, problems, ranks, run, tokens
 from eval import solve
@@ -61,10 +62,13 @@ class Config:
     save_every: int = 10  # steps between states for --resume
     save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
+    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # order of the questions and noise of the sampling
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
     resume: bool = False  # go on from the last saved state; starts afresh if there is none
     overwrite: bool = False  # replace what is there
 
@@ -98,14 +102,16 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
     seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
     began = time.time()
-    samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
+    with record_function("sampling"):
+        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
     sampled = time.time()
     run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
 
     answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
     texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
     truth = [row["answer"] for row in mine for _ in range(cfg.group)]
-    graded = grader.grade_all(texts, truth, (~samples.cut).tolist())  # (correct, well-formed); neither for a cut answer
+    with record_function("reward"):
+        graded = grader.grade_all(texts, truth, (~samples.cut).tolist())  # (correct, well-formed); neither for a cut answer
     rewards = torch.tensor([grader.reward(*marks, cfg.format_reward) for marks in graded], dtype=torch.float64)
     advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
 
@@ -134,14 +140,14 @@ def rl_costs(model, batch, stats, cfg, began) -> dict:
                 sampled_tokens=stats["sampled_tokens"], seconds=time.time() - began)  # fmt: skip
 
 
-def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[float, dict]:
-    """Add the gradient of the batch to the model's; -> this rank's share of the loss, and over all ranks the sampler's
+def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
+    """Add the gradient of the batch to the model's; -> this rank's share of the loss, a tensor, and over all ranks the sampler's
     mismatch (|log-prob| apart, a token: mean, largest, k3 estimate of the KL) and the entropy of the policy (nats a token).
 
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
     `reference` are log-probs of the same pieces from the same forward pass."""
     loss, gaps = 0.0, []
-    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world.device, idle=reference is not None)):
+    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world, idle=reference is not None)):
         if old is None and reference is None:
             part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
         else:
@@ -149,15 +155,17 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple[flo
             part = policy_loss(logp, logp.detach() if old is None else old[i], piece.weight, cfg.clip_ratio)
             if reference is not None:
                 part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / batch_tokens(batch, world)
-        part.backward()
-        loss += float(part.detach())
-        gap = (logp.detach() - piece.logp)[piece.mask].double()
-        gaps.append([float(x) for x in (gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().sum(), len(gap), gap.abs().amax())])
-    *totals, worst = zip(*gaps, strict=True) if gaps else [[0.0]] * 5  # all groups of this rank may be flat
-    total, kl, entropy, count = world.sum(*map(sum, totals))
+        with record_function("backward"):
+            part.backward()
+        loss += part.detach().double()  # read once for all pieces: to read is to wait for the GPU
+        gap = torch.where(piece.mask, logp.detach() - piece.logp, 0).double()
+        told = gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().double().sum(), piece.mask.sum(), gap.abs().amax()
+        gaps.append(torch.stack([x.double() for x in told]))
+    gaps = torch.stack(gaps) if gaps else torch.zeros(1, 5)  # all groups of this rank may be flat
+    total, kl, entropy, count = world.sum(*gaps[:, :4].sum(0))
     sums = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
     mean = {name: value / count if count else None for name, value in sums.items()}  # over groups that are not flat
-    return loss, mean | {"mismatch_max": world.max(max(worst))[0]}
+    return loss, mean | {"mismatch_max": world.max(gaps[:, 4].max())[0]}
 
 
 def batch_tokens(batch, world) -> float:
@@ -167,7 +175,7 @@ def batch_tokens(batch, world) -> float:
 @torch.no_grad()
 def piece_log_probs(model, batch, cfg, world) -> list:
     """Log-probs of each piece under `model`, from the same forward pass that training uses."""
-    pieces = problems.pieces(batch, cfg.micro, world.device, idle=cfg.kl != 0)
+    pieces = problems.pieces(batch, cfg.micro, world, idle=cfg.kl != 0)
     return [model(piece.ids, mask=piece.mask, temperature=cfg.temperature)[0] for piece in pieces]
 
 
@@ -180,10 +188,8 @@ def main(cfg):
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     start = checkpoint.load_model(checkpoint.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
 
-    optimizer, first = adam(model), 0
-    if state:
-        optimizer.load_state_dict(state["optimizers"][0])
-        first = state["step"]
+    optimizer = adam(model)
+    first = checkpoint.resume(state, optimizer)
     compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
@@ -215,14 +221,14 @@ def main(cfg):
             grads, norm = ranks.gradients(model, world, cfg.clip)
             lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
-            if log.healthy(step, cfg, batch_rows, loss=loss, gradient_norm=norm):
+            if log.healthy(step, cfg, batch_rows, dict(gradient_norm=norm), loss=loss):
                 update(model, [(optimizer, lr, grads)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
         log(step, costs, loss=loss, gradient_norm=norm, **stats, tokens_per_s=stats["sampled_tokens"] / costs["seconds"])
     validate(cfg.steps)
-    log.close()
     checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", "rl", cfg.steps))
+    log.close()
     checkpoint.finish(cfg.out)
 
 

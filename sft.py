@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from torch.profiler import record_function
+
 from data import checkpoint, problems, ranks, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
@@ -45,10 +47,13 @@ class Config:
     save_every: int = 100  # steps between states for --resume
     save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
     compile: bool = False  # torch.compile the blocks: pays for runs of several minutes
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
+    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
     rows: int = 512  # answers sampled side by side; never changes the result
     seed: int = 0  # which solution of a question, and the order
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
     resume: bool = False  # go on from the last saved state; starts afresh if there is none
     overwrite: bool = False  # replace what is there
 
@@ -61,6 +66,7 @@ def tokenise(enc, rows, solutions: str, seed: int) -> list[tuple[list[int], list
     return [(tokens.encode(enc, problems.prompt(enc.name, question)), problems.answer_ids(enc, text)) for question, text in pairs]
 
 
+@record_function("data")
 def sft_batch(pairs, pad: int, batch: int, seed: int, step: int, world) -> problems.Batch:
     """This rank's rows of SFT step `step`: every answer token of the whole batch weighs 1/n, whichever rank has it."""
     chosen = [pairs[i] for i in problems.shuffled(len(pairs), batch, seed, step)]
@@ -69,13 +75,14 @@ def sft_batch(pairs, pad: int, batch: int, seed: int, step: int, world) -> probl
     return problems.make_batch([p for p, _ in mine], [a for _, a in mine], [1 / n] * len(mine), pad)
 
 
-def sft_backward(model, batch, cfg, world) -> float:
-    """Add the gradient of the batch to the model's; -> the loss of this rank's share."""
+def sft_backward(model, batch, cfg, world):
+    """Add the gradient of the batch to the model's; -> the loss of this rank's share, a tensor."""
     loss = 0.0
-    for piece in problems.pieces(batch, cfg.micro, world.device):
+    for piece in problems.pieces(batch, cfg.micro, world):
         part, *_ = model(piece.ids, weight=piece.weight, mask=piece.mask)
-        part.backward()
-        loss += float(part.detach())
+        with record_function("backward"):
+            part.backward()
+        loss += part.detach().double()  # read by the caller: to read here is to wait for the GPU
     return loss
 
 
@@ -88,10 +95,8 @@ def main(cfg):
     pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
 
-    optimizer, first = adam(model), 0
-    if state:
-        optimizer.load_state_dict(state["optimizers"][0])
-        first = state["step"]
+    optimizer = adam(model)
+    first = checkpoint.resume(state, optimizer)
     compiled = cfg.compile and ranks.can_compile(world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
@@ -114,15 +119,15 @@ def main(cfg):
         loss = world.sum(sft_backward(model, batch, cfg, world))[0]
         grads, norm = ranks.gradients(model, world, cfg.clip)
         batch_rows = functools.partial(problems.shuffled, len(pairs), cfg.batch, cfg.seed, step)
-        if log.healthy(step, cfg, batch_rows, loss=loss, gradient_norm=norm):
+        if log.healthy(step, cfg, batch_rows, dict(loss=loss, gradient_norm=norm)):
             update(model, [(optimizer, cosine(step, steps, cfg.lr, cfg.warmup), grads)], cfg.weight_decay)
         size = batch.mask.shape[1]  # padding counts as work done
         costs = dict(flops=cfg.batch * size * model.flops_per_token(size), questions=cfg.batch, seconds=time.time() - began)
         answer_tokens = int(world.sum(float(batch.mask.sum()))[0])
         log(step, costs, loss=loss, gradient_norm=norm, tokens=answer_tokens, tokens_per_s=answer_tokens / costs["seconds"])
     validate(steps)
-    log.close()
     checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "sft", name, steps))
+    log.close()
     checkpoint.finish(cfg.out)
 
 

@@ -197,6 +197,8 @@ def read_weights(folder, c: Shape) -> tuple[dict[str, torch.Tensor], str]:
                     where[name] = handle
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors file ({error}): download it again") from None
+        if c.layers > len(where):  # or as many names as it claims would be made
+            raise ValueError(f"{folder}: its config.json has {c.layers} layers, its files {len(where)} tensors")
         wanted = layout(c)
         expected = {name: shape for names, shape in wanted.values() for name in names}
         if odd := sorted(expected.keys() ^ where.keys()):

@@ -6,12 +6,17 @@
     disk       4 bytes a weight of each checkpoint, 4 bytes a token of text (2 in the toy). While a trainer runs, its state
                for --resume takes 12 bytes a weight more.
 
+    python data/plan.py memory [--ranks 8] [--length 4096] [--rows 256] [--max_new 512]
+
+prints what each stage takes of a GPU's memory, and how many rows a forward pass (--micro) leave it fit.
+
 Nothing of this is measured on a GPU, and what is not known before the data is there is assumed: the constants below. The
 scripts are asked for their flags and sizes: this is the one file of data/ that imports them, and none of them imports it.
 """
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +49,12 @@ def work(model, trained=0.0, read=0.0, sampled=0.0, length=PROMPT + ANSWER):
     return dense + decoded, (dense / TRAINING + decoded / SAMPLING) / PEAK / 3600, 0.0
 
 
+def shapes(preset, vocab=100278):
+    """A model without memory."""
+    with torch.device("meta"):
+        return pretrain.Model(pretrain.ModelConfig(**pretrain.PRESETS[preset], vocab=vocab, padded_vocab=-(-vocab // 128) * 128))
+
+
 def questions(folder):
     """How many there are: of the files if they are there, else as assumed."""
     found = dict(sets.get(folder, LEVEL))
@@ -72,8 +83,7 @@ def pretrained(script, cfg):
     cfg = run.fill(cfg, script.SIZES[size])
     easy = f"{cfg.data}/easy"  # only the toy has it
     vocab = tokens.VOCABULARY["toy" if easy in sets or Path(easy).is_dir() else "cl100k_base"]
-    with torch.device("meta"):  # shapes, no memory
-        model = script.Model(script.ModelConfig(**script.PRESETS[cfg.preset], vocab=vocab, padded_vocab=-(-vocab // 128) * 128))
+    model = shapes(cfg.preset, vocab)
     disk = 4.0 * sum(p.numel() for p in model.parameters())
     models[cfg.out] = SimpleNamespace(model=model, size=size, disk=disk, questions=cfg.questions or easy,
                                       tasks=TASKS if cfg.tasks else 0)  # those of the toy are next to nothing
@@ -127,6 +137,82 @@ def cost(command):
     return script, price(module, run.configure(module.Config, flags.split()))
 
 
+# ---- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    presets: tuple[str, ...] = ("1b", "4b")  # models
+    ranks: int = 8  # GPUs, beside one
+    length: int = 4096  # tokens a row of pre-training; after it, a prompt and --max_new
+    rows: int = 256  # answers sampled side by side on a GPU, as in matrix.sh
+    max_new: int = 512  # longest answer
+
+
+LOGITS = 2048  # rows whose logits are held at once: model.ROWS_CUDA
+SPAN = 64  # columns that the sampler's cache is rounded to: model.Sampler.SPAN
+STAGES = {"pretrain": (1, 0), "sft": (1, 20 * 32), "rl": (1, 128 * 64), "mix": (2, 128 * 64)}  # optimizers, answers over all GPUs
+ROOM = 0.9  # of a GPU; the rest is for CUDA, NCCL and what the allocator cannot use
+WAYS = "plain", "compiled", "checkpointed"  # a block as it is, with --compile, with --checkpoint_activations
+
+
+def memory(model, optimizers=1, answers=0, ranks=1, shard=False, rows=256, max_new=512):
+    """Bytes a GPU in bf16: {what: bytes} that are held; bytes more while gradients are summed over the ranks; and while a
+    micro-batch goes through, {one of WAYS: (bytes whatever its size, bytes a token)}.
+
+    answers: sampled by all ranks in a step or a validation, 0 in pre-training. --kl takes 4 bytes a weight more.
+    What a block keeps of a token, in bytes: width x (2 for its input, 6 for q, k, v, 4 for q and k turned, 4 for the output
+    of attention and its copy in another order, 2 for the MLP's input), ffn x (4 for gate and up, 2 for silu, 2 for the product),
+    and for each of the four norms width x 8 (two fp32 tensors). Compiled, only two norms keep something, their input in bf16,
+    and silu is made again."""
+    c, weights = model.config, sum(p.numel() for p in model.parameters())
+    width, head, blocks = c.width, c.padded_vocab * c.width, sum(p.numel() for p in model.blocks.parameters())
+    part, together = ranks if shard else 1, min(rows, -(-answers // ranks))
+    columns = (-(-max_new // SPAN) + 1) * SPAN
+    holds = {
+        "weights": 4 * weights / part, "gradients": 4 * optimizers * weights / part, "moments": 8 * optimizers * weights / part,
+        "replica": 2 * (weights if shard else weights - head) * bool(answers),  # else the embedding is read where it is
+        "cache": together * (columns * 4 * c.layers * width + 16 * c.padded_vocab),  # with the logits of one token
+    }  # fmt: skip
+    summed = 4 * weights * (ranks > 1 and not shard)
+    # logits; the head in bf16 and its gradient in fp32, or, sharded: embedding and head gathered in fp32, and their gradients
+    fixed = 2 * LOGITS * c.padded_vocab + (16 if shard else 6) * head
+    casts = 2 * blocks * (not shard)  # the blocks' weights in bf16, kept for the backward pass; FSDP gathers them again
+    sums, ends = 16 + 4 * c.heads, 12 * width  # of the norms and of attention; the final norm and what the head reads
+    plain, compiled = 50 * width + 8 * c.ffn + sums, 22 * width + 6 * c.ffn + sums
+    return holds, summed, {
+        "plain": (fixed + casts, c.layers * plain + ends),
+        "compiled": (fixed + casts, c.layers * compiled + ends),
+        "checkpointed": (fixed + casts / c.layers, c.layers * 2 * width + plain + ends),
+    }  # fmt: skip
+
+
+def memory_table(cfg):
+    told = [f"GB a GPU, computed. A row has {cfg.length} tokens in pre-training, {PROMPT + cfg.max_new} after it; "
+            f"--rows {cfg.rows} --max_new {cfg.max_new}.", f"A row, and the largest --micro that fits: {' / '.join(WAYS)} blocks; "
+            f"{ROOM:.0%} of a GPU are planned with, - fits with none.", ""]  # fmt: skip
+    heads = "weights gradients moments replica cache least".split()
+    print("\n".join(told) + "\n" + " " * 24 + "".join(f"{name:>10}" for name in heads) + f"{'a row':>22}{'in 80 GB':>18}{'in 141 GB':>18}")
+    for preset in cfg.presets:
+        if preset not in pretrain.PRESETS:
+            raise ValueError(f"no preset {preset!r}: there are {', '.join(pretrain.PRESETS)}")
+        for stage, what in STAGES.items():
+            for ranks, shard in ((1, False), (cfg.ranks, False), (cfg.ranks, True)):
+                holds, summed, ways = memory(shapes(preset), *what, ranks, shard, cfg.rows, cfg.max_new)
+                length, held = PROMPT + cfg.max_new if what[1] else cfg.length, sum(holds.values())
+                least = held + max(summed, min(fixed + length * token for fixed, token in ways.values()))
+                numbers = "".join(f"{x / 1e9:10.1f}" for x in (*holds.values(), least))
+                cells = [[f"{length * token / 1e9:.2f}" for _, token in ways.values()]]
+                for room in (ROOM * 80e9 - held, ROOM * 141e9 - held):
+                    most = [int((room - fixed) / (length * token)) * (room > summed) for fixed, token in ways.values()]
+                    cells.append([str(micro) if micro > 0 else "-" for micro in most])
+                print(f"{preset} {stage:<8} x {ranks} {'--shard' if shard else '':<9}" + numbers
+                      + "".join(f"{' / '.join(cell):>{wide}}" for cell, wide in zip(cells, (22, 18, 18), strict=True)))  # fmt: skip
+
+
+# ---- all of it
+
+
 def told(flops, hours, disk):
     return f"{flops:9.3g} FLOPs {hours:9.3g} GPU hours {disk / 1e9:9.3g} GB"
 
@@ -148,6 +234,9 @@ def main(lines):
 
 if __name__ == "__main__":
     try:
-        main(sys.stdin)
+        if sys.argv[1:2] == ["memory"]:
+            memory_table(run.configure(Memory, sys.argv[2:], "What each stage takes of a GPU's memory."))
+        else:
+            main(sys.stdin)
     except ValueError as error:
         sys.exit(f"plan.py: error: {error}")

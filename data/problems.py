@@ -154,16 +154,22 @@ def shuffled(count, batch, seed, step):
     return order[index * batch:(index + 1) * batch].tolist()
 
 
-def pieces(batch, micro, device, idle=False):
+def pieces(batch, micro, world, idle=False):
     """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row. Rows whose
-    weights are all 0 (the answers of a flat group) have no gradient and are left out, unless `idle` ones are wanted."""
+    weights are all 0 (the answers of a flat group) have no gradient and are left out, unless `idle` ones are wanted. A sharded
+    model needs all ranks for each pass: where some have fewer parts, theirs are filled up with rows that count for nothing."""
     width = batch.ids.shape[1] - 1
     last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets up to the last that counts
     order = last.argsort(descending=True, stable=True)
     order = order if idle else order[batch.weight[order].any(1)]
-    for rows in order.split(micro) if len(order) else ():
+    parts = order.split(micro) if len(order) else ()
+    most = int(world.max(len(parts))[0]) if world.shard else 0  # agreed upon before any of them is passed through the model
+    for rows in parts:
         targets = -(-int(last[rows].max()) // 8) * 8
-        yield Batch(*(None if x is None else x[rows, :targets + extra].to(device)
+        yield Batch(*(None if x is None else x[rows, :targets + extra].to(world.device)
+                      for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))
+    for _ in range(len(parts), most):
+        yield Batch(*(None if x is None else torch.zeros_like(x[:1, :8 + extra], device=world.device)
                       for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))
 
 

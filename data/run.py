@@ -10,9 +10,11 @@
         run.main(main, Config, __doc__)
 
 Errors for the user are ValueErrors with one line that says what to do; `main` prints that line and exits with status 2
-(DEBUG=1 shows the traceback).
+(DEBUG=1 shows the traceback). So do a full disk and memory that does not suffice. What a Ctrl-C stops exits with 130, a
+trainer that a SIGTERM stops with 143.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -24,14 +26,16 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 import types
 import typing
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import checkpoint, ranks
+from data import checkpoint, profiler, ranks
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -111,18 +115,46 @@ def fill(cfg, defaults: dict):
 
 def main(script, Config, doc: str, argv: list[str] | None = None):
     """Parse the flags, run script(cfg), turn the user's errors into one line and exit status 2."""
+    cfg = None
     try:
-        script(configure(Config, sys.argv[1:] if argv is None else argv, doc))
+        cfg = configure(Config, sys.argv[1:] if argv is None else argv, doc)
+        script(cfg)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 still writes can take the others down with it
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # between the steps of a trainer `loop` is there first
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        says = out_of_memory(error, cfg) if isinstance(error, RuntimeError) else str(error)
+        if says is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(says.split())}", file=sys.stderr, flush=True)
         if os.environ.get("DEBUG"):
             raise
         raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
+        dist.destroy_process_group()
+
+
+def out_of_memory(error: RuntimeError, cfg) -> str | None:
+    """If PyTorch says that memory ran out, on a GPU or the CPU: one line with the flag to lower, and to what. How many rows
+    were in work is read from the frames of the traceback: `_batch` of the sampler, or whose ids went forward or backward."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    what = "out of memory" + (f" ({wanted[1]} more)" if wanted else "")
+    off = [flag for flag in ("checkpoint_activations", "shard") if getattr(cfg, flag, True) is False]
+    more = " or ".join([f"--{flag}" for flag in off] + ["a shorter row" if off else "more GPUs"])
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    passes = hasattr(cfg, "micro") and any(frame.f_code.co_name in ("forward", "backward") for frame in frames)
+    for local in (frame.f_locals for frame in frames):
+        if {"Q", "n", "max_new"} <= local.keys():  # Q questions, n answers to each
+            half = f"--rows {local['Q'] // 2 * local['n']}" if local["Q"] > 1 else "a lower --max_new"
+            return f"{what} with {local['Q'] * local['n']} answers sampled side by side: try {half}"
+        ids = getattr(local.get("piece"), "ids", local.get("ids"))
+        if passes and torch.is_tensor(ids):
+            rows, length = ids.shape
+            return f"{what} in a pass over {rows} rows of {length} tokens: try {f'--micro {rows // 2}' if rows > 1 else more}"
+    return f"{what} for weights, gradients and optimizer: try {'--shard over several GPUs' if 'shard' in off else 'more GPUs'}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -133,43 +165,47 @@ def begin(cfg, stage: str, sizes: dict, Model, ModelConfig):
     run), take over what the flags leave open from `sizes` ({"toy": ..., "paper": ...}) and from the parent's meta.
 
     -> cfg, world, model, the parent's meta, state (None for a fresh run)."""
-    world = ranks.start(cfg.device, cfg.dtype)
+    world = ranks.start(cfg.device, cfg.dtype, cfg.shard)
     parent = checkpoint.load(cfg.init)
     meta = parent["meta"]
     named = {"questions": meta["questions"], "out": str(Path(cfg.init).with_suffix("")) + f"-{stage}.pt"}
     cfg = fill(cfg, named | sizes["toy" if meta["preset"].startswith("toy") else "paper"])
     state = checkpoint.claim(cfg.out, cfg)
-    return cfg, world, checkpoint.load_model(state or parent, Model, ModelConfig, world), meta, state
+    model = checkpoint.load_model(state or parent, Model, ModelConfig, world)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    return cfg, world, model, meta, state
 
 
 def loop(first: int, steps: int, cfg, world, save):
     """The steps first, ..., steps - 1 of a run; what is saved between them is saved here, by save(steps done).
 
-    That is every cfg.save_every steps, every cfg.save_minutes minutes, after the last step (what follows it may still
-    fail), and when a SIGTERM or SIGINT comes to any rank: the step ends, all ranks save and leave with status 143 or 130.
-    A second signal stops at once."""
+    That is every cfg.save_every steps, after the first step that ends cfg.save_minutes minutes after the last save, after
+    the last step (what follows it may still fail), and when a SIGTERM or SIGINT comes to any rank: the step ends, all ranks
+    save and leave with status 143 or 130. A second signal, a second later or more, stops at once."""
     asked, saved = [], time.monotonic()
 
     def ask(number, _):
         if not asked:
-            print(f"{signal.Signals(number).name}: ending after this step, once more to stop at once", file=sys.stderr, flush=True)
             asked.append((number, time.monotonic()))
-        elif time.monotonic() - asked[0][1] > 1:  # torchrun passes on what the terminal has sent already
+            note = f"\n{signal.Signals(number).name}: ending after this step, once more to stop at once\n"
+            os.write(2, note.encode())  # print would fail if the signal came in the middle of another one
+        elif time.monotonic() - asked[0][1] > 1:  # a scheduler may signal all processes, and torchrun passes its own on
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for step in range(first, steps):
+        for step in profiler.profiled(range(first, steps), cfg.profile, f"{cfg.out}.trace.json", world.rank == 0):
             yield step
             done, late = step + 1, time.monotonic() - saved > 60 * cfg.save_minutes
             late, stop = world.max(late, asked[0][0] if asked else 0)  # one decision for all ranks
             if late or stop or done % cfg.save_every == 0 or done == steps:
                 save(done)
                 saved = time.monotonic()
+                (stop,) = world.max(asked[0][0] if asked else 0)  # it may have come meanwhile; and no rank leaves while 0 writes
             if stop:
                 if world.rank == 0:
-                    print(f"stopped after step {step}, its state is saved: --resume goes on", file=sys.stderr, flush=True)
+                    print(f"\nstopped after {done} steps, the state is saved: --resume goes on", file=sys.stderr, flush=True)
                 raise SystemExit(128 + int(stop))
     finally:
         for number, handler in before.items():
@@ -186,7 +222,8 @@ def check_finite(step: int, **values: float):
 class Log:
     """One JSON line a step in `<out>.metrics.jsonl`, and a progress bar that shows some of them. Rank 0 writes.
 
-    state: what `checkpoint.save_state` has saved, or None: steps after it are done again, their lines go."""
+    state: what `checkpoint.save_state` has saved, or None: steps after it are done again, their lines go. Raises ValueError
+    if lines before it are missing; without any file a warning, and the totals go on from the state."""
 
     WINDOW, IN_A_ROW = 128, 10  # steps that a spike is measured against (OLMo-core's SkipStepOptimizer); skipped before it stops
 
@@ -195,14 +232,18 @@ class Log:
         first, self.recent, self.skipped = (state["step"], state["recent"], state["skipped"]) if state else (0, {}, 0)
         if not self.active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_lines(self.path) if first and self.path.exists() else []
-        kept = [line for line in lines if line["step"] < first]
-        beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, self.path)  # a kill here must not cost what was measured before
-        self.totals = next((line["totals"] for line in reversed(kept) if "totals" in line), {})
-        self.file = open(self.path, "a", buffering=1)
+        self.totals, kept = state["totals"] if state else {}, []
+        if first and self.path.exists():
+            kept = [line for line in read_lines(self.path) if line.get("step", first) < first]
+            logged = {line["step"] for line in kept if "totals" in line}
+            if missing := set(range(min(logged, default=0), first)) - logged:
+                raise ValueError(f"{self.path} lacks step {min(missing)}, the saved state has {first} steps: put the file back, or "
+                                 "remove it to go on without the record of what was done")  # fmt: skip
+        elif first:
+            kept = [{"step": first - 1, "totals": self.totals}]
+            print(f"{self.path} is gone: the record begins again at step {first}", file=sys.stderr, flush=True)
+        write_lines(self.path, kept)  # a kill here must not cost what was measured before
+        self.file = open(self.path, "a+", buffering=1)
         pace = 0.5 if sys.stderr.isatty() else 20  # seconds between refreshes
         self.bar = tqdm(desc=Path(out).name, total=steps, initial=first, mininterval=pace, bar_format="{desc}  |  {remaining} left")
 
@@ -227,33 +268,57 @@ class Log:
             except OSError as error:
                 raise ValueError(f"could not write {self.path}: {error}; --resume goes on from the last saved state") from error
 
-    def healthy(self, step: int, cfg, rows, **values: float) -> bool:
-        """Whether the update of this step may be made: all values (loss, gradient norm) are numbers, and with cfg.spike none
-        is more than that many standard deviations above its mean over the last WINDOW good steps. Otherwise a line in the
-        log says what it was and which rows() the batch had; cfg.on_nonfinite: "skip" -> False, "stop" -> ValueError."""
-        wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        for name, value in values.items():
+    def healthy(self, step: int, cfg, rows, watched: dict[str, float], **others: float) -> bool:
+        """Whether the update of this step may be made: all values are numbers, and with cfg.spike none of the `watched` ones
+        is more than that many standard deviations above its mean over the last WINDOW good steps. Watched are gradient norms
+        and negative log-likelihoods; not the loss of RL, whose size says nothing, and 0 (every group flat) does not count as
+        a step: after many of them the first right answer would be a spike. Otherwise a line in the log says what it was and
+        which rows(), from 0, the batch had; cfg.on_nonfinite: "skip" -> False, "stop" -> ValueError; so are more than
+        IN_A_ROW skipped ones."""
+        wrong = [f"{name} is {value}" for name, value in (watched | others).items() if not math.isfinite(value)]
+        for name, value in watched.items():
             past = self.recent.setdefault(name, [])
-            if cfg.spike and not wrong and len(past) == self.WINDOW:
+            if cfg.spike and math.isfinite(value) and len(past) == self.WINDOW:
                 mean, deviation = statistics.fmean(past), statistics.pstdev(past)
                 if value > mean + cfg.spike * deviation:
                     wrong.append(f"{name} is {value:.4g} after {mean:.4g} ± {deviation:.2g} in {len(past)} steps")
         if not wrong:
             self.skipped = 0
-            for name, value in values.items():
-                self.recent[name] = [*self.recent[name], value][-self.WINDOW:]
+            for name, value in watched.items():
+                self.recent[name] = [*self.recent[name], *([value] if value else [])][-self.WINDOW :]
             return True
         self.skipped += 1
         self.add(step, skipped=", ".join(wrong), rows=rows())
         if cfg.on_nonfinite == "stop" or self.skipped > self.IN_A_ROW:
+            more = "" if self.skipped > 1 else "; --resume --on_nonfinite skip leaves it out"
             raise ValueError(f"{wrong[0]} at step {step}: stopped before the update, the last saved state is intact, the batch's rows "
-                             f"are in {self.path}; lower --lr" + ("" if self.skipped > 1 else ", or --on_nonfinite skip"))  # fmt: skip
+                             f"are in {self.path}{more}; if it comes again, start with a lower --lr")  # fmt: skip
         return False
+
+    def sync(self) -> str | None:
+        """Before a state is saved: the lines that it counts on are on the disk. If the file was removed, its lines are
+        written again and what is to be said about it is returned. Raises ValueError if another run has taken its place."""
+        if not self.active:
+            return None
+        os.fsync(self.file.fileno())
+        if self.path.exists():
+            if not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                raise ValueError(f"{self.path} was replaced under this run: another one with the same --out is at work, this one stops")
+            return None
+        self.file.seek(0)
+        lines = [json.loads(line) for line in self.file]
+        self.file.close()
+        write_lines(self.path, lines)
+        self.file = open(self.path, "a+", buffering=1)
+        return f"{self.path} was removed under the run: it and the state are written again, what else was there is not; --resume goes on"
 
     def close(self):
         if self.active:
+            removed = self.sync()
             self.bar.close()
             self.file.close()
+            if removed:
+                raise ValueError(removed)
 
 
 def read_lines(path) -> list[dict]:
@@ -266,3 +331,20 @@ def read_lines(path) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"{path}:{number} is not JSON") from None
     return rows
+
+
+def write_lines(path: Path, rows: list[dict]):
+    """The counterpart; the file is whole or as it was."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise ValueError(f"could not write {path}: {error}; what was there is intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()

@@ -9,11 +9,13 @@ import os
 import re
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from data import toy
 
@@ -139,6 +141,31 @@ def verify_shard(path):
     """Read all of a shard; ValueError if its checksum is not the one that was written."""
     if zlib.crc32(read_shard(path)) != read_header(path).crc32:
         raise ValueError(f"{path}: its checksum is wrong, prepare it again")
+
+
+def verify(folder, rank=0, world=1):
+    """verify_shard on all the text of a folder, each rank its part of the shards."""
+    paths = sorted(path for split in ("train", "val") for path in Path(folder).glob(f"{split}_*.bin"))[rank::world]
+    for path in tqdm(paths, desc="checksums of the text", unit="shard", delay=10, leave=False, disable=rank > 0):
+        verify_shard(path)
+
+
+def ahead(make, first, end):
+    """make(first), ..., make(end - 1), each made by a thread while the one before is in use; an error of make is raised here."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, first)
+        for step in range(first + 1, end + 1):
+            made = coming.result()
+            coming = thread.submit(make, step) if step < end else None
+            yield made
+
+
+def document_starts(rows, end):
+    """Where documents start in the tokens rows[:, :-1], flattened, and their count: int32 (documents + 1,). The id `end` is
+    the last of a document, as `encode_document` has it; a row begins with a document, or with what is left of one."""
+    first = np.roll(rows[:, :-1] == end, 1, axis=1)
+    first[:, 0] = True
+    return np.append(np.flatnonzero(first), first.size).astype(np.int32)
 
 
 class Stream:

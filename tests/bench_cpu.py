@@ -1,10 +1,10 @@
-"""Tokens a second of pre-training and of rollouts beside the same model in transformers, on this machine, in one run.
+"""Tokens a second of rollouts beside the same model in transformers, on this machine, in one run (training: bench_pretrain.py).
 
     python tests/bench_cpu.py [--json]
 
-Same weights, same shapes, fp32: training compiled on both sides, with fused AdamW and gradient clipping; our sampler compiled
-as in rl.py, transformers' `generate` with its default cache, no top-k, every answer exactly NEW tokens. The two sides take
-turns, and the ratio is the median over the turns, because the speed of a shared machine drifts.
+Same weights, same shapes, fp32: our sampler compiled as in rl.py, transformers' `generate` with its default cache, no top-k,
+every answer exactly NEW tokens. The two sides take turns, and the ratio is the median over the turns, because the speed of a
+shared machine drifts.
 """
 
 import argparse
@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
 
-from data import ranks, tokens  # noqa: E402
-from model import PRESETS, Model, ModelConfig, Sampler, adam, update  # noqa: E402
+from data import tokens  # noqa: E402
+from model import PRESETS, Model, ModelConfig, Sampler  # noqa: E402
 
-ROWS, LENGTH = 8, 256  # the default pre-training step
 PROMPT, NEW, GROUP = 24, 32, 8  # a default-world question and answer
 
 
@@ -65,32 +64,6 @@ def turns(ours, theirs, count: int) -> tuple[float, float, float]:
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
 
 
-def training(model, twin, steps: int, count: int):
-    ids = torch.randint(0, model.config.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    weight = torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH))
-    world = ranks.start("cpu", "float32")
-    ranks.compile_blocks(model, dynamic=False)
-    optimizer, peer_optimizer = adam(model), torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
-    compiled, inputs, targets = torch.compile(twin), ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def ours():
-        for _ in range(steps):
-            model(ids, weight=weight)[0].backward()
-            grads, _ = ranks.gradients(model, world, 1.0)
-            update(model, [(optimizer, 1e-5, grads)], 0.1)
-
-    def theirs():
-        for _ in range(steps):
-            compiled(input_ids=inputs, labels=targets, shift_labels=targets).loss.backward()
-            torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-            peer_optimizer.step()
-            peer_optimizer.zero_grad(set_to_none=True)
-
-    a, b, ratio = turns(ours, theirs, count)
-    done = steps * ROWS * LENGTH
-    return done / a, done / b, ratio
-
-
 def rollouts(model, twin, batch: int, count: int):
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab, (batch // GROUP, PROMPT), generator=generator)
@@ -122,9 +95,6 @@ def main():
         *speeds, ratio = rollouts(model, twin, batch, args.turns)
         figures[f"rollout_vs_transformers_b{batch}"] = round(ratio, 3)
         table.append((f"rollout, {batch} rows, {PROMPT} + {NEW} tokens", *speeds, ratio))
-    *speeds, ratio = training(model, twin.train(), 5, args.turns)
-    figures["train_vs_transformers"] = round(ratio, 3)
-    table.append((f"training step, {ROWS} x {LENGTH} tokens, compiled", *speeds, ratio))
     size = sum(p.numel() for p in model.parameters())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, toy model of {size:,} parameters")
     print(f"{'':42}{'ours':>12}{'transformers':>14}{'ratio':>8}   (tokens/s)")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call, flags, refused, same_weights, small_model, weights
+from helpers import call, flags, refused, same_weights, small_model, start, weights
 from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
@@ -120,6 +120,45 @@ def test_a_second_run_measures_nothing(measured, kept, calls):
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     call("eval", measured.base, measured.trained, results=kept, **HOW)
     assert calls == [] and {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+def test_an_interrupted_run_goes_on(measured, kept, calls, monkeypatch):
+    """Seen to fail with the rows written together at the end. Until the last one is measured, matrix.sh and the report see
+    what they saw before."""
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    before, words = (kept / "rl.jsonl").read_bytes(), [measured.trained, *flags(results=kept, **HOW | {"temperature": 1})]
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "score", stop)
+        with pytest.raises(SystemExit) as stopped:
+            call("eval", *words, "--overwrite")
+    assert stopped.value.code == 130
+    assert {path.name for path in kept.iterdir()} == {"rl.jsonl", "rl.jsonl.resume", "step10.jsonl"}
+    assert calls == ["solve"] and (kept / "rl.jsonl").read_bytes() == before
+    call("eval", *words)
+    assert calls == ["solve"] and {path.name for path in kept.iterdir()} == {"rl.jsonl", "step10.jsonl"}
+    assert {row["kind"]: row.get("temperature") for row in rows_in(kept, "rl")} == {"pass": 1, "general": None, "curve": None}
+
+
+def test_a_killed_run_goes_on(measured, calls, tmp_path):
+    words = [measured.base, *flags(results=tmp_path, **HOW)]
+    process = start("eval", *words)
+    assert "easy val 8-shot" in process.stdout.readline()
+    process.kill()
+    process.communicate()
+    call("eval", *words)
+    assert calls.count("solve") <= 1, "the first row is not measured again"
+    assert [path.name for path in tmp_path.iterdir()] == ["step10.jsonl"]
+    assert (tmp_path / "step10.jsonl").read_bytes() == (measured.results / "step10.jsonl").read_bytes()
+
+
+def test_rows_that_cannot_be_written(measured, tmp_path, monkeypatch, capsys):
+    """What was there stays, and no temporary file does."""
+    (tmp_path / "rl.jsonl").write_text("")
+    monkeypatch.setattr(run.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "could not write" in refused(capsys, "eval", measured.trained, results=tmp_path, **FEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["rl.jsonl"]
 
 
 def test_what_was_measured_otherwise_is_measured_again(measured, kept, calls, tmp_path):

@@ -334,6 +334,22 @@ def test_pickles_are_refused(refused, theirs, tmp_path):
     assert "pickles (.bin) can run code when they are read and are refused" in refused("import", theirs, tmp_path / "out.pt")
 
 
+def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
+    """A header of that length, a tensor of that size, a billion layers: before memory is taken for them."""
+    path = sorted(theirs.glob("*.safetensors"))[0]
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, rest = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    name = next(name for name in header if name != "__metadata__")
+    huge = json.dumps(header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}).encode()
+    for content in ((1 << 40).to_bytes(8, "little") + whole[8:], len(huge).to_bytes(8, "little") + huge + rest):
+        path.write_bytes(content)
+        assert f"{path.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    path.write_bytes(whole)
+    edit(theirs / "config.json", num_hidden_layers=10**9)
+    assert "its config.json has 1000000000 layers, its files" in refused("import", theirs, tmp_path / "out.pt")
+
+
 def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     last, index = sorted(theirs.glob("*.safetensors"))[-1], theirs / "model.safetensors.index.json"
     whole = last.read_bytes()

@@ -1,15 +1,16 @@
-"""Tokens a second of rollouts beside the same model in transformers, on this machine, in one run (training: bench_pretrain.py).
+"""Tokens a second of rollouts and of training beside the same model in transformers, on this machine, in one run.
 
     python tests/bench_cpu.py [--json]
 
 Same weights, same shapes, fp32: our sampler compiled as in rl.py, transformers' `generate` with its default cache, no top-k,
-every answer exactly NEW tokens. The two sides take turns, and the ratio is the median over the turns, because the speed of a
+every answer exactly NEW tokens. The training row is that of bench_pretrain.py. The two sides take turns, and the ratio is the median over the turns, because the speed of a
 shared machine drifts.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,6 +96,11 @@ def main():
         *speeds, ratio = rollouts(model, twin, batch, args.turns)
         figures[f"rollout_vs_transformers_b{batch}"] = round(ratio, 3)
         table.append((f"rollout, {batch} rows, {PROMPT} + {NEW} tokens", *speeds, ratio))
+    command = [sys.executable, str(Path(__file__).with_name("bench_pretrain.py")), "--json", "--turns", str(args.turns)]
+    step = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    speeds = [step["sides"][side]["tokens_per_s"] for side in ("ours", "transformers")]
+    figures["train_vs_transformers"] = step["vs_transformers"]
+    table.append(("training step, 8 x 256 tokens", *speeds, step["vs_transformers"]))
     size = sum(p.numel() for p in model.parameters())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, toy model of {size:,} parameters")
     print(f"{'':42}{'ours':>12}{'transformers':>14}{'ratio':>8}   (tokens/s)")

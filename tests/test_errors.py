@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import helpers
@@ -122,6 +123,47 @@ def unknown_encoding(base, out):
     changed(base, out, meta=lambda m: m | {"encoding": "o200k_base"})
 
 
+def another_bit(base, out):
+    content = bytearray(base.read_bytes())
+    content[len(content) // 2] ^= 1
+    out.write_bytes(content)
+
+
+def a_million_layers(base, out):
+    changed(base, out, config=lambda c: c | {"layers": 10**6})
+
+
+def a_terabyte(base, out):
+    changed(base, out, config=lambda c: c | {"width": 2**20, "ffn": 2**20, "heads": 2**10})
+
+
+def beyond_all_bounds(base, out):
+    changed(base, out, config=lambda c: c | {"width": 2**62, "heads": 2})
+
+
+def one_number_repeated(base, out):  # a consistent terabyte in a small file
+    def grow(tensors):
+        return {name: torch.zeros(1).expand([2**19 if size == 96 else size for size in w.shape]) for name, w in tensors.items()}
+
+    changed(base, out, config=lambda c: c | {"width": 2**19}, model=grow)
+    assert out.stat().st_size < 10**5
+
+
+def packed_zeros(base, out):
+    with zipfile.ZipFile(base) as whole, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, bytes(2**26) if name.endswith("data/0") else whole.read(name))
+
+
+class Bytes:
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+def a_terabyte_of_bytes(base, out):
+    torch.save(torch.load(base, weights_only=True) | {"more": Bytes()}, out)
+
+
 BROKEN = {
     "absent": (lambda base, out: None, "no checkpoint at"),
     "a folder": (lambda base, out: out.mkdir(), "no checkpoint at"),
@@ -133,6 +175,13 @@ BROKEN = {
     "other width": (other_shape, "another model"),
     "other depth": (other_layers, "another model"),
     "other fields": (other_fields, "another model"),
+    "another bit": (another_bit, "is truncated or not a checkpoint"),
+    "a million layers": (a_million_layers, "another model"),
+    "a terabyte by its config": (a_terabyte, "another model"),
+    "sizes beyond all bounds": (beyond_all_bounds, "another model"),
+    "a terabyte of one number": (one_number_repeated, "of weights: refused"),
+    "packed zeros": (packed_zeros, "is truncated or not a checkpoint"),
+    "a terabyte of bytes": (a_terabyte_of_bytes, "refused, nothing in it was run"),
     "other vocabulary": (other_vocabulary, "ids, its encoding toy has"),
     "other encoding": (other_encoding, "cl100k_base"),
     "unknown encoding": (unknown_encoding, "unknown encoding 'o200k_base'"),
@@ -140,10 +189,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_checkpoint(refused, world, tmp_path, kind):
+def test_broken_checkpoint(refused, world, tmp_path, monkeypatch, kind):
+    """Each in one line, and before memory is taken for the weights: `place` is where that happens."""
     damage, says = BROKEN[kind]
     path = tmp_path / "a.pt"
     damage(world.base, path)
+    monkeypatch.setattr(ranks, "place", None)
     before = files(tmp_path)
     assert says in refused("sft", init=path, **SFT)
     assert says in refused("sample", path, prompt=" Q :")

@@ -3,8 +3,8 @@
     python tests/bench_cpu.py [--json]
 
 Same weights, same shapes, fp32: our sampler compiled as in rl.py, transformers' `generate` with its default cache, no top-k,
-every answer exactly NEW tokens. The training row is that of bench_pretrain.py. The two sides take turns, and the ratio is the median over the turns, because the speed of a
-shared machine drifts.
+every answer exactly NEW tokens. The training row is that of bench_pretrain.py. The two sides take turns, and the ratio is the
+median over the turns, because the speed of a shared machine drifts.
 """
 
 import argparse

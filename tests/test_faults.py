@@ -612,7 +612,8 @@ def test_resume_across_a_skipped_step(world, tmp_path, monkeypatch, saves):
     assert state["recent"] == saves[2].recent and len(state["recent"]["loss"]) == 2 and list(saves[5].recent) == ["loss", "gradient_norm"]
     first = len(saves)
     call("sft", *b, "--resume")
-    assert same_weights(*outs) and record(outs[0]) == record(outs[1]) and saves[first + 2].recent == saves[5].recent
+    assert same_weights(*outs) and record(outs[0]) == record(outs[1])
+    assert [s.recent for s in saves[first:]] == [s.recent for s in saves[3:6]]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", slow("rl"), slow("mix")])

@@ -85,8 +85,8 @@ case $SCALE in
         once "$DATA/tasks" tasks $TASK_FLAGS ${SOURCE:+--source "$SOURCE"} &&
         once "$DATA/dolmino" "${dolmino[@]}" && once "$DATA/dolmino-math" "${dolmino[@]}" --extra "math=$EXTRA" --repeat 2
     }
-    # --micro and --rows: what should fit beside a 4b on 140 GB; they change no result
-    PRE="--tasks $DATA/tasks --micro 2" RL="--micro 8 --rows 256" SFT=$RL GOLD=$RL MIX=$RL EVAL="--limit 0 --rows 256"
+    # so a 4b fits 141 GB, and with --rows 64 80 GB, by data/plan.py memory; none of it changes a result
+    PRE="--tasks $DATA/tasks --micro 2 --shard" RL="--micro 8 --rows 256 --shard" SFT=$RL GOLD=$RL MIX=$RL EVAL="--limit 0 --rows 256"
     models=("$MODEL $DATA/dolmino --preset $MODEL --tokens $TOKENS --save_steps ${STEPS// /,}"
             "$MODEL-math $DATA/dolmino-math --preset $MODEL --tokens $BOTH --save_steps $LAST"  # more math, or
             "$LARGE $DATA/dolmino --preset $LARGE --tokens $TOKENS --save_steps $LAST")  # a larger model

@@ -98,7 +98,7 @@ def main(cfg):
     optimizer = adam(model)
     first = checkpoint.resume(state, optimizer)
     compiled = cfg.compile and ranks.can_compile(world)
-    sampler = Sampler(model, cfg.rows, compiled)
+    sampler = Sampler(model, cfg.rows, compiled) if held_out else None
     if compiled:
         ranks.compile_blocks(model)
     log = run.Log(cfg.out, world, steps, state, "loss")

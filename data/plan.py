@@ -4,7 +4,7 @@
     reading    a third of that: prompts, tasks                           the same
     sampling   a third of that, a token of the answers                   FLOPs / (SAMPLING x PEAK)
     disk       4 bytes a weight of each checkpoint, 4 bytes a token of text (2 in the toy). While a trainer runs, its state
-               for --resume takes 12 bytes a weight more.
+               for --resume takes 12 bytes a weight more (mix 20).
 
     python data/plan.py memory [--ranks 8] [--length 4096] [--rows 256] [--max_new 512]
 

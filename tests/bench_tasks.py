@@ -43,7 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="one with the cl100k_base encoding")
     parser.add_argument("--items", type=int, default=200, help="of each benchmark, spread over it (0: all)")
-    parser.add_argument("--batch", type=int, default=16, help="choices that lm-eval scores at a time")
+    parser.add_argument("--batch", type=int, default=1, help="choices that lm-eval scores at a time; 1 is its fastest on a CPU")
     parser.add_argument("--turns", type=int, default=3, help="turns of each side, after one that is not counted")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()

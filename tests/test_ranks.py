@@ -42,8 +42,18 @@ def torchrun(count, *plan):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+def ended(process, timeout):
+    """What it said on stderr. If it hangs it is stopped, and torchrun stops its processes."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        raise
+
+
 def finished(process):
-    errors = process.communicate(timeout=600)[1]
+    errors = ended(process, 600)
     assert process.returncode == 0, errors[-4000:]
 
 
@@ -138,7 +148,7 @@ def test_rank_that_dies_stops_the_others(world, tmp_path, how):
     """kill -9 in the middle of a step, and an error of one rank alone: torchrun ends what is left, and nothing of ours stays
     behind. Seen to fail (to hang) with the process group taken down after an error."""
     process = torchrun(2, (tmp_path, "dies", [how, "pretrain", *words("pretrain", world, 20, "--shard", save_every=2)]))
-    errors = process.communicate(timeout=240)[1]
+    errors = ended(process, 240)
     assert process.returncode != 0
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     for rank in range(2):

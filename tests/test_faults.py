@@ -68,7 +68,7 @@ def last_line(path) -> str:
 
 
 def survives(stage, kind, seed, whole, world, out):
-    faults.killed(stage, words_of(stage, world, out), kind, seed, whole(stage)[1])
+    faults.killed(stage, words_of(stage, world, out), out, kind, seed, whole(stage)[1])
     out.parent.mkdir(exist_ok=True)
     assert not faults.unreadable(out.parent)
     goes_on(stage, whole, world, out)

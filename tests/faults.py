@@ -29,6 +29,7 @@ def fork(action, stderr=os.devnull) -> int:
     try:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         sys.stderr = open(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest in the background had it ignored
         action()
         status = 0
     except SystemExit as stop:

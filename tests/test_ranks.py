@@ -53,7 +53,7 @@ def ended(process, timeout):
 
 
 def finished(process):
-    errors = ended(process, 600)
+    errors = ended(process, 900)  # compiling takes minutes on a busy machine
     assert process.returncode == 0, errors[-4000:]
 
 
@@ -135,8 +135,9 @@ def test_idle_pieces_weigh_nothing():
 
 @pytest.mark.slow
 def test_compiled_shards(world, tmp_path):
-    """With torch.compile, while every block's weights come and go, and with activations made again."""
-    plan = [(stage, words(stage, world, 6, compile="true", checkpoint_activations="true")) for stage in ("pretrain", "rl")]
+    """With torch.compile, for one shape and for any, while every block's weights come and go; activations are made again."""
+    more = dict(compile="true", checkpoint_activations="true")
+    plan = [("pretrain", words("pretrain", world, 6, **more)), ("sft", words("sft", world, 6, **more, eval_questions=0))]
     finished(torchrun(2, *((tmp_path / "2", stage, [*line, "--shard"]) for stage, line in plan)))
     finished(torchrun(1, *((tmp_path / "1", stage, line) for stage, line in plan)))
     for stage, _ in plan:

@@ -52,9 +52,10 @@ def configure(Config, argv: list[str], doc: str = ""):
     if "--help" in rest or "-h" in rest:
         print((doc or "").strip() + "\n\nflags:")
         comments = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.*)$", inspect.getsource(Config), re.M))
+        width = max(len(field.name) for field in dataclasses.fields(Config))
         for field in dataclasses.fields(Config):
             default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
-            print(f"  --{field.name:<18} {comments.get(field.name, '')}{default}")
+            print(f"  --{field.name:<{width}} {comments.get(field.name, '')}{default}")
         raise SystemExit(0)
     first = dataclasses.fields(Config)[0].name
     words = hints[first] == tuple[str, ...]

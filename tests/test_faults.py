@@ -313,9 +313,9 @@ def test_saves_by_steps_and_by_minutes(whole, world, tmp_path, saves, monkeypatc
     saves.clear()
     healthy = run.Log.healthy
     monkeypatch.setattr(run.Log, "healthy", lambda *a, **k: (time.sleep(0.05), healthy(*a, **k))[1])
-    call("sft", *words_of("sft", world, tmp_path / "b.pt", save_minutes=0.12 / 60, **words | {"save_every": 1000}))
-    assert 2 <= len(saves) and saves[-1].step == 6 and same_weights(tmp_path / "a.pt", tmp_path / "b.pt")
-    assert all(b.time - a.time > 0.12 for a, b in zip(saves[:-1], saves[1:-1], strict=False))
+    call("sft", *words_of("sft", world, tmp_path / "b.pt", save_minutes=0.06 / 60, **words | {"save_every": 1000}))
+    assert 3 <= len(saves) and saves[-1].step == 6 and same_weights(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert saves[1].time - saves[0].time > 0.06  # the last comes in any case
     saves.clear()
     call("sft", *words_of("sft", world, tmp_path / "c.pt", save_minutes=5, **words | {"save_every": 1000}))
     assert [s.step for s in saves] == [6]

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: pass@k on questions, general capability on tasks, one JSON row each; or draw the report.
+"""Evaluate checkpoints: pass@k on questions, general capability, loss on text, one JSON row each; or draw the report.
 
     python eval.py ckpt/toy/step2734.pt ckpt/toy/step2734-rl.pt --results results/toy
     python eval.py --report results/toy
@@ -11,6 +11,7 @@ that are there are kept. Until it is complete, what is measured is kept beside i
 
 import functools
 import itertools
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,15 @@ class Config:
     json: bool = False  # with --report: the verdicts as one JSON object on the last line
     questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
     tasks: str | None = None  # folder of general-capability tasks (default: what the checkpoint names; "" for none)
+    text: str = ""  # folder of token shards: the loss on its held-out text, window by window, as long as in pre-training
     final: bool = False  # the test split; without it, validation
     limit: int = 300  # questions taken from the split (0: all)
     n: int = 32  # answers a question, at least the largest k
     k: tuple[int, ...] = (1, 8, 32)  # for pass@k
     temperature: float = 0.6  # paper: 0.6
     shots: tuple[int, ...] | None = None  # solved examples before the question (default: 0, and 8 or all there are for a base)
-    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 48 for a toy base, else 512)
+    shot_seed: int | None = None  # draw these shots and other noise; a base's rows have it as seed, all go to CHECKPOINT-sSEED.jsonl
+    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 56 for a toy base, else 512)
     rows: int = 1024  # answers sampled side by side; never changes the result
     seed: int = 1234  # noise of the sampling
     compile: bool = True  # torch.compile the sampler; costs seconds at the start, more the first time on a machine
@@ -125,17 +128,18 @@ def continuation_log_probs(sampler, pairs, greedy, world, budget=16384) -> list[
     return [(logp, greedy and misses == 0) for logp, misses in zip(found[::2], found[1::2], strict=True)]
 
 
-def training(path) -> tuple[list[dict], dict]:
-    """From a checkpoint's metrics file: the validations along the run, the training reward beside each, and its costs."""
-    metrics = Path(f"{path}.metrics.jsonl")
-    lines, points, reward = run.read_lines(metrics) if metrics.exists() else [], [], None
-    for x in lines:
-        reward = x.get("reward", reward)  # of the step before the validation
-        if "validation" in x:
-            kept = {k: v for k, v in x["validation"].items() if k not in ("correct", "n", "temperature")}
-            points.append({"step": x["step"], **({} if reward is None else {"reward": reward}), **kept})
-    totals = [x["totals"] for x in lines if "totals" in x]
-    return points, totals[-1] if totals else {}
+@torch.no_grad()
+def held_out_losses(model, rows, micro: int, world, end: int | None = None) -> list[float]:
+    """Mean negative log-likelihood (nats a token) of each of the `rows` of ids, an array (N, T + 1), `micro` rows a pass.
+    end: the id that ends a document, if attention is to stay inside one."""
+    losses = torch.zeros(-(-len(rows) // world.size) * world.size, dtype=torch.float64)  # as many on every rank: a sharded
+    for places in torch.arange(world.rank, len(losses), world.size).split(micro):  # model needs all of them for each pass
+        part = rows[places.numpy() % len(rows)]
+        starts = None if end is None else torch.from_numpy(tokens.document_starts(part, end)).to(world.device)
+        ids = torch.from_numpy(part).to(world.device)
+        _, logp, _ = model(ids, weight=torch.ones(len(ids), ids.shape[1] - 1, device=world.device), starts=starts)
+        losses[places] = -logp.double().mean(1).cpu()
+    return world.sum(*losses.tolist())[: len(rows)]
 
 
 def evaluate(path, cfg, world) -> list[dict]:
@@ -143,14 +147,17 @@ def evaluate(path, cfg, world) -> list[dict]:
     saved = checkpoint.load(path)
     meta = saved["meta"]
     enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
-    max_new = cfg.max_new or meta["run"].get("max_new") or (48 if meta["preset"].startswith("toy") else 512)
+    max_new = cfg.max_new or meta["run"].get("max_new") or (56 if meta["preset"].startswith("toy") else 512)
     base = {"checkpoint": str(path), "config_hash": checkpoint.config_hash(meta), "model": meta["preset"], "split": split}
     base |= {k: meta[k] for k in ("seed", "world", "recipe", "tokens", "pretrain_seed", "step")}
-    base |= {k: meta["run"][k] for k in ("group", "share") if k in meta["run"]}
-    points, costs = training(path)
-    if meta["recipe"] != "base":
-        base |= costs
-    file = Path(cfg.results) / f"{Path(path).stem}.jsonl"
+    base |= {k: v for k in ("group", "share", "share_end", "lr", "sft_lr") if (v := meta["run"].get(k)) is not None}
+    points, costs = run.history(path)
+    base |= costs
+    noise, stem = cfg.seed, Path(path).stem
+    if cfg.shot_seed is not None:
+        noise, stem = cfg.seed + cfg.shot_seed, f"{stem}-s{cfg.shot_seed}"
+        base |= {"seed": cfg.shot_seed} if meta["recipe"] == "base" else {}
+    file = Path(cfg.results) / f"{stem}.jsonl"
     state = Path(f"{file}.resume")  # a file of its own: where FILE is, matrix.sh takes the checkpoint for measured
     before = state if state.exists() else file
     rows = run.read_lines(before) if before.exists() else []
@@ -185,17 +192,14 @@ def evaluate(path, cfg, world) -> list[dict]:
             raise ValueError(f"{folder} looks like a test split: only --final opens one")
         questions = problems.load(folder, split)[: cfg.limit or None]
         wanted = cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,))
-        known = problems.load(folder, "shots") if any(wanted) else []
         for shots in wanted:
-            shots = shots if cfg.shots else min(shots, len(known))  # MATH has four
-            if len(known) < shots:
-                raise ValueError(f"{folder} has {len(known)} shots, not {shots}: lower --shots")
-            name, shown = Path(folder).stem, known[:shots]
-            how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=cfg.seed,
+            shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
+            name, shots = Path(folder).stem, len(shown)
+            how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=noise,
                        ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
                 continue
-            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, cfg.seed, world, shown, cfg.k)
+            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k)
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
             told += f"  read flexibly {100 * result['flexible@1']:.1f}  in format {100 * result['formatted']:.0f}%"
             keep("pass", f"{name} {split} {shots}-shot  {told}", benchmark=name, **how | result)
@@ -205,6 +209,14 @@ def evaluate(path, cfg, world) -> list[dict]:
             result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world))
             told = f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}"
             keep("general", told, benchmark=name, content=checkpoint.fingerprint(items), **result)
+    if cfg.text:
+        stream = tokens.Stream(cfg.text, "val", meta["length"], 0, meta["encoding"])
+        windows = stream.beginning(256)
+        content = checkpoint.fingerprint(windows.tolist())
+        if missing("text", "text", content=content):
+            losses = held_out_losses(model, windows, max(1, 16384 // stream.length), world)
+            row = dict(losses=[round(loss, 5) for loss in losses], loss=statistics.fmean(losses), content=content)
+            keep("text", f"text  {row['loss']:.4f} nats a token in {len(losses)} windows", benchmark="text", **row)
     split = "val"  # what a trainer watches, whatever is measured here
     if points and missing("curve"):
         rows.append({"kind": "curve", **base, "split": split, "points": points})

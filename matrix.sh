@@ -15,9 +15,10 @@
 # TEXT_FLAGS, PRE_FLAGS, RL_FLAGS, SFT_FLAGS, GOLD_FLAGS (SFT on all solutions), MIX_FLAGS, EVAL_FLAGS    more flags for a stage
 set -euo pipefail
 cd "$(dirname "$0")"
-SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} PRETRAIN=${PRETRAIN:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
+SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
 OUT=${OUT:-ckpt/$SCALE} DATA=${DATA:-data/out/$SCALE} SOURCE=${SOURCE:-} DRY_RUN=${DRY_RUN:-}
-RESULTS=${RESULTS:-$OUT/results}
+RESULTS=${RESULTS:-$OUT/results} ALL=${ALL:-$((SEEDS > 1))} PRETRAIN=${PRETRAIN:-$((SEEDS > 1 ? 2 : 1))}
+case $SCALE in toy | smoke) RECORD=${RECORD:-1} ;; *) RECORD=${RECORD:-0} PRETRAIN=1 ;; esac
 wrong() { echo "matrix.sh: error: $1" >&2; exit 2; }
 case ${1:-} in
   "") ;;
@@ -42,28 +43,85 @@ once() {  # once FOLDER COMMAND [flags]: what a command of prepare.py makes, if 
   begun+=" $folder"
   run "$PYTHON" data/prepare.py "$@" --out "$folder"
 }
+seeds() {  # seeds FROM TO P: the post-training seeds from 100 x RECORD + FROM to before TO that pre-training run P has
+  for ((s = $1; s < $2; s++)); do
+    if [ $((s % PRETRAIN)) = $((${3:-10 * RECORD} - 10 * RECORD)) ]; then echo -n "$((100 * RECORD + s)),"; fi
+  done
+  echo ,
+}
 
 # Each stage's flags; what is not here is the script's own default for this size of model. STEPS: the checkpoints M_t.
-TEXT="" PRE="" RL="" SFT="" GOLD="" MIX="" EVAL=""
-prepare() { once "$1" toy --seed "$2" $TEXT; }  # prepare FOLDER SEED
-ALL=base,sft-gold,sft,mix,rl  # the recipes; RL goes on from each SFT checkpoint
-models=() cells=() reports=("$RESULTS")
+# AFTER: of RL that starts from SFT; MORE: of pre-training that goes on; DRAW, SAMPLES: of eval.py on a base.
+TEXT="" PRE="" RL="" AFTER="" SFT="" MIX="" EVAL="" DRAW="--shots 0,1,3" SAMPLES="--shots 0" toy=1 SPLIT_FLAGS=${SPLIT_FLAGS:-}
+models=()  # NAME DATA SEED [flags]: what is pre-trained on what
+# CHECKPOINT SEEDS RECIPES [QUESTIONS]: a cell for each seed and recipe, RECIPE+FLAG=VALUE for a variant; "wait" where what follows
+# reads what is before. sft-rl and sft-gold-rl are SFT and then RL. val and base: the checkpoint itself; draw: the same with the
+# shots and the sampling noise of a seed
+cells=()
+reports=("$RESULTS")
 start=("$PYTHON")  # how a cell is started
-ranks=1  # of pre-training, whose batch of 8 rows they share
+ranks=1  # of pre-training, whose batch of 16 rows they share
 while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)); done
+# Of the default world: its checkpoints M_t, 2.8M, 4.9M and 7M tokens; 24 solutions a question are 9,600 examples, where
+# --solutions 1 sees 2,000; 5 and 64 rollouts get as many answers, 20,480
+FIRST=1367 MIDDLE=2393 LAST=3418 GOLD="--epochs 1 --batch 64 --compile true" MORE="--tokens 2099200 --lr 1.6e-3 --warmup 20"
+POOL="--tokens 1000 --train_questions 1600" WIDER="--preset toy-large --lr 2e-3"
+N5="--group 5 --questions_per_step 8 --steps 512 --eval_every 64" N64="--group 64 --questions_per_step 8 --steps 40 --eval_every 5"
+prepare() { once "$1" toy --seed "$2" $TEXT; }  # prepare FOLDER SEED
+toy_world() {  # models and cells of the default world; its checkpoints M_t are the steps FIRST, MIDDLE and LAST
+  prepare() {  # the questions of POOL are those that easy and hard ones are chosen from, by what the last checkpoint solves
+    case $1 in
+      *-math60) once "$1" toy --seed "$2" --math_share 0.6 $TEXT ;;
+      *) once "$1" toy --seed "$2" $TEXT && if [ "$ALL" = 1 ]; then once "$1-pool" toy --seed "$2" $TEXT $POOL; fi ;;
+    esac
+  }
+  local p=$((10 * RECORD)) run own few at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() later=()
+  for run in $(seq $p $last); do  # a world of its own for each
+    at=$OUT/p$run/step data=$DATA-p$run
+    own=$(seeds 0 "$SEEDS" $run) few=$(seeds 0 $((SEEDS > 4 ? 4 : SEEDS)) $run)
+    models+=("p$run $data $run --save_steps $MIDDLE${FIRST:+,$FIRST}")
+    for step in $LAST $MIDDLE $FIRST; do
+      cells+=("$at$step.pt $own val,draw,rl,sft-rl,mix")
+      gold+=("$at$step.pt $few sft-gold-rl")
+    done
+    for step in $MIDDLE $LAST; do more+=("$at$step.pt $(seeds "$SEEDS" $((2 * SEEDS)) $run) rl"); done  # twice the seeds
+    more+=("$at$LAST.pt $own base,rl $data/hard" "$at$LAST.pt $few sft-rl $data/hard" "$at$LAST.pt $own split $data-pool/easy"
+           "$OUT/p$run-math60/step$LAST.pt $own base,rl $data/hard" "$OUT/p$run-large/step$LAST.pt $own base,rl $data/hard")
+    later+=("$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-easy" "$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-hard"
+            "$at$MIDDLE.pt $few text,rl-text,mix-text,mix+share=0+share_end=1")
+    for share in 0.1 0.25 0.75 0.9; do later+=("$at$MIDDLE.pt $few mix+share=$share"); done
+  done
+  if [ "$ALL" = 1 ]; then
+    for run in $(seq $p $last); do
+      models+=("p$run-math60 $DATA-p$run-math60 $run" "p$run-large $DATA-p$run $run $WIDER")
+    done
+    cells+=("${more[@]}" wait "${gold[@]}" "${later[@]}")
+  else
+    cells+=("${gold[@]}")
+  fi
+}
 case $SCALE in
-  toy)
-    STEPS="1367 2051 2734"  # 2.8M, 4.2M and 5.6M tokens
-    GOLD="--epochs 1 --batch 64 --compile true" ;;  # 24 solutions a question: 9,600 examples, where --solutions 1 sees 2,000
+  toy) toy_world ;;
+  sweep)  # four tries a recipe, from the middle checkpoint of a pre-training run that no result comes from, on validation questions
+    FINAL=0 toy=1 models=("p1 $DATA-p1 1 --save_steps $FIRST,$MIDDLE") at="$OUT/p1/step$MIDDLE.pt 1,"
+    cells=("$at base")
+    for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at rl+lr=$lr"); done
+    for lr in 2e-3 5e-4 1e-3 4e-3; do cells+=("$at sft+lr=$lr,sft-gold+lr=$lr"); done
+    for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3"); done
+    cells+=(wait)
+    for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
   smoke)
-    STEPS="20 40"
-    TEXT="--tokens 150000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"
-    PRE="--tokens 102400 --warmup 5 --compile false --save_every 15"
+    FIRST="" MIDDLE=20 LAST=40
+    TEXT="--tokens 100000 --val_tokens 20000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"
+    POOL="--tokens 1000 --train_questions 64" WIDER="--preset toy-large" N5="--group 5 --steps 2" N64="--group 64 --steps 1"
+    PRE="--tokens 81920 --warmup 5 --compile false --save_every 15" MORE="--tokens 20480 --compile false"
     RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
     SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
-    MIX=$RL EVAL="--limit 8 --max_new 32 --compile false" ;;
+    MIX=$RL EVAL="--limit 8 --max_new 32 --compile false"
+    toy_world ;;
   gsm8k)
-    STEPS="8 16"
+    toy="" models=("p0 $DATA-p0 0 --save_steps 8")
+    for step in 8 16; do cells+=("$OUT/p0/step$step.pt $(seeds 0 "$SEEDS") base,sft-gold-rl,sft-rl,mix,rl"); done
     prepare() { once "$1" text --source "$SOURCE/pretrain_text" && once "$1-questions" gsm8k --source "$SOURCE/gsm8k"; }
     PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA-p0-questions --compile false"
     RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8 --compile false"
@@ -75,7 +133,7 @@ case $SCALE in
     MODEL=${MODEL:-1b} LARGE=${LARGE:-4b} TOKENS=${TOKENS:-50e9} EXTRA=${EXTRA:-10e9} BOTH=${BOTH:-60e9}  # BOTH: TOKENS + EXTRA
     STEPS=${STEPS:-1000 2000 3000 5000 6000 7000 10000 14000 22000}  # 2, 4, 6, 10, 12, 14, 20, 28 and 44 B tokens
     EARLY=${EARLY:-1000 2000 3000 5000} EARLY_SEEDS=${EARLY_SEEDS:-4}  # where seeds differ most: at least so many
-    LAST=${STEPS##* } GPUS=${GPUS:-8} QUESTION_FLAGS=${QUESTION_FLAGS:-} TASK_FLAGS=${TASK_FLAGS:-} SPLIT_FLAGS=${SPLIT_FLAGS:-}
+    LAST=${STEPS##* } GPUS=${GPUS:-8} QUESTION_FLAGS=${QUESTION_FLAGS:-} TASK_FLAGS=${TASK_FLAGS:-}
     JOBS=1 ranks=$GPUS start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" --)  # that is torchrun
     prepare() {
       local openmath=(openmath $QUESTION_FLAGS ${SOURCE:+--source "$SOURCE/openmath" --tests "$SOURCE"})
@@ -87,68 +145,84 @@ case $SCALE in
     }
     # so a 4b fits 141 GB, and with --rows 64 80 GB, by data/plan.py memory; none of it changes a result
     PRE="--tasks $DATA/tasks --micro 2 --shard" RL="--micro 8 --rows 256 --shard" SFT=$RL GOLD=$RL MIX=$RL EVAL="--limit 0 --rows 256"
-    models=("$MODEL $DATA/dolmino --preset $MODEL --tokens $TOKENS --save_steps ${STEPS// /,}"
-            "$MODEL-math $DATA/dolmino-math --preset $MODEL --tokens $BOTH --save_steps $LAST"  # more math, or
-            "$LARGE $DATA/dolmino --preset $LARGE --tokens $TOKENS --save_steps $LAST")  # a larger model
+    toy="" SAMPLES="--shots 4" N5="--group 5" N64="--group 64"
+    models=("$MODEL $DATA/dolmino 0 --preset $MODEL --tokens $TOKENS --save_steps ${STEPS// /,}"
+            "$MODEL-math $DATA/dolmino-math 0 --preset $MODEL --tokens $BOTH --save_steps $LAST"  # more math, or
+            "$LARGE $DATA/dolmino 0 --preset $LARGE --tokens $TOKENS --save_steps $LAST")  # a larger model
     for step in $STEPS; do
-      seeds=$SEEDS
-      if [[ " $EARLY " == *" $step "* ]] && [ "$SEEDS" -lt "$EARLY_SEEDS" ]; then seeds=$EARLY_SEEDS; fi
-      cells+=("$OUT/$MODEL/step$step.pt $seeds $ALL gsm8k" "$OUT/$MODEL/step$step.pt $seeds $ALL math")
+      count=$SEEDS
+      if [[ " $EARLY " == *" $step "* ]] && [ "$SEEDS" -lt "$EARLY_SEEDS" ]; then count=$EARLY_SEEDS; fi
+      for questions in gsm8k math; do
+        cells+=("$OUT/$MODEL/step$step.pt $(seeds 0 "$count") base,sft-gold-rl,sft-rl,mix,rl $DATA/$questions")
+      done
     done
-    cells+=("$OUT/$MODEL-math/step$LAST.pt $SEEDS base,sft,rl math" "$OUT/$LARGE/step$LAST.pt $SEEDS base,sft,rl math"
-            "$OUT/$MODEL/step$LAST.pt 1 split math"  # 5 rollouts against 64, on easy and on hard questions
-            "$OUT/$MODEL/step$LAST.pt $SEEDS rl-n5,rl-n64 split/easy" "$OUT/$MODEL/step$LAST.pt $SEEDS rl-n5,rl-n64 split/hard")
-    reports=("$RESULTS"/{gsm8k,math,easy,hard}) ;;
-  *) wrong "no SCALE=$SCALE: toy, smoke, gsm8k or 1b" ;;
+    for model in $MODEL-math $LARGE; do cells+=("$OUT/$model/step$LAST.pt $(seeds 0 "$SEEDS") base,sft-rl,rl $DATA/math"); done
+    cells+=("$OUT/$MODEL/step$LAST.pt 0, split $DATA/math" wait)  # 5 rollouts against 64, on easy and on hard questions
+    for level in easy hard; do
+      cells+=("$OUT/$MODEL/step$LAST.pt $(seeds 0 "$SEEDS") rl-n5,rl-n64 $DATA/split/split-$level")
+    done
+    reports=("$RESULTS"/{gsm8k,math,split-easy,split-hard}) ;;
+  *) wrong "no SCALE=$SCALE: toy, sweep, smoke, gsm8k or 1b" ;;
 esac
-if [ ${#models[@]} = 0 ]; then
-  for ((p = 0; p < PRETRAIN; p++)); do  # a world of its own for each pre-training seed
-    models+=("p$p $DATA-p$p --save_steps ${STEPS// /,} --seed $p")
-    for step in $STEPS; do cells+=("$OUT/p$p/step$step.pt $SEEDS $ALL"); done
-  done
-fi
 TEXT+=" ${TEXT_FLAGS:-}" PRE+=" ${PRE_FLAGS:-}" RL+=" ${RL_FLAGS:-}" SFT+=" ${SFT_FLAGS:-}" GOLD+=" ${GOLD_FLAGS:-}" MIX+=" ${MIX_FLAGS:-}"
 if [ "$FINAL" = 1 ]; then EVAL="$EVAL --final"; fi
 EVAL+=" ${EVAL_FLAGS:-}"
 
-# One chain of cells: the commands that have to wait for each other. QUESTIONS is a folder in DATA, or nothing: what the
-# checkpoint names.
+# One cell: the commands that have to wait for each other.
 cell_name() { echo "${1%.pt}${4:+-${4##*/}}-$2-s$3"; }  # of CHECKPOINT RECIPE SEED QUESTIONS
 cell_rows() { echo "$RESULTS${4:+/${4##*/}}/$(basename "$(dirname "$1")")"; }  # the folder of its rows
-chain() {
-  local to rows questions=${4:+--questions $DATA/$4} go="--seed $3 --resume"
-  to=$(cell_name "$@") rows=$(cell_rows "$@")
-  case $2 in
-    base) run "${start[@]}" eval.py "$1" --results "$rows" $questions $EVAL; return ;;
-    split)  # 64 samples to each training question at T = 1
-      run "${start[@]}" eval.py "$1" --results "$DATA/samples" --questions "$DATA/$4/train.jsonl" $EVAL --final false --tasks= \
-        --limit 0 --n 64 --k 1,64 --temperature 1 --shots 4
-      run "$PYTHON" data/prepare.py split --questions "$DATA/$4" --samples "$DATA/samples/$(basename "${1%.pt}").jsonl" \
-        --out "$DATA/split" $SPLIT_FLAGS
-      return ;;
-    rl) run "${start[@]}" rl.py --init "$1" --out "$to.pt" $questions $RL $go ;;
-    rl-n*) run "${start[@]}" rl.py --init "$1" --out "$to.pt" $questions $RL --group "${2#rl-n}" $go ;;
-    mix) run "${start[@]}" mix.py --init "$1" --out "$to.pt" $questions $MIX $go ;;
-    sft) run "${start[@]}" sft.py --init "$1" --out "$to.pt" $questions $SFT $go ;;
-    sft-gold) run "${start[@]}" sft.py --init "$1" --out "$to.pt" --solutions all $questions $GOLD $go ;;
-  esac
-  if [[ $2 == sft* ]]; then
-    run "${start[@]}" rl.py --init "$to.pt" --out "$to-rl.pt" $questions $RL $go
-    run "${start[@]}" eval.py "$to.pt" "$to-rl.pt" --results "$rows" $questions $EVAL
-  else
-    run "${start[@]}" eval.py "$to.pt" --results "$rows" $questions $EVAL
+chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
+  set -- "$1" "$2" "$3" "${4:-}"
+  local recipe=${2%%+*} more=${2#"${2%%+*}"} questions=${4:+--questions $4} go="--seed $3 --resume" loss="" how="" to rows data sft
+  more=${more//+/ --} more=${more//=/ }  # mix+share=0.1 -> --share 0.1
+  to=$(cell_name "$@") rows=$(cell_rows "$@") sft=$(cell_name "$1" "${recipe%-rl}" "$3" "$4")
+  data=$DATA-$(basename "$(dirname "$1")") data=${data%-large}
+  if [ "$toy" ]; then  # what is measured beside the answers
+    loss="--text $data"
+    [ -z "$4" ] || loss="--tasks="
+    [[ $4 != */hard ]] || questions+=" --max_new 84"
   fi
-}
-finished() {  # the rows of a chain's last cell exist
-  local file
-  case $2 in
-    split) [ -f "$DATA/split/world.json" ]; return ;;
-    base) file=${1%.pt} ;;
-    sft*) file=$(cell_name "$@")-rl ;;
-    *) file=$(cell_name "$@") ;;
+  measure() { run "${start[@]}" eval.py "$@" --results "$rows" $questions $loss $EVAL $how; }
+  case $recipe in
+    base) how=${toy:+--shots 0} && measure "$1" ;;
+    val) how="$DRAW --final false" && measure "$1" ;;
+    draw) how="$DRAW --shot_seed $3" && measure "$1" ;;
+    split)  # 64 samples to each training question at T = 1
+      local folder=${4%/*}
+      run "${start[@]}" eval.py "$1" --results "$folder/samples" --questions "$4/train.jsonl" $EVAL --final false --tasks= \
+        --limit 0 --n 64 --k 1,64 --temperature 1 $SAMPLES
+      run "$PYTHON" data/prepare.py split --questions "$4" --samples "$folder/samples/$(basename "${1%.pt}").jsonl" \
+        --out "$folder/split" $SPLIT_FLAGS ;;
+    rl | rl-n5 | rl-n64)
+      case $recipe in rl-n5) more+=" $N5" ;; rl-n64) more+=" $N64" ;; esac
+      run "${start[@]}" rl.py --init "$1" --out "$to.pt" $questions $RL $more $go && measure "$to.pt" ;;
+    sft) run "${start[@]}" sft.py --init "$1" --out "$to.pt" $questions $SFT $more $go && measure "$to.pt" ;;
+    sft-gold) run "${start[@]}" sft.py --init "$1" --out "$to.pt" --solutions all $questions $GOLD $more $go && measure "$to.pt" ;;
+    sft-rl | sft-gold-rl)
+      if [ $recipe = sft-rl ]; then run "${start[@]}" sft.py --init "$1" --out "$sft.pt" $questions $SFT $go
+      else run "${start[@]}" sft.py --init "$1" --out "$sft.pt" --solutions all $questions $GOLD $go; fi
+      run "${start[@]}" rl.py --init "$sft.pt" --out "$to.pt" $questions $RL $AFTER $more $go
+      measure "$sft.pt" "$to.pt" ;;
+    mix) run "${start[@]}" mix.py --init "$1" --out "$to.pt" $questions $MIX $more $go && measure "$to.pt" ;;
+    mix-text) run "${start[@]}" mix.py --init "$1" --out "$to.pt" --text "$data" $questions $MIX $more $go && measure "$to.pt" ;;
+    text | rl-text)  # pre-training goes on, from the base or from its RL
+      local from=$1
+      [ $recipe = text ] || from=$(cell_name "$1" rl "$3" "$4").pt
+      run "${start[@]}" pretrain.py --init "$from" --data "$data" --out "$to" $MORE $more $go
+      rows+=/$(basename "$to")
+      measure "$to"/step*.pt ;;
   esac
-  file=$(cell_rows "$@")/$(basename "$file").jsonl
-  [ -f "$file" ] && grep -q "\"split\": \"$([ "$FINAL" = 1 ] && echo test || echo val)\"" "$file"
+}
+finished() {  # the rows of a cell's last checkpoint exist
+  local file rows
+  rows=$(cell_rows "$@") file=$(basename "$(cell_name "$@")")
+  case ${2%%+*} in
+    split) [ -f "${4%/*}/split/world.json" ]; return ;;
+    base | val) file=$(basename "${1%.pt}") ;;
+    draw) file=$(basename "${1%.pt}")-s$3 ;;
+    text | rl-text) compgen -G "$rows/$file/step*.jsonl" > /dev/null; return ;;
+  esac
+  [ -f "$rows/$file.jsonl" ] && grep -q "\"split\": \"$([ "$FINAL" = 1 ] && [ "$2" != val ] && echo test || echo val)\"" "$rows/$file.jsonl"
 }
 
 began=$SECONDS
@@ -159,34 +233,41 @@ trap 'end; trap end INT TERM; wait' EXIT  # trainers end their step and save; a 
 job() { trap 'exit 143' TERM; "$@"; }  # with a trap the shell of a job waits for what it runs
 trap 'exit 130' INT
 trap 'exit 143' TERM
-p=0
 for model in "${models[@]}"; do
-  read -r name data flags <<< "$model"
-  prepare "$data" $((p++)) || stop
+  read -r name data seed flags <<< "$model"
+  prepare "$data" "$seed" || stop
   [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
   # one process a core and one thread each: on small models two ranks are faster than two threads
   last="pretrain.py --out $OUT/$name"
   job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
-    --resume $flags $PRE &
+    --resume --seed $seed $flags $PRE &
   wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
 done
 
-todo=() total=0
-for ((seed = 0; seed < SEEDS || seed < ${EARLY_SEEDS:-0}; seed++)); do
-  for line in "${cells[@]}"; do
-    read -r init seeds recipes questions <<< "$line"
-    [ $seed -lt "$seeds" ] || continue
-    for recipe in ${recipes//,/ }; do
-      [ "$recipe" = base ] && [ "$seed" != 0 ] && continue
-      total=$((total + 1))
-      finished "$init" "$recipe" "$seed" "$questions" || todo+=("$init $recipe $seed $questions")
+todo=() total=0 wave=()
+for line in "${cells[@]}" wait; do  # all cells of the first seed come first
+  if [ "$line" != wait ]; then wave+=("$line"); continue; fi
+  for ((i = 1, found = 1; found; i++)); do
+    found=0
+    for cell in "${wave[@]}"; do
+      read -r init seeds recipes questions <<< "$cell"
+      seed=$(echo "$seeds" | cut -d , -f $i)
+      [ "$seed" ] || continue
+      found=1
+      for recipe in ${recipes//,/ }; do
+        [[ $recipe != base && $recipe != val && $recipe != split ]] || [ $i = 1 ] || continue
+        total=$((total + 1))
+        finished "$init" "$recipe" "$seed" "$questions" || todo+=("$init $recipe $seed $questions")
+      done
     done
   done
+  todo+=(wait) wave=()
 done
-echo "$total chains of cells, $((total - ${#todo[@]})) finished before, $JOBS side by side"
+count=0 left=$((${#todo[@]} - $(printf '%s\n' "${todo[@]}" | grep -cx wait)))
+echo "$total cells, $((total - left)) finished before, $JOBS side by side"
 
 declare -A started
-count=0 matrix_began=$SECONDS
+matrix_began=$SECONDS
 reap() {  # wait for one chain; stop everything if it failed
   local pid status=0
   wait -n -p pid || status=$?
@@ -197,20 +278,21 @@ reap() {  # wait for one chain; stop everything if it failed
     tr '\r' '\n' < "$log" | grep -v '^+ ' | tail -n 3 >&2
     exit 1
   fi
-  local left=$(((SECONDS - matrix_began) * (${#todo[@]} - count) / count))
-  echo "$count/${#todo[@]}  ${started[$pid]}  $(((SECONDS - began) / 60)) min in, about $(((left + 59) / 60)) min left"
+  running=$((running - 1))
+  local seconds=$(((SECONDS - matrix_began) * (left - count) / count))
+  echo "$count/$left  ${started[$pid]}  $(((SECONDS - began) / 60)) min in, about $(((seconds + 59) / 60)) min left"
 }
 running=0
-for job in ${todo[@]+"${todo[@]}"}; do
+for job in "${todo[@]}"; do
+  while [ $running -gt 0 ] && { [ "$job" = wait ] || [ $running -ge "$JOBS" ]; }; do reap; done
+  [ "$job" != wait ] || continue
   if [ "$DRY_RUN" ]; then chain $job; continue; fi
-  if [ $running -ge "$JOBS" ]; then reap; running=$((running - 1)); fi
   log=$(cell_name $job).log
   echo "start  $job  ($log)"
   job chain $job > "$log" 2>&1 &
   started[$!]=$job
   running=$((running + 1))
 done
-while [ $running -gt 0 ]; do reap; running=$((running - 1)); done
 
 for folder in "${reports[@]}"; do run "$PYTHON" eval.py --report "$folder"; done
 [ "$DRY_RUN" ] || echo "done in $(((SECONDS - began + 59) / 60)) min: ${reports[*]/%//report.md}"

@@ -1,12 +1,14 @@
 """Parallel averaging of RL and SFT (the paper's section on combining them): M_t -> M_t^mix.
 
     python mix.py --init ckpt/toy/step2734.pt
-    python mix.py --init ckpt/toy/step2734.pt --share 0.75
+    python mix.py --init ckpt/toy/step2734.pt --share 0 --share_end 1           # from SFT to RL
+    python mix.py --init ckpt/toy/step2734.pt --text data/out/toy               # an RL excursion inside pre-training
 
 Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the SFT optimizer's update
 Delta_SFT, and  theta <- theta + share * Delta_RL + (1 - share) * Delta_SFT.  The optimizers keep their own moments. An
 AdamW update is linear in its learning rate, so the shares go into the rates and theta is never copied (model.update).
-With the same steps, --micro and --compile, --share 1 is rl.py and --share 0 is sft.py, bit for bit.
+With the same steps, --micro and --compile, --share 1 is rl.py and --share 0 is sft.py, bit for bit. With --text the second
+batch is text that goes on where pre-training stopped, with the loss of pre-training: every token weighs 1/n.
 """
 
 import functools
@@ -21,7 +23,7 @@ from rl import rl_backward, rl_batch, rl_costs
 from sft import sft_backward, sft_batch, tokenise
 
 SIZES = {
-    "toy": dict(lr=3e-4, sft_lr=2e-3, questions_per_step=16, group=8, batch=16, steps=50, max_new=48),
+    "toy": dict(lr=1.5e-4, sft_lr=2e-3, questions_per_step=16, group=8, batch=32, steps=60, max_new=56),
     "paper": dict(lr=1e-6, sft_lr=2e-5, questions_per_step=128, group=64, batch=64, steps=1000, max_new=512),
 }
 
@@ -33,18 +35,20 @@ class Config:
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
     share: float = 0.5  # of the RL update; the SFT update has the rest (paper: one half)
-    steps: int | None = None  # steps, as many RL as SFT batches (toy 50)
+    share_end: float | None = None  # the share goes linearly from --share at the first step to this at the last (default: it stays)
+    text: str | None = None  # folder of token shards: pre-training text in place of the solutions
+    steps: int | None = None  # steps, as many RL as SFT batches (toy 60)
     questions_per_step: int | None = None  # RL: over all ranks (toy 16)
     group: int | None = None  # RL: answers a question (toy 8)
-    max_new: int | None = None  # RL: longest answer (toy 48; its hard questions need 84)
+    max_new: int | None = None  # RL: longest answer (toy 56; its hard questions need 84)
     temperature: float = 1.0  # RL: of sampling and of the log-probs trained on
     format_reward: float = 0.1  # RL: for a wrong answer in the right form
     std_norm: bool = False  # RL: divide the advantage by the group's std
-    lr: float | None = None  # RL: learning rate, constant after the warm-up, as in rl.py (toy 3e-4)
+    lr: float | None = None  # RL: learning rate, constant after the warm-up, as in rl.py (toy 1.5e-4)
     warmup: int = 5  # RL: updates of linear warm-up
     solutions: str = "1"  # SFT: solutions a question, 1 or all
-    batch: int | None = None  # SFT: solutions a step, over all ranks (toy 16)
-    sft_lr: float | None = None  # SFT: peak learning rate, cosine to a tenth, as in sft.py (toy 2e-3)
+    batch: int | None = None  # SFT: solutions a step, or rows of text as long as in pre-training, over all ranks (toy 32: as many in 60 steps as sft.py in 5 epochs)
+    sft_lr: float | None = None  # SFT, or text: peak learning rate, cosine to a tenth, as in sft.py (toy 2e-3)
     sft_warmup: int = 10  # SFT: steps of linear warm-up
     micro: int = 64  # rows a forward pass; never changes the result
     weight_decay: float = 0.0  # of both
@@ -69,15 +73,26 @@ class Config:
     overwrite: bool = False  # replace what is there
 
 
+def share_of(cfg, step: int) -> float:
+    """RL's share of step `step`. At 0 or 1 the side without a share changes no weight, and its moments go on all the same."""
+    end = cfg.share if cfg.share_end is None else cfg.share_end
+    return cfg.share + (end - cfg.share) * step / max(1, cfg.steps - 1)
+
+
 def main(cfg):
-    name = {"1": "mix", "all": "mix-gold"}.get(cfg.solutions, f"mix-{cfg.solutions}")
+    for flag in ("share", "share_end"):
+        if not 0 <= (getattr(cfg, flag) or 0) <= 1:
+            raise ValueError(f"--{flag} lies between 0 (all SFT) and 1 (all RL), not {getattr(cfg, flag)}")
+    if cfg.text and cfg.solutions != "1":
+        raise ValueError("--text takes the place of the solutions: leave out --solutions")
+    name = "mix-text" if cfg.text else {"1": "mix", "all": "mix-gold"}.get(cfg.solutions, f"mix-{cfg.solutions}")
     cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
-    if not 0 <= cfg.share <= 1:
-        raise ValueError(f"--share lies between 0 (all SFT) and 1 (all RL), not {cfg.share}")
     enc = tokens.encoding(parent["encoding"])
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
+    where = parent["pretrain_seed"], parent["encoding"], parent["tokens"]
+    text = tokens.Stream(cfg.text, "train", parent["length"], *where) if cfg.text else None
+    pairs, pad = [] if text else tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
 
     rl_optimizer, sft_optimizer = adam(model), adam(model)
     first = checkpoint.resume(state, rl_optimizer, sft_optimizer)
@@ -93,7 +108,7 @@ def main(cfg):
 
     def batch_rows(step):
         return {"rl": problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step),
-                "sft": problems.shuffled(len(pairs), cfg.batch, cfg.seed, step)}  # fmt: skip
+                "sft": text.chosen(step, cfg.batch) if text else problems.shuffled(len(pairs), cfg.batch, cfg.seed, step)}  # fmt: skip
 
     def save(done):
         meta = checkpoint.child_meta(cfg, parent, "mix", name, done)
@@ -109,19 +124,23 @@ def main(cfg):
             raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
                              f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
         rl_gradients, norm = ranks.gradients(model, world, cfg.clip)
-        sft = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
+        if text:
+            sft = problems.text_batch(text, cfg.batch, step, world)
+        else:
+            sft = sft_batch(pairs, pad, cfg.batch, cfg.seed, step, world)
         sft_loss = sft_backward(model, sft, cfg, world)
         sft_gradients, sft_norm = ranks.gradients(model, world, cfg.clip)
         loss, sft_loss = world.sum(loss, sft_loss)
-        rl_lr = cfg.share * cosine(step, cfg.steps, cfg.lr, cfg.warmup, floor=1.0)
-        sft_lr = (1 - cfg.share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
+        share = share_of(cfg, step)
+        rl_lr = share * cosine(step, cfg.steps, cfg.lr, cfg.warmup, floor=1.0)
+        sft_lr = (1 - share) * cosine(step, cfg.steps, cfg.sft_lr, cfg.sft_warmup)
         watched = dict(sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
         if log.healthy(step, cfg, functools.partial(batch_rows, step), watched, loss=loss):
             update(model, [(rl_optimizer, rl_lr, rl_gradients), (sft_optimizer, sft_lr, sft_gradients)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, batch, stats, cfg, began)
         costs["flops"] += cfg.batch * sft.mask.shape[1] * model.flops_per_token(sft.mask.shape[1])
-        log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, **stats, **mismatch,
+        log(step, costs, loss=loss, sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm, share=share, **stats, **mismatch,
             tokens_per_s=stats["sampled_tokens"] / costs["seconds"])  # fmt: skip
     validate(cfg.steps)
     checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "mix", name, cfg.steps))

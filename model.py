@@ -56,7 +56,7 @@ class ModelConfig:
 
 PRESETS = {
     "toy": dict(layers=4, width=96, heads=4, ffn=256, context=512),  # half a million parameters
-    "toy-large": dict(layers=6, width=192, heads=6, ffn=512, context=512),  # five times that: data against size
+    "toy-large": dict(layers=4, width=192, heads=8, ffn=512, context=512),  # 3.7 times that, as 4b to 1b: data against size
     "190m": dict(layers=12, width=768, heads=12, ffn=3072, context=4096),  # 190M beside the embedding
     "1b": dict(layers=16, width=2048, heads=16, ffn=8192, context=4096),  # OLMo-2-0425-1B
     "4b": dict(layers=30, width=3072, heads=24, ffn=8192, context=4096),  # paper: "4B", shape not given; here: 4.01B

@@ -2,26 +2,29 @@
 
     python pretrain.py --data data/out/toy --out ckpt/toy
     torchrun --nproc_per_node 8 pretrain.py --preset 1b --data data/out/dolmino --out ckpt/1b
+    python pretrain.py --data data/out/toy --init ckpt/toy/step1367-rl.pt --tokens 1.4M       # -> ckpt/toy/step1367-rl-text/
 
-Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt.
+Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt. With --init the text goes on
+where the pre-training of that checkpoint stopped, whatever came after it; the optimizer and its schedule begin anew.
 """
 
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.profiler import record_function
 
 from data import checkpoint, ranks, run, tokens
+from eval import held_out_losses
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 # what depends on the size of the model; a flag overrides it
 SIZES = {
-    "toy": dict(tokens=5_600_000, batch_tokens=2048, length=256, lr=3e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
+    "toy": dict(tokens=7_000_000, batch_tokens=2048, length=128, lr=4e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
     "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
 }
 
@@ -33,18 +36,19 @@ PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200":
 @dataclass(frozen=True)
 class Config:
     data: str = "data/out/toy"  # folder of token shards, train_*.bin and val_*.bin
-    out: str = "ckpt/toy"  # folder for step*.pt
+    out: str | None = None  # folder for step*.pt (ckpt/toy, with --init INIT-text)
+    init: str | None = None  # checkpoint whose weights to go on with (default: new weights)
     questions: str = ""  # questions that later stages take by default (default: DATA/easy if it is there)
     tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks if it is there)
-    preset: str = "toy"  # toy, toy-large, 190m, 1b or 4b
-    tokens: int | None = None  # length of the run (toy 5.6M; paper: 50B)
+    preset: str | None = None  # toy, toy-large, 190m, 1b or 4b (toy; with --init what that is)
+    tokens: int | None = None  # length of the run, without what --init has read (toy 7M; paper: 50B)
     save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[int, ...] = ()  # the same, in steps
     batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
-    length: int | None = None  # tokens a row (toy 256; paper: 4096)
+    length: int | None = None  # tokens a row (toy 128; paper: 4096; with --init as before: another length is another order)
     doc_mask: bool = False  # attention and positions stay inside a document (the end-of-text id ends one); paper: not given
     micro: int = 32  # rows a forward pass; never changes the result
-    lr: float | None = None  # peak learning rate (toy 3e-3; paper: 4e-4, cosine)
+    lr: float | None = None  # peak learning rate (toy 4e-3; paper: 4e-4, cosine)
     warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
     weight_decay: float | None = None  # on everything but the embedding (toy 0.05; OLMo2: 0.1)
     # OLMo2: 0.02. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS 0.02: a short run spends its first half
@@ -62,7 +66,7 @@ class Config:
     compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
     checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
     shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
-    seed: int = 0  # initial weights and order of the text
+    seed: int | None = None  # initial weights and order of the text (0); with --init only the run's name (default: that of INIT)
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
     peak_tflops: float = 0.0  # TFLOP/s of one device, for the mfu in the metrics (0: known for A100, H100 and H200, else no mfu)
@@ -87,26 +91,27 @@ def peak_flops(cfg, world) -> float:
     return world.size * 1e12 * (cfg.peak_tflops or next((peak for part, peak in PEAK.items() if part in name), 0))
 
 
-@torch.no_grad()
-def held_out_loss(model, stream, cfg, world, end) -> float:
-    """Mean negative log-likelihood (nats a token) of the first eval_rows windows of the validation text."""
-    count = min(cfg.eval_rows, stream.windows)
-    places = torch.arange(world.rank, -(-count // world.size) * world.size, world.size)  # as many on every rank: a sharded
-    total = 0.0  # model needs all of them for each pass, so that a place past the last window weighs 0
-    for some in places.split(cfg.micro):
-        ids, starts = here(ready(np.stack([stream.window(i % count) for i in some.tolist()]), cfg, world, end), world)
-        loss, *_ = model(ids, weight=(some < count).float().to(world.device)[:, None].expand(-1, cfg.length), starts=starts)
-        total += loss.double()
-    return world.sum(total)[0] / (count * cfg.length)
+def defaults(cfg, parent: dict) -> dict:
+    """What the flags leave open, by the size of the model and, with --init, by the meta of that checkpoint."""
+    preset = parent.get("preset", cfg.preset or "toy")
+    sizes = SIZES["toy" if preset.startswith("toy") else "paper"] | {"preset": preset, "out": "ckpt/toy", "seed": 0}
+    if parent:
+        sizes |= {"length": parent["length"], "seed": parent["seed"], "out": f"{Path(cfg.init).with_suffix('')}-text", "embed_std": None}
+    return sizes
 
 
 def main(cfg):
-    if cfg.preset not in PRESETS:
+    before = checkpoint.load(cfg.init) if cfg.init else {"meta": {}}
+    parent = before["meta"]
+    if cfg.preset not in (None, *PRESETS):
         raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
-    cfg = run.fill(cfg, SIZES["toy" if cfg.preset.startswith("toy") else "paper"])
+    if parent and (cfg.preset or parent["preset"], cfg.embed_std) != (parent["preset"], None):
+        raise ValueError(f"{cfg.init} has weights, of preset {parent['preset']}: --preset and --embed_std are for new ones")
+    cfg = run.fill(cfg, defaults(cfg, parent))
     world = ranks.start(cfg.device, cfg.dtype, cfg.shard)
-    stream = tokens.Stream(cfg.data, "train", cfg.length, cfg.seed)
-    held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed)
+    where = parent.get("pretrain_seed", cfg.seed), parent.get("encoding"), parent.get("tokens", 0)
+    stream = tokens.Stream(cfg.data, "train", cfg.length, *where)
+    held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed).beginning(cfg.eval_rows)
     enc = tokens.encoding(stream.encoding_name)
     if cfg.batch_tokens % (cfg.length * world.size):
         unit = cfg.length * world.size
@@ -123,13 +128,13 @@ def main(cfg):
     state = checkpoint.claim(path[steps], cfg, others=path.values())
     if cfg.verify:
         tokens.verify(cfg.data, world.rank, world.size)
-    vocab = tokens.vocab_size(enc)
-    shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
-    with torch.device("meta"):
-        model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
-    if state:
-        checkpoint.fill_model(model, state, world)
+    if state or parent:
+        model = checkpoint.load_model(state or before, Model, ModelConfig, world)
     else:
+        vocab = tokens.vocab_size(enc)
+        shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
+        with torch.device("meta"):
+            model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
         ranks.place(model, world).init_weights(cfg.seed, cfg.embed_std, ranks.put)
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = adam(model)
@@ -144,8 +149,12 @@ def main(cfg):
     world_name = json.loads(world_file.read_text())["name"] if world_file.exists() else Path(cfg.data).name
 
     def meta(step):
+        read = step * cfg.batch_tokens
+        if parent:
+            more = {"tokens": parent["tokens"] + read, "length": cfg.length, "tasks": cfg.tasks or parent["tasks"]}
+            return checkpoint.child_meta(cfg, parent, "pretrain", "text", step) | more
         return checkpoint.new_meta(
-            cfg, stage="pretrain", recipe="base", step=step, tokens=step * cfg.batch_tokens, parent="", preset=cfg.preset,
+            cfg, stage="pretrain", recipe="base", step=step, tokens=read, length=cfg.length, parent="", preset=cfg.preset,
             encoding=enc.name, world=world_name, pretrain_seed=cfg.seed,
             questions=cfg.questions or beside("easy"), tasks=cfg.tasks or beside("tasks"),
         )  # fmt: skip
@@ -184,7 +193,8 @@ def main(cfg):
         speed = cfg.batch_tokens / (time.time() - began)
         extra = {"mfu": flops * speed / peak} if peak else {}
         if (cfg.eval_every and done % cfg.eval_every == 0) or done in keep:
-            extra["held_out"] = held_out_loss(model, held_out, cfg, world, enc.eot_token)
+            losses = held_out_losses(model, held_out, cfg.micro, world, enc.eot_token if cfg.doc_mask else None)
+            extra["held_out"] = statistics.fmean(losses)
         seconds = time.time() - began
         log(step, dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds), loss=loss, lr=lr,
             gradient_norm=norm, tokens_per_s=speed, **extra)  # fmt: skip

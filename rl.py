@@ -27,7 +27,7 @@ from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
 SIZES = {
-    "toy": dict(lr=3e-4, questions_per_step=16, group=8, steps=50, max_new=48),
+    "toy": dict(lr=1.5e-4, questions_per_step=16, group=8, steps=60, max_new=56),
     "paper": dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512),  # paper: n = 5 or 64; rest not given
 }
 
@@ -38,10 +38,10 @@ class Config:
     out: str | None = None  # checkpoint to write (default: INIT-rl.pt)
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
-    steps: int | None = None  # rollout batches (toy 50; paper: 600 to 1,600)
+    steps: int | None = None  # rollout batches (toy 60; paper: 600 to 1,600)
     questions_per_step: int | None = None  # over all ranks (toy 16; paper: not given)
     group: int | None = None  # answers a question, the n of the paper (toy 8; paper: 5 and 64)
-    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 48; its hard questions need 84)
+    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 56; its hard questions need 84)
     temperature: float = 1.0  # of sampling and of the log-probs trained on: one distribution for both
     format_reward: float = 0.1  # for a wrong answer in the right form; 0 for the pure reward (paper: has one, size not given)
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
@@ -49,7 +49,7 @@ class Config:
     clip_ratio: float = 0.2  # PPO's epsilon, when updates > 1
     kl: float = 0.0  # weight of the KL to the starting checkpoint (k3 estimate)
     micro: int = 64  # rows a forward pass; never changes the result
-    lr: float | None = None  # learning rate, constant after the warm-up (toy 3e-4: 1e-3 collapses)
+    lr: float | None = None  # learning rate, constant after the warm-up (toy 1.5e-4: 6e-4 collapses)
     warmup: int = 5  # updates of linear warm-up
     weight_decay: float = 0.0  # off, as in veRL
     clip: float = 1.0  # largest gradient norm

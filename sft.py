@@ -18,7 +18,7 @@ from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
 SIZES = {
-    "toy": dict(batch=16, lr=2e-3, max_new=48),
+    "toy": dict(batch=16, lr=2e-3, max_new=56),
     "paper": dict(batch=64, lr=2e-5, max_new=512),  # the paper gives neither
 }
 
@@ -40,7 +40,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
     spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
-    max_new: int | None = None  # longest answer when the validation questions are answered (toy 48; its hard questions need 84)
+    max_new: int | None = None  # longest answer when the validation questions are answered (toy 56; its hard questions need 84)
     eval_every: int = 0  # steps between validations (0: only before and after)
     eval_questions: int = 20  # validation questions; 0 to skip validation
     eval_n: int = 32  # answers to each

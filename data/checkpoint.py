@@ -66,6 +66,8 @@ def load(path) -> dict:
     claimed = sum(math.prod(x.shape) * x.itemsize for x in tree_leaves(saved) if isinstance(x, torch.Tensor))
     if claimed > path.stat().st_size:  # one number repeated without end is a tensor, too
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes and claims {claimed:,} of weights: refused")
+    own = saved["meta"].get("run", {}).get("length", saved["config"]["context"])
+    saved["meta"].setdefault("length", own)  # tokens a row of pre-training: files from elsewhere and older ones do not say
     return saved
 
 
@@ -172,8 +174,8 @@ def claim(out, cfg, others=()) -> dict | None:
 
 def child_meta(cfg, parent: dict, stage: str, recipe_name: str, step: int) -> dict:
     """The meta of a checkpoint made from another one: where it came from is kept, the rest is new."""
-    kept = {k: parent[k] for k in ("tokens", "preset", "encoding", "world", "pretrain_seed", "tasks")}
-    kept |= {"parent": cfg.init, "parent_hash": config_hash(parent), "questions": cfg.questions}
+    kept = {k: parent[k] for k in ("tokens", "length", "preset", "encoding", "world", "pretrain_seed", "tasks")}
+    kept |= {"parent": cfg.init, "parent_hash": config_hash(parent), "questions": cfg.questions or parent["questions"]}
     return new_meta(cfg, **kept, stage=stage, recipe=recipe(parent["recipe"], recipe_name), step=step)
 
 

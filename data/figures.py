@@ -1,23 +1,21 @@
-"""Tables and figures of report.md, from what data/report.py has read and decided."""
-
-import re
+"""Figures, from what data/report.py has read: each is drawn if its rows are there."""
 
 import matplotlib
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from data import report
+from data import report, tables
+from data.report import Missing, tokens_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
 
+# Okabe and Ito's colours, and a marker each
 STYLES = {"base": ("#000000", "o"), "rl": ("#0072B2", "s"), "sft": ("#E69F00", "^"), "sft->rl": ("#D55E00", "v"),
-          "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X")}  # fmt: skip
-PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
-DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
-           "probability of the right choice %", "log_prob": "log-prob a token (nats)",
-           "flexible@1": "right in any format %", "questions": "questions seen", "sampled_tokens": "tokens sampled",
-           "flops": "training FLOPs", "seconds": "training seconds"}  # fmt: skip  # a row's field -> its column
+          "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X"),
+          "mix-text": ("#009E73", "*"), "rl->text": ("#56B4E9", "P"), "text": ("#777777", "X")}  # fmt: skip
+WIDTH = 7.2  # inches; at half of it the letters are as large as a footnote's
 
 # paper: GSM8K and the average of five general benchmarks, %; columns are billions of pre-training tokens
 PAPER_TOKENS = (2, 4, 6, 10, 12, 14, 20, 28, 44)
@@ -36,18 +34,26 @@ accuracy rl - - 41.0 44.2 - - 47.4 48.3 50.8; accuracy sft - - 35.4 38.2 - - 41.
 accuracy mix - - 40.7 44.7 - - 47.3 48.6 49.7""".replace("\n", "; ").split("; ")
 
 
-# ---- figures ----
+
+# ---- parts of a figure ----
 def style(name):
-    """Colour, marker and line of an arm: the recipe's, dashed for the base without shots."""
+    """Colour, marker and line of an arm: the recipe's, dashed and hollow for the base without shots."""
     colour, marker = STYLES.get(name.split()[0], ("#777777", "*"))
-    return {"color": colour, "marker": marker, "linestyle": "--" if "0-shot" in name else "-", "markersize": 5.5,
-            "linewidth": 1.5, "label": name, "markerfacecolor": "white" if "0-shot" in name else colour}  # fmt: skip
+    bare = "0-shot" in name
+    label = name if not name.endswith("-shot") else "base, no shots" if bare else "base, few shots"
+    return {"color": colour, "marker": marker, "linestyle": "--" if bare else "-", "markersize": 5.5, "linewidth": 1.5,
+            "label": label, "markerfacecolor": "white" if bare else colour}  # fmt: skip
 
 
-def plot_ours(axis, r, metric, names):
+def bars(e):
+    """Mean and half of the interval, in %."""
+    return 100 * e.mean, 100 * e.half()
+
+
+def plot_ours(axis, r, level, names):
+    """level(arm, tokens) -> Estimate or None."""
     for i, name in enumerate(names):  # bars a little apart
-        levels = {t: r.level(name, t, metric) for t in r.tokens}
-        points = [(t / 1e6 * 1.015 ** (i - 3), 100 * e.mean, 100 * e.half()) for t, e in levels.items() if e]
+        points = [(t / 1e6 * 1.015 ** (i - 3), *bars(e)) for t in r.tokens if (e := level(name, t))]
         if points:
             x, mean, half = zip(*points, strict=True)
             axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(name))
@@ -55,23 +61,46 @@ def plot_ours(axis, r, metric, names):
     axis.set_xticks([t / 1e6 for t in r.tokens], [f"{t / 1e6:.2g}" for t in r.tokens])
 
 
-def plot_paper(axis, metric, base):
-    for series in PAPER:
-        name, recipe, *values = series.split()
-        points = [(t, float(v)) for t, v in zip(PAPER_TOKENS, values, strict=True) if v != "-"]
-        if name == metric:
-            axis.plot(*zip(*points, strict=True), **style(recipe.replace("base", base)))
+def paper(metric):
+    """-> {recipe: {billions of tokens: %}}."""
+    series = [line.split() for line in PAPER if line.startswith(metric + " ")]
+    return {recipe: {t: float(v) for t, v in zip(PAPER_TOKENS, values, strict=True) if v != "-"} for _, recipe, *values in series}
+
+
+def plot_paper(axis, series):
+    for name, points in series.items():
+        axis.plot([*points], [*points.values()], **style(name))
     axis.set_xscale("log")
     axis.set_xticks([2, 4, 10, 20, 44], ["2", "4", "10", "20", "44"])
 
 
-def save(figure, path, handles):
-    """One legend for all panels, under them; no version or date in the file."""
-    columns = 4 if len(handles) > 3 else len(handles)
+def plot_band(axis, x, points, **look):
+    """A line through Estimates, in %, and its interval over seeds as a band."""
+    mean, half = np.array([bars(e) for e in points]).T
+    axis.plot(x, mean, **look)
+    if any(e.df for e in points):
+        axis.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def plot_cross(axis, x, y, scale=100, **look):
+    """One Estimate against another (times `scale`), both with their intervals."""
+    axis.errorbar(scale * x.mean, 100 * y.mean, 100 * y.half(), scale * x.half(), capsize=2, elinewidth=0.9, **look)
+
+
+def save(figure, path, columns=4):
+    """Light grid, one legend for all panels under them; no version or date in the file."""
+    handles = {}
+    for axis in figure.axes:
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+                    if label not in handles}  # fmt: skip
     rows = -(-len(handles) // columns)
     bottom = (0.05 + 0.2 * rows) / figure.get_figheight()
-    figure.legend(handles=list(handles.values()), labels=list(handles), loc="lower center", ncol=columns, frameon=False,
-                  columnspacing=1.2, handlelength=2.2)  # fmt: skip
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc="lower center", ncol=min(columns, len(handles)),
+                  frameon=False, columnspacing=1.0, handletextpad=0.5, handlelength=2.0)  # fmt: skip
     figure.tight_layout(rect=(0, bottom, 1, 1), h_pad=0.8, w_pad=0.6)
     figure.set_dpi(150)
     figure.canvas.draw()
@@ -81,179 +110,218 @@ def save(figure, path, handles):
     return path.name
 
 
-def finish(axes):
-    """Labels' minor ticks off, light grid; -> the legend's entries of all panels."""
-    handles = {}
-    for axis in axes:
-        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-                    if label not in handles}  # fmt: skip
-    return handles
-
-
+# ---- figures ----
 def draw_pass(r, folder, benchmark):
     """pass@1, 8, 32 against pre-training tokens, one line a recipe; the paper's GSM8K below the main benchmark."""
-    names = [n for n in r.names if n in [*STYLES][1:] or (n.startswith("base ") and n.endswith("-shot"))]
-    below = benchmark == r.benchmarks[0]
-    figure, axes = plt.subplots(1 + below, 3, figsize=(7.2, 5.4 if below else 3.2), squeeze=False)
+    bases = [n for n in r.names if n.startswith("base ") and n.endswith("-shot")]  # of many, those with none and with the most
+    bases = sorted(bases, key=lambda name: int(name[5:-5]))
+    names = [*dict.fromkeys(bases[:1] + bases[-1:]), *(n for n in r.names if n in report.RECIPES[1:])]
+    found = [t for t in r.tokens if any(r.rows("pass", name, t, benchmark) for name in names)]
+    below = benchmark == r.main
+    if len(found) < 2 and not below:
+        return None
+    figure, axes = plt.subplots(1 + below, 3, figsize=(WIDTH, 5.6 if below else 3.4), squeeze=False, sharey=True)
     for column, k in enumerate((1, 8, 32)):
-        plot_ours(axes[0, column], r, f"{benchmark} pass@{k}", names)
-        axes[0, column].set(title=f"pass@{k}, {benchmark}", xlabel="tokens (M)")
+        plot_ours(axes[0, column], r, lambda name, t, k=k: r.level(name, t, f"{benchmark} pass@{k}"), names)
+        axes[0, column].set(title=f"pass@{k}, {'ours' if below else benchmark}", xlabel="tokens (M)")
         if below:
-            plot_paper(axes[1, column], f"pass@{k}", "base 8-shot")
+            plot_paper(axes[1, column], {name.replace("base", "base 8-shot"): v for name, v in paper(f"pass@{k}").items()})
             axes[1, column].set(title=f"pass@{k}, paper", xlabel="tokens (B)")
+    axes[0, 0].set_ylim(-2, min(axes[0, 0].get_ylim()[1], 104))
     for row in axes:
         row[0].set_ylabel("%")
-    return save(figure, folder / f"pass-{benchmark}.png", finish(axes.flat))
+    return save(figure, folder / f"pass-{benchmark}.png")
 
 
 def draw_general(r, folder):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
-    plot_ours(left, r, "accuracy", STYLES)
-    left.set(title=f"accuracy, {' + '.join(r.general)}", xlabel="tokens (M)", ylabel="%")
-    plot_paper(right, "accuracy", "base")
+    """What each recipe does to the base's general capability, ours beside the paper's."""
+    def change(name, t):
+        return r.gap("accuracy", *report.minus(name, "base", [t]))
+
+    names = [name for name in report.RECIPES[1:] if any(change(name, t) for t in r.tokens)]
+    if not names:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
+    plot_ours(left, r, change, names)
+    left.set(title=f"ours, {len(r.general)} tasks", xlabel="tokens (M)", ylabel="accuracy - base (points)")
+    levels = paper("accuracy")
+    base = levels.pop("base")
+    plot_paper(right, {name: {t: v - base[t] for t, v in points.items()} for name, points in levels.items()})
     right.set(title="paper, 5 benchmarks", xlabel="tokens (B)")
-    return save(figure, folder / "general.png", finish((left, right)))
-
-
-def curve(r, name, tokens):
-    """-> {key: {step: mean over seeds}} of the validation points along the runs of an arm."""
-    found = {}
-    for key, runs in r.index.items():
-        if key[:3] == ("curve", name, tokens):
-            for point in (point for row in runs.values() for point in row["points"]):
-                for field, value in point.items():
-                    found.setdefault(field, {}).setdefault(point["step"], []).append(value)
-    return {field: {step: float(np.mean(values)) for step, values in sorted(steps.items())}
-            for field, steps in found.items() if field != "step"}  # fmt: skip
+    for axis in (left, right):
+        axis.axhline(0, color="#000000", linewidth=0.8)
+    return save(figure, folder / "general.png")
 
 
 def draw_dynamics(r, folder):
-    """Along RL: from SFT, and direct, at the middle checkpoint (the last one that has curves if there is no middle)."""
-    tokens = [t for t in r.tokens if curve(r, "rl", t)] or [t for t in r.tokens if curve(r, "sft->rl", t)]
+    """Along RL at the checkpoints that decide expansion, or else at the last one that has curves: direct and after SFT."""
+    arms = {"rl": "direct RL", "sft->rl": "SFT, then RL"}  # arm -> its panel's title
+    tokens = [t for t in r.tokens if any(r.curve(name, t, "pass@1") for name in arms)]
     try:
-        tokens = [t for t in r.checkpoints("pass@1", "base", low=0.3) if t in tokens][:1] or tokens
-    except report.Missing:
-        pass
+        tokens = [t for t in report.room(r, "base") if t in tokens] or tokens[-1:]
+    except Missing:
+        tokens = tokens[-1:]
     if not tokens:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.0), sharey=True)
-    for axis, name in zip(axes, ("sft->rl", "rl"), strict=True):
-        points = curve(r, name, tokens[-1])
-        ks = sorted(int(field[5:]) for field in points if field.startswith("pass@"))
-        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(ks)))
-        for k, colour, marker in zip(ks, colours, "ov^sDPX*"[: len(ks)], strict=True):
-            steps = points[f"pass@{k}"]
-            axis.plot([*steps], [100 * v for v in steps.values()], color=colour, marker=marker, markersize=5,
-                      label=f"pass@{k}")  # fmt: skip
-        if "formatted" in points:
-            axis.plot([*points["formatted"]], [100 * v for v in points["formatted"].values()], color="#D55E00",
-                      linestyle="--", label="in format")  # fmt: skip
-        title = f"{'SFT, then' if name == 'sft->rl' else 'direct'} RL at {report.tokens_name(tokens[-1])}"
-        axis.set(title=title if points else f"{title}: no rows", xlabel="RL step")
-    axes[0].set_ylabel("validation %")
-    return save(figure, folder / "dynamics.png", finish(axes))
+    figure, axes = plt.subplots(len(tokens), 3, figsize=(WIDTH, 1.2 + 2.3 * len(tokens)), squeeze=False, sharey=True, sharex="col")
+    ks = (1, 2, 4, 8, 16, 32)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(ks)))
+    for row, t in zip(axes, tokens, strict=True):
+        for axis, (name, title) in zip(row, arms.items(), strict=False):
+            for k, colour, marker in zip(ks, colours, "ov^sDP", strict=True):
+                if points := r.curve(name, t, f"pass@{k}"):
+                    plot_band(axis, [*points], [*points.values()], color=colour, marker=marker, markersize=4, label=f"pass@{k}")
+            axis.set_title(f"{title}, {tokens_name(t)}")
+            for field, line, says in (("formatted", "-", "format"), ("reward", ":", "reward")):
+                if points := r.curve(name, t, field):
+                    colour, marker = STYLES[name]
+                    plot_band(row[2], [*points], [*points.values()], color=colour, marker=marker, markersize=4, linestyle=line,
+                              label=f"{says}, {name}")  # fmt: skip
+        row[2].set_title("format and reward")
+        row[0].set_ylabel("validation %")
+    for axis in axes[-1]:
+        axis.set_xlabel("RL step")
+    return save(figure, folder / "dynamics.png", columns=5)
+
+
+def draw_rollouts(r, folder):
+    """Validation along RL with 5 and with 64 answers a question, against questions and FLOPs, a row a split."""
+    names = {"rl n=5": ("#0072B2", "o"), "rl n=64": ("#D55E00", "s")}
+    cells = [(b, t) for b in report.splits(r) for t in r.tokens if all(r.curve(name, t, "pass@1", b) for name in names)]
+    if not cells:
+        return None
+    figure, axes = plt.subplots(len(cells), 2, figsize=(WIDTH, 0.9 + 2.3 * len(cells)), squeeze=False, sharey="row")
+    for row, (benchmark, t) in zip(axes, cells, strict=True):
+        for name, (colour, marker) in names.items():
+            look = {"color": colour, "marker": marker, "markersize": 4, "label": name[3:]}
+            for axis, cost, scale in zip(row, ("questions", "flops"), (1, 1e12), strict=True):
+                x, points = tables.along(r, name, t, benchmark, cost)
+                first = axis is row[0]  # no question on a log axis; both arms start at the same base
+                plot_band(axis, np.array(x[first:]) / scale, points[first:], **look)
+        ticks = [10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000]
+        row[0].set(xscale="log", title=f"{benchmark}, {tokens_name(t)}", xlabel="questions seen")
+        low, high = row[0].get_xlim()
+        row[0].set_xticks([tick for tick in ticks if low <= tick <= high], [f"{tick:,}" for tick in ticks if low <= tick <= high])
+        row[1].set(title=f"{benchmark}, {tokens_name(t)}", xlabel="FLOPs (1e12)")
+        row[0].set_ylabel("validation pass@1 (%)")
+    return save(figure, folder / "rollouts.png")
+
+
+def draw_seeds(r, folder):
+    """Where 8 or more seeds of `rl` end, by their training reward, at the early and the late checkpoint."""
+    try:
+        found = tables.ends(r)
+    except Missing:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8))
+    runs = sorted({run for at in found.values() for run, _ in at})
+    for axis, (column, k) in zip(axes, ((1, 1), (2, 32)), strict=True):
+        for (t, at), colour in zip(found.items(), ("#D55E00", "#0072B2"), strict=True):
+            for run, marker in zip(runs, "osD^vPX*<>"):  # noqa: B905  more runs than markers are not told apart
+                points = 100 * np.array([values for unit, values in at.items() if unit[0] == run])
+                axis.plot(points[:, 0], points[:, column], marker, color=colour, markersize=5.5, linestyle="", fillstyle="none",
+                          label=f"{tokens_name(t)}, run {run}")  # fmt: skip
+            end, reward = 100 * np.array([v[column] for v in at.values()]), 100 * np.array([v[0] for v in at.values()])
+            if not np.isnan(reward).any():
+                span = [reward.min() - 1, reward.max() + 1]
+                axis.plot(span, [end.mean()] * 2, color=colour, linewidth=1.5, label=f"{tokens_name(t)}, mean")
+                axis.plot(span, [report.best_of_4(end)] * 2, color=colour, linewidth=1.5, linestyle=":",
+                          label=f"{tokens_name(t)}, best of 4")  # fmt: skip
+        axis.set(title=f"test pass@{k} (%)", xlabel="training reward at the end (%)")
+    return save(figure, folder / "seeds.png")
+
+
+def draw_data_size(r, folder):
+    """Hard questions, last checkpoint: the base world, the one with more math, the larger model."""
+    names = ["", f" {r.data}", f" {r.size}"]
+    tokens = [t for t in r.tokens if all(r.level(f"rl{more}", t, "hard pass@1") for more in names)]
+    if "hard" not in r.benchmarks or not tokens:
+        return None
+    recipes = [n for n in ("base", "rl", "sft", "sft->rl") if r.level(n, tokens[-1], "hard pass@1")]
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
+    for axis, k in zip(axes, (1, 32), strict=True):
+        for i, recipe in enumerate(recipes):
+            levels = [r.level(recipe + more, tokens[-1], f"hard pass@{k}") for more in names]
+            points = [(x + 0.1 * (i - (len(recipes) - 1) / 2), *bars(e)) for x, e in enumerate(levels) if e]
+            x, mean, half = zip(*points, strict=True)
+            axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(recipe) | {"linestyle": "", "markersize": 7})
+        axis.set_xticks(range(3), ["this world", f"more math\n{r.data[3:]}", f"larger model\n{r.size[3:]}"])
+        axis.set(title=f"hard pass@{k} (%), {tokens_name(tokens[-1])}", xlim=(-0.5, 2.5), ylim=(0, None))
+    return save(figure, folder / "data-size.png")
+
+
+def draw_shares(r, folder):
+    """Parallel averaging on the plane of pass@1 and pass@32: its share of RL, and a schedule."""
+    tokens = tables.mixed(r)
+    if not tokens:
+        return None
+    figure, axes = plt.subplots(1, len(tokens), figsize=(WIDTH if len(tokens) > 1 else 4.8, 4.2), squeeze=False)
+    for axis, t in zip(axes[0], tokens, strict=True):
+        def level(name, k, t=t):
+            return r.level(name, t, f"pass@{k}")
+
+        constant = [name for name in tables.shares(r, t) if "-" not in name.partition("share=")[2]]
+        axis.plot(*([100 * level(name, k).mean for name in constant] for k in (1, 32)), color=STYLES["mix"][0], linewidth=1)
+        for name in ("rl", "sft", "sft->rl", *tables.shares(r, t)):
+            if level(name, 1) and level(name, 32):
+                share = name.partition("share=")[2] or str(report.SHARE)
+                mark = {"label": "mix, a schedule", "markerfacecolor": "white"} if "-" in share else {"label": name.split()[0]}
+                plot_cross(axis, level(name, 1), level(name, 32), **style(name) | mark | {"linestyle": ""})
+                if name.startswith("mix"):
+                    axis.annotate(share.replace("-", " to "), (100 * level(name, 1).mean, 100 * level(name, 32).mean),
+                                  (5, 5), textcoords="offset points", fontsize=9)  # fmt: skip
+        axis.set(title=f"share of RL, {tokens_name(t)}", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
+    return save(figure, folder / "shares.png", columns=3)
+
+
+def draw_text(r, folder):
+    """What pass@1 gains over the base and what the text loss pays for it, with text as the second stream and without."""
+    found = {}
+    for t in (t for t in r.tokens if r.rows("pass", "mix-text", t, r.main)):
+        for name in ("rl", "sft", "mix", "mix-text"):
+            loss, gain = (r.gap(metric, *report.minus(name, "base", [t])) for metric in ("loss", "pass@1"))
+            if loss and gain:
+                found.setdefault(t, {})[name] = loss, gain
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, len(found), figsize=(WIDTH if len(found) > 1 else 4.8, 3.8), squeeze=False)
+    for axis, (t, points) in zip(axes[0], found.items(), strict=True):
+        for name, (loss, gain) in points.items():
+            plot_cross(axis, loss, gain, scale=1, **style(name) | {"linestyle": "", "markersize": 7})
+        axis.axvline(0, color="#000000", linewidth=0.8)
+        axis.set(title=f"against the base, {tokens_name(t)}", xlabel="text loss (nats a token)", ylabel="pass@1 (points)")
+    return save(figure, folder / "text.png")
+
+
+def draw_gone_on(r, folder):
+    """Pre-training that goes on from RL weights, beside a control from the base's."""
+    cells = tables.gone_on(r)
+    if not cells:
+        return None
+    figure, axes = plt.subplots(len(cells), 3, figsize=(WIDTH, 1.0 + 2.5 * len(cells)), squeeze=False)
+    for row, (t, u, v) in zip(axes, cells, strict=True):
+        paths = {"base": [("base", t), ("base", v)], "rl": [("rl", t)], "text": [("base", t), ("text", u)],
+                 "rl->text": [("rl", t), ("rl->text", u)]}  # fmt: skip
+        for axis, metric in zip(row, ("pass@1", "pass@32", "loss"), strict=True):
+            for name, path in paths.items():
+                scale, levels = (1 if metric == "loss" else 100), []
+                for arm, base in zip(path, (t, v), strict=False):  # the windows differ more than the arms: losses against the base
+                    levels.append(r.gap(metric, (1, *arm), *[(-1, "base", base)] * (metric == "loss")))
+                if all(levels):
+                    axis.plot(range(len(path)), [scale * e.mean for e in levels], color=STYLES[name][0], linewidth=1.5)
+                    own = [(x, e) for x, (e, arm) in enumerate(zip(levels, path, strict=True)) if arm[0] == name]
+                    axis.errorbar([x for x, _ in own], [scale * e.mean for _, e in own], [scale * e.half() for _, e in own],
+                                  capsize=2, elinewidth=0.9, **style(name) | {"linestyle": ""})  # fmt: skip
+            axis.set_xticks([0, 1], [tokens_name(t), tokens_name(u)])
+            axis.set(title="text loss - base (nats)" if metric == "loss" else f"{metric} (%)", xlim=(-0.25, 1.25), xlabel="tokens")
+    return save(figure, folder / "gone-on.png")
 
 
 def draw(r, folder):
     """Writes every figure the rows allow; -> their file names."""
+    figures = [draw_dynamics, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text, draw_gone_on]
     with plt.rc_context({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 11,
                          "xtick.labelsize": 10, "ytick.labelsize": 10}):  # fmt: skip  # readable at half width
         names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
-        names += [draw_dynamics(r, folder)] + ([draw_general(r, folder)] if r.general else [])
+        names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]
     return [name for name in names if name]
-
-
-# ---- tables ----
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
-
-
-def outcome(finding, verdict):
-    """This run's figures for one finding, in points."""
-    e = verdict.estimate
-    if not e:
-        return ""
-    if e.df:
-        half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
-        text = f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}], p {verdict.p:.2g} "
-        text += f"(Holm {verdict.holm:.2g}), {e.seeds} seeds{f' x {e.questions} questions' * (e.questions > 1)}"
-    else:
-        text = f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} (one SE over questions)"
-    runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
-    return f"{text}; {verdict.text}" + (f"; by pre-training seed {runs}" if len(e.runs) > 1 else "")
-
-
-def lines(verdicts):
-    """The findings for the console."""
-    return [f"{number}  {v.verdict}{f' ({v.reason})' if v.reason else ''}: {f.claim}  {outcome(f, v)}"
-            for (number, v), f in zip(verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
-
-
-def secondary(r, finding):
-    """Rows of secondary differences, one column a checkpoint."""
-    rows = []
-    for metric, first, second in finding.secondary:
-        row = [f"{metric}: {first} - {second}"]
-        for t in r.tokens:
-            try:
-                e = report.estimate(r.contrast(metric, report.minus(first, second, [t]))[1])
-                row.append(f"{100 * e.mean:+.1f} ±{100 * e.half():.1f}")
-            except report.Missing:
-                row.append("-")
-        rows += [row] if set(row[1:]) != {"-"} else []
-    return rows
-
-
-def details(r, name, tokens, benchmark):
-    """Format, diversity, cost, and the questions newly solved and lost against the parent, means over seeds."""
-    rows, general = [*r.rows("pass", name, tokens, benchmark).values()], re.sub(r" \d+-shot", "", name)
-    rows += [row for task in r.general for row in r.rows("general", general, tokens, task).values()]
-    cells = []
-    for field, column in DETAILS.items():
-        values = [row[field] for row in rows if row.get(field) is not None]
-        mean = np.mean(values) * (100 if "%" in column else 1) if values else 0
-        cells.append("-" if not values else f"{mean:.3g}" if mean >= 1000 else f"{mean:.{1 if abs(mean) >= 1 else 2}f}")
-    try:
-        metric, parent = f"{benchmark} solved", PARENT.get(name.split()[0], name)
-        arms = [(sign, r.arm(arm, tokens, metric)) for sign, arm in ((1, name), (-1, parent))]
-        change = np.concatenate([[*cell.values()] for cell in report.combine(arms).values()])
-        solved = [f"{100 * np.maximum(sign * change, 0).mean():.1f}" for sign in (1, -1)]
-    except report.Missing:
-        solved = ["-", "-"]
-    return cells + (solved if name.split()[0] in PARENT else ["-", "-"])
-
-
-def page(r, verdicts, torn, pictures):
-    """The text of report.md."""
-    checkpoints = [report.tokens_name(t) for t in r.tokens]
-    parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions; shares in %, differences in points. "
-             "±: half of the 95% interval over seeds and questions, or one standard error with one seed.\n"]
-    findings = [[number, finding.claim, f"{finding.rule} ({finding.kind})", outcome(finding, v), finding.paper,
-                 f"**{v.verdict}**{f' ({v.reason})' if v.reason else ''}"]
-                for (number, v), finding in zip(verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
-    parts += ["## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], findings)]
-    parts += [report.RULES + "\n"] + [f"![{name}]({name})\n" for name in pictures]
-    rows = [[n, *row] for n, finding in zip(verdicts, report.FINDINGS, strict=True) for row in secondary(r, finding)]
-    parts += ["## Secondary differences\n", table(["", "difference", *checkpoints], rows)] if rows else []
-    for metric in [f"{b} pass@{k}" for b in r.benchmarks for k in (1, 8, 32)] + ["accuracy"] * bool(r.general):
-        names = [name for name in r.names if name != "base" or metric == "accuracy"]  # "base" is 0-shot or 8-shot
-        rows = [[name] + [str(r.level(name, t, metric) or "-") for t in r.tokens] for name in names]
-        rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-        title = f"accuracy, mean of {', '.join(r.general)}" if metric == "accuracy" else metric
-        parts += [f"## {title}\n", table(["", *checkpoints], rows)] if rows else []
-    header = ["", "tokens", *DETAILS.values(), "newly solved against the parent %", "lost %"]
-    for benchmark in r.benchmarks:
-        rows = [[name, report.tokens_name(t), *details(r, name, t, benchmark)] for name in r.names for t in r.tokens
-                if r.rows("pass", name, t, benchmark)]  # fmt: skip
-        columns = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
-        first, *rest = zip(*columns, strict=True)
-        parts += [f"## Answers, {benchmark}\n", table(first, rest)] if rest else []
-    found = {(n.split()[0], t) for n in r.names for t in r.tokens for b in r.benchmarks if r.rows("pass", n, t, b)}
-    absent = [f"no rows for {name} at {report.tokens_name(t)}" for t in r.tokens for name in STYLES
-              if (name, t) not in found]  # fmt: skip
-    parts += ["## Missing\n", "\n".join(f"- {line}" for line in [*absent, *torn]) or "Nothing."]
-    return "\n".join(parts) + "\n"

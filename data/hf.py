@@ -71,7 +71,7 @@ class Shape:
 
 
 # layers, width, heads, ffn -> names of model.PRESETS; another size is named by the first two
-PRESETS = {(4, 96, 4, 256): "toy", (6, 192, 6, 512): "toy-large", (12, 768, 12, 3072): "190m",
+PRESETS = {(4, 96, 4, 256): "toy", (4, 192, 8, 512): "toy-large", (12, 768, 12, 3072): "190m",
            (16, 2048, 16, 8192): "1b", (30, 3072, 24, 8192): "4b"}  # fmt: skip
 
 LAYER = {  # ours -> theirs, stacked in this order

@@ -79,19 +79,19 @@ def prepared(command, *flags):
 
 
 def pretrained(script, cfg):
-    size = "toy" if cfg.preset.startswith("toy") else "paper"
-    cfg = run.fill(cfg, script.SIZES[size])
+    parent = vars(models[str(Path(cfg.init).parent)]) if cfg.init else {}
+    cfg = run.fill(cfg, script.defaults(cfg, parent))
     easy = f"{cfg.data}/easy"  # only the toy has it
     vocab = tokens.VOCABULARY["toy" if easy in sets or Path(easy).is_dir() else "cl100k_base"]
     model = shapes(cfg.preset, vocab)
-    disk = 4.0 * sum(p.numel() for p in model.parameters())
-    models[cfg.out] = SimpleNamespace(model=model, size=size, disk=disk, questions=cfg.questions or easy,
-                                      tasks=TASKS if cfg.tasks else 0)  # those of the toy are next to nothing
+    new = dict(model=model, size="toy" if cfg.preset.startswith("toy") else "paper", disk=4.0 * sum(p.numel() for p in model.parameters()),
+               preset=cfg.preset, seed=cfg.seed, questions=cfg.questions or easy, tasks=TASKS if cfg.tasks else 0)  # the toy's: little
+    made = models[cfg.out] = SimpleNamespace(**new | parent | dict(length=cfg.length, base=not parent))
     steps = max(1, round(cfg.tokens / cfg.batch_tokens))
     kept = {steps, *cfg.save_steps, *(round(count / cfg.batch_tokens) for count in cfg.save_tokens)}
     if (Path(cfg.out) / f"step{steps}.pt").exists():  # finished
         return FREE
-    return *work(model, steps * cfg.batch_tokens, length=cfg.length)[:2], len(kept) * disk
+    return *work(made.model, steps * cfg.batch_tokens, length=cfg.length)[:2], len(kept) * made.disk
 
 
 def post_trained(script, cfg):
@@ -105,25 +105,28 @@ def post_trained(script, cfg):
         steps = max(1, round(cfg.epochs * pairs / cfg.batch))
     if hasattr(cfg, "group"):
         rows = steps * cfg.questions_per_step * cfg.group
-    trained = rows * getattr(cfg, "updates", 1) + steps * getattr(cfg, "batch", 0)
+    text = getattr(cfg, "text", None)
+    trained = rows * getattr(cfg, "updates", 1) + (0 if text else steps * getattr(cfg, "batch", 0))
     validations = 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
     sampled = rows + validations * cfg.eval_questions * cfg.eval_n
     read = sampled / getattr(cfg, "group", cfg.eval_n)  # each prompt once
-    return *work(base.model, trained * (PROMPT + answer), read * PROMPT, sampled * answer)[:2], base.disk
+    flops, hours, _ = work(base.model, trained * (PROMPT + answer), read * PROMPT, sampled * answer)
+    more = work(base.model, steps * cfg.batch * base.length, length=base.length) if text else FREE
+    return flops + more[0], hours + more[1], base.disk
 
 
 def evaluated(script, cfg):
     read = sampled = 0
     for path in cfg.checkpoints:
         base = models[str(Path(path).parent)]
-        answer = min(ANSWER, cfg.max_new or {"toy": 48, "paper": 512}[base.size])
+        answer = min(ANSWER, cfg.max_new or rl.SIZES[base.size]["max_new"])
         for folder in cfg.questions or (base.questions,):
             count = getattr(questions(folder.removesuffix("/train.jsonl")), "train" if folder.endswith(".jsonl") else
                             "test" if cfg.final else "val")  # fmt: skip
-            ways = len(cfg.shots) if cfg.shots else 2 if re.search(r"step\d+\.pt$", path) else 1  # a base is measured twice
+            ways = len(cfg.shots) if cfg.shots else 2 if base.base and re.search(r"step\d+\.pt$", path) else 1  # a base: twice
             count = min(count, cfg.limit or count) * ways
             read, sampled = read + count * PROMPT, sampled + count * cfg.n * answer
-        read += base.tasks if cfg.tasks is None else 0
+        read += (base.tasks if cfg.tasks is None else 0) + (256 * base.length if cfg.text else 0)
     return work(base.model, 0, read, sampled) if cfg.checkpoints else FREE
 
 

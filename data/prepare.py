@@ -31,14 +31,14 @@ from data.questions import Gsm8k, Math, OpenMath, check_apart, make_gsm8k, make_
 @dataclass(frozen=True)
 class Toy:
     out: str = "data/out/toy"  # the folder to make
-    tokens: int = 5_600_000  # of training text
+    tokens: int = 7_200_000  # of training text
     val_tokens: int = 100_000  # of held-out text
     math_share: float = 0.3  # of the text's tokens: word problems and drills
     format_share: float = 0.04  # of the word problems in the text that look like the questions of post-training
     train_questions: int = 400  # easy, and as many hard ones
     val_questions: int = 200  # of each level
     test_questions: int = 300  # of each level
-    shots: int = 8  # solved questions to show a base model, of each level
+    shots: int = 32  # solved questions to show a base model, of each level
     task_items: int = 400  # of each general-capability task
     seed: int = 0  # of everything
     overwrite: bool = False  # replace the folder if it exists
@@ -74,7 +74,7 @@ def make_toy(cfg):
         for split, count in (("train", cfg.tokens), ("val", cfg.val_tokens)):
             write_text(folder, split, toy_documents(cfg, split, count), enc)
         splits = {split: [] for split in counts}
-        for level in toy.LEVELS:
+        for level in toy.ASKED:
             for split, count in counts.items():
                 rows = toy.questions(cfg.seed, level, split, count)
                 write_questions(folder, f"{level}/{split}", rows, enc)

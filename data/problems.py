@@ -87,6 +87,17 @@ def load(path, split):
     return rows
 
 
+def shots(folder, count, questions, seed=None, exactly=True):
+    """`count` solved questions of a folder to show before others, none of which is one of these `questions`: the first ones,
+    or drawn by `seed`. Raises ValueError if there are fewer; not `exactly`: as many as there are."""
+    asked = {row["question"] for row in questions}
+    known = [row for row in load(folder, "shots") if row["question"] not in asked] if count else []
+    if exactly and len(known) < count:
+        raise ValueError(f"{folder} has {len(known)} shots, not {count}: lower --shots")
+    count = min(count, len(known))  # MATH has four
+    return known[:count] if seed is None else random.Random(f"{seed} shots").sample(known, count)
+
+
 def solution_pairs(rows, solutions, seed):
     """[(question, solution)] to train on: `solutions` of each question, chosen once by (seed, id), or "all" of them."""
     pairs = []
@@ -130,7 +141,7 @@ def answer_ids(enc, solution):
 # ---- batches
 
 class Batch(NamedTuple):
-    """What SFT and RL train on. mask, weight and logp belong to the targets ids[:, 1:]."""
+    """What SFT and RL train on, and mix.py's text. mask, weight and logp belong to the targets ids[:, 1:]."""
     ids: torch.Tensor  # (B, T) int64, prompt and answer, filled up with padding on the right
     mask: torch.Tensor  # (B, T-1) bool, the answer tokens, its end token with them
     weight: torch.Tensor  # (B, T-1) f32, of each target in the loss, 0 outside the mask
@@ -152,6 +163,14 @@ def shuffled(count, batch, seed, step):
     epoch, index = divmod(step, count // batch)
     order = np.random.default_rng([seed, epoch]).permutation(count)
     return order[index * batch:(index + 1) * batch].tolist()
+
+
+@torch.profiler.record_function("data")
+def text_batch(stream, batch, step, world):
+    """This rank's rows of `batch` windows of a tokens.Stream: every token of them, whichever rank has it, weighs 1/n."""
+    ids = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
+    mask = torch.ones(len(ids), stream.length, dtype=torch.bool)
+    return Batch(ids, mask, mask / (batch * stream.length), None)
 
 
 def pieces(batch, micro, world, idle=False):

@@ -253,7 +253,7 @@ class Split:
     levels: tuple[int, ...] = (16, 8)  # easy: so many of the answers right, or more; hard: so many or fewer (paper, of 64)
     most: int = 10_000  # questions of each (paper: 10k; OpenMathInstruct-1 has fewer)
     held_out: float = 0.1  # share of each for validation, and as much for test
-    out: str = "data/out/split"  # the folder to make, with easy/ and hard/ in it
+    out: str = "data/out/split"  # the folder to make, with split-easy/ and split-hard/ in it
     seed: int = 0  # of the choice of questions
     overwrite: bool = False  # replace the folder if it exists
 
@@ -327,6 +327,7 @@ def make_split(cfg):
         raise ValueError("--levels takes two counts, and --held_out a share between 0 and 0.5")
     counts = dict(zip(found[-1]["ids"], found[-1]["correct"], strict=True))
     easy, hard = cfg.levels
+    enc = tokens.encoding("toy" if str(found[-1].get("world")).startswith("toy") else "cl100k_base")
     levels = {"easy": [name for name in rows if counts[name] >= easy], "hard": [name for name in rows if counts[name] <= hard]}
     with new_folder(cfg, "split", n=found[-1]["n"], checkpoint=found[-1]["checkpoint"]) as folder:
         for level, names in levels.items():
@@ -335,5 +336,5 @@ def make_split(cfg):
             if len(names) < 3:
                 raise ValueError(f"{len(names)} of {len(rows)} questions are {level} for {found[-1]['checkpoint']}: change --levels")
             for split, part in (("val", names[:held]), ("test", names[held:2 * held]), ("train", names[2 * held:])):
-                write_questions(folder, f"{level}/{split}", [rows[name] for name in part], tokens.encoding("cl100k_base"))
-            write_rows(folder, f"{level}/shots", problems.load(cfg.questions, "shots"))
+                write_questions(folder, f"split-{level}/{split}", [rows[name] for name in part], enc)
+            write_rows(folder, f"split-{level}/shots", problems.load(cfg.questions, "shots"))

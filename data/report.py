@@ -1,9 +1,10 @@
-"""Result rows -> report.md with tables and figures, and a verdict on each of the nine findings by rules fixed here.
+"""Result rows -> a verdict on each of the nine findings, by rules fixed here; `report` writes them down (tables.py, figures.py).
 
-A replicate is a training seed. An arm has a name: "rl", "base 8-shot", "rl n=64", "mix share=0.25", "rl in toy-math60"
-(another world), "rl as wide" (another model). Shares inside, percent in print.
+A replicate is a training seed. An arm has a name: "rl", "base 8-shot", "rl n=64", "mix share=0.25", "mix share=0-1" (a
+schedule), "rl in toy-math60" (another world), "rl as wide" (another model). Shares inside, percent in print; losses in nats.
 """
 
+import re
 from collections import Counter, namedtuple
 from functools import cache
 from json import dumps, loads
@@ -13,9 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-RECIPES = ("base", "rl", "sft", "sft->rl", "mix", "sft-gold", "sft-gold->rl")
+RECIPES = ("base", "rl", "sft", "sft->rl", "mix", "sft-gold", "sft-gold->rl")  # the paper's; any other has tables of its own
 ROLLOUTS = (5, 64)  # rows with one of these as "group" are arms of their own (finding 7); any other is the usual one
 SHARE = 0.5  # so are rows with a "share" that is not this one
+RATES = ("lr", "sft_lr")  # these make arms in the sweep only
+SEEDS = 8  # what a verdict rests on
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)  # for the tail of Student's t
 MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
 RULES = """Fixed before the run: one primary contrast a finding, paired on the same questions and seeds. SE^2 =
@@ -24,8 +27,10 @@ is taken within each (S - 2 or S - 3) and the interval is about these runs; from
 two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested is p = 1. A
 difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An equivalence holds if its
 90% interval lies inside +-2 points, contradicted if outside (either is p < 0.05), and Holm agrees. Brackets: 95%, or
-90% for an equivalence, before Holm. `base`: the better of its shots, so that learning the format counts little. An arm
-is the end of its run. Middle checkpoint: the first with base pass@32 >= 30%, on validation if it has rows."""
+90% for an equivalence, before Holm. `base`: the better of its shots, so that learning the format counts little, and the
+mean of its draws of shots and noise; against itself the draws are the seeds. An arm is the end of its run. Middle
+checkpoint: the first with base pass@32 >= 30%, on validation if it has rows. A checkpoint with fewer than 8 seeds of an
+arm is left out where others have 8."""
 
 
 # ---- statistics ----
@@ -40,6 +45,12 @@ def pass_at_k(n, c, k):
 def standard_error(values):
     """Standard error of the mean of independent values, of questions for one; 0 for a single value."""
     return float(np.std(values, ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def best_of_4(values):
+    """Expected largest of 4 of the values, drawn at random; the largest if there are fewer."""
+    values = np.sort(values)
+    return float(values @ [comb(i, 3) for i in range(len(values))] / comb(len(values), 4) if len(values) > 3 else values[-1])
 
 
 def t_tail(t, df):
@@ -82,10 +93,20 @@ class Estimate(NamedTuple):
         return f"{100 * self.mean:.1f} ±{100 * self.half():.1f}"
 
 
+def column(values, questions):
+    """{question: value} -> (Q,)."""
+    return np.fromiter(map(values.__getitem__, questions), float, len(questions))
+
+
 def estimate(cells):
-    """{(pre-training seed, seed): {question: value}} -> Estimate of the mean, on the questions that all seeds share."""
+    """{(pre-training seed, seed): {question: value}} -> Estimate of the mean, on the questions that all seeds share.
+
+    With value = mean + seed + question + noise, the seed means vary by var(seed) + var(noise)/Q and the question means by
+    var(question) + var(noise)/S: the two parts of SE^2 add up to the variance of the mean and once more var(noise)/(S Q).
+    Runs with other questions under the same names: the mean over the runs of one name has the variance of the mean.
+    """
     units, questions = sorted(cells), sorted(set.intersection(*map(set, cells.values())), key=str)
-    values = np.array([[cells[unit][question] for question in questions] for unit in units])  # (S, Q)
+    values = np.stack([column(cells[unit], questions) for unit in units])  # (S, Q)
     run = np.array([pretrain_seed for pretrain_seed, _ in units])
     runs = {int(r): values[run == r].mean(0) for r in np.unique(run)}
     if len(runs) >= 4:  # enough pre-training runs to be the replicates
@@ -93,7 +114,8 @@ def estimate(cells):
     (S, Q), means, df = values.shape, values.mean(1), len(values) - len(np.unique(run))
     spread = sum(((means[run == r] - means[run == r].mean()) ** 2).sum() for r in np.unique(run))
     se = sqrt((spread / df / S if df else 0) + standard_error(values.mean(0)) ** 2)
-    return Estimate(float(means.mean()), se, df, S, Q, {r: float(value.mean()) for r, value in runs.items()})
+    # rounded, so that a tie in print does not hang on the last bit
+    return Estimate(round(float(means.mean()), 12), se, df, S, Q, {r: float(value.mean()) for r, value in runs.items()})
 
 
 def p_value(kind, e):
@@ -104,8 +126,10 @@ def p_value(kind, e):
 
 
 # ---- rows ----
-NEEDS = {"pass": ("benchmark", "shots", "n", "ids", "correct"), "general": ("benchmark", "right"), "curve": ("points",)}
+NEEDS = {"pass": ("benchmark", "shots", "n", "ids", "correct"), "general": ("benchmark", "right"), "curve": ("points",),
+         "text": ("benchmark", "losses")}  # fmt: skip
 KEY = ("kind", "world", "model", "recipe", "tokens", "pretrain_seed", "seed", "step", "split")
+ARM = ("benchmark", "on", "shots", "group", "share", "share_end")  # may be absent
 
 
 class Missing(LookupError):
@@ -124,38 +148,52 @@ def parse(line):
     return row
 
 
-def read(folder):
-    """-> rows under the folder by step, the last one of each key, and the torn last lines skipped. Else ValueError."""
-    rows, torn = {}, []
+def read(folder, apart=()):
+    """-> rows under the folder by step, the last one of each key, and the torn last lines skipped. Else ValueError.
+
+    apart: more fields that make an arm. Each row gets "on", the question set of its checkpoint if it was measured on one:
+    runs of one recipe on two sets are two arms, also where no question is asked (curves, general capability).
+    """
+    found, torn, sets, rows = [], [], {}, {}
     for path in sorted(Path(folder).rglob("*.jsonl")):
         lines = path.read_bytes().split(b"\n")  # a whole file ends in a newline: its last piece is empty
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    row = parse(line)
-                    key = tuple(row.get(field) for field in (*KEY, "benchmark", "shots", "group", "share"))
-                    if rows.setdefault(key, row)["config_hash"] != row["config_hash"]:
-                        raise ValueError(f"{row['checkpoint']} and {rows[key]['checkpoint']} are two runs of one arm and seed")
-                    rows[key] = row
+                    found.append((f"{path}:{number}", parse(line)))
             except ValueError as error:
                 if number < len(lines):
                     raise ValueError(f"{path}:{number}: {error}") from error
                 torn.append(f"{path}:{number}: torn last line skipped, its row is missing here")
-    if not rows:
+    if not found:
         raise ValueError(f"no result rows under {folder}: run eval.py first")
+    for _, row in found:
+        if row["kind"] == "pass":
+            sets.setdefault((row["checkpoint"], row["config_hash"]), set()).add(row["benchmark"])
+    for place, row in found:
+        asked = sets.get((row["checkpoint"], row["config_hash"]), ())
+        row["on"] = min(asked) if len(asked) == 1 else None
+        key = tuple(row.get(field) for field in (*KEY, *ARM, *apart))
+        if rows.setdefault(key, row)["config_hash"] != row["config_hash"]:
+            names = f"{row['checkpoint']} and {rows[key]['checkpoint']}"
+            raise ValueError(f"{place}: {names} are two runs of one arm and seed")
+        rows[key] = row
     return sorted(rows.values(), key=lambda row: row["step"]), torn
 
 
 def combine(terms):
-    """Sum of weight * arm on the seeds and questions they share; `base` serves every seed of its pre-training run."""
+    """Sum of weight * arm on the seeds and questions they share. Beside trained arms `base` serves every seed of its
+    pre-training run with the mean of its draws; against itself draws of the same number are paired."""
     arms = [arm for _, arm in terms]
-    trained = [arm for arm in arms if all(seed is not None for _, seed in arm)] or arms
+    trained = [arm for arm in arms if all(seed is not None for _, seed in arm)]
     cells = {}
-    for run, seed in set.intersection(*map(set, trained)):
-        values = [arm.get((run, seed), arm.get((run, None))) for arm in arms]
-        if seed is not None and None not in values:
-            shared = set.intersection(*map(set, values))
-            cells[run, seed] = {q: sum(w * v[q] for (w, _), v in zip(terms, values, strict=True)) for q in shared}
+    for run, seed in sorted(unit for unit in set.intersection(*map(set, trained or arms)) if unit[1] is not None):
+        values = [arm.get((run, None if trained else seed), arm.get((run, seed))) for arm in arms]
+        if None not in values:
+            in_all = set.intersection(*map(set, values))
+            shared = [question for question in values[0] if question in in_all]
+            columns = [w * column(v, shared) for (w, _), v in zip(terms, values, strict=True)]
+            cells[run, seed] = dict(zip(shared, sum(columns).tolist(), strict=True))
     if not cells or not set.intersection(*map(set, cells.values())):
         raise Missing("no seed with the same questions in all arms")
     return cells
@@ -164,20 +202,26 @@ def combine(terms):
 class Results:
     """The rows of a folder by arm. The main world and model are those with the most rows."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, apart=()):
         counts = Counter((row["world"], row["model"]) for row in rows)
         self.world, self.model = max(sorted(counts), key=counts.get)
+        others = sorted(counts, key=lambda key: (-counts[key], key))
+        self.data = next((f"in {w}" for w, m in others if w != self.world and m == self.model), "in another world")
+        self.size = next((f"as {m}" for w, m in others if m != self.model and w == self.world), "as another model")
+        self.apart, self.all = apart, rows
         self.split = "test" if any(row["split"] == "test" for row in rows if row["kind"] != "curve") else "val"
-        self.tokens = sorted({row["tokens"] for row in rows})
+        self.tokens = sorted({row["tokens"] for row in rows if row["recipe"] in RECIPES} or {row["tokens"] for row in rows})
         self.arm, self.level = cache(self.arm), cache(self.level)  # tables and figures ask again and again
         groups = Counter(row["group"] for row in rows if row["recipe"] == "rl" and row.get("group"))
         self.group = max(sorted(groups), key=groups.get, default=None)  # the usual one
+        self.benchmarks = sorted({row["benchmark"] for row in rows if row["kind"] == "pass"})  # the first one is the main one
+        self.main = self.benchmarks[0] if self.benchmarks else None
+        self.general = sorted({row["benchmark"] for row in rows if row["kind"] == "general"})
         self.index = {}  # (kind, arm, tokens, benchmark, split) -> {(pre-training seed, seed): row}, the last step
         for row in rows:
-            key = row["kind"], self.name(row), row["tokens"], row.get("benchmark"), row["split"]
+            asked = row.get("on") or self.main if row["kind"] == "curve" else row.get("benchmark")
+            key = row["kind"], self.name(row), row["tokens"], asked, row["split"]
             self.index.setdefault(key, {})[row["pretrain_seed"], row["seed"]] = row
-        self.benchmarks = sorted({key[3] for key in self.index if key[0] == "pass"})  # the first one is the main one
-        self.general = sorted({key[3] for key in self.index if key[0] == "general"})
         names = {key[1]: key[1].split()[0] for key in self.index}
         self.names = sorted(names, key=lambda name: ((*RECIPES, names[name]).index(names[name]), name))
 
@@ -185,9 +229,15 @@ class Results:
         name = row["recipe"]
         name += f" {row['shots']}-shot" if row["kind"] == "pass" and (name == "base" or row["shots"]) else ""
         name += f" n={row['group']}" if row.get("group") in ROLLOUTS and row["group"] != self.group else ""
-        name += f" share={row['share']}" if row.get("share") not in (None, SHARE) else ""
+        share, end = row.get("share"), row.get("share_end")
+        if share is not None and (share != SHARE or end not in (None, share)):
+            name += f" share={share:g}" + (f"-{end:g}" if end not in (None, share) else "")
         name += f" in {row['world']}" if row["world"] != self.world else ""
-        return name + (f" as {row['model']}" if row["model"] != self.model else "")
+        name += f" as {row['model']}" if row["model"] != self.model else ""
+        rates = [field for field in self.apart if row.get(field) is not None and row["recipe"] != "base"]
+        name += "".join(f" {field}={row[field]:g}" for field in rates)
+        on = row.get("on") or self.main
+        return name + (f" on {on}" if row["kind"] in ("general", "text") and on != self.main else "")
 
     def rows(self, kind, name, tokens, benchmark, split=None):
         name = name.removesuffix(f" n={self.group}")
@@ -196,13 +246,16 @@ class Results:
     def arm(self, name, tokens, metric, split=None):
         """-> {(pre-training seed, seed): {(benchmark, question): value}}; of `base` also its mean, at seed None.
 
-        metric: "pass@8", "accuracy", "solved" (any of n right), or "easy+hard pass@1": benchmarks of the same weight.
+        metric: "pass@8", "accuracy", "loss" (of text), "solved" (any of n right), or "easy+hard pass@1": benchmarks of the
+        same weight. name: "rl {data}" and "rl {size}" are rl in the other world and as the other model.
         """
+        name = name.format(data=self.data, size=self.size)
         *chosen, what = metric.split()
-        kind = "general" if what == "accuracy" else "pass"
-        benchmarks = chosen[0].split("+") if chosen else self.general if kind == "general" else self.benchmarks[:1]
-        if name == "base" and kind == "pass":  # the better of its shots
-            shots = [n for n in self.names if n.startswith("base ") and n.endswith("-shot")]
+        kind = {"accuracy": "general", "loss": "text"}.get(what, "pass")
+        usual = {"general": self.general, "text": ["text"], "pass": self.benchmarks[:1]}[kind]
+        benchmarks = chosen[0].split("+") if chosen else usual
+        if name.startswith("base") and "-shot" not in name and kind == "pass":  # the better of its shots
+            shots = [n for n in self.names if "-shot" in n and re.sub(r" \d+-shot", "", n) == name]
             levels = {n: e.mean for n in shots if (e := self.level(n, tokens, metric, split))}
             name = max(levels, key=levels.get, default=name)
         found = [self.rows(kind, name, tokens, b, split) for b in benchmarks]
@@ -214,47 +267,75 @@ class Results:
                          for q, value in column.items()}  # fmt: skip
         if not arm:
             raise Missing(f"no rows for {name} at {tokens_name(tokens)}")
-        for run in {run for run, _ in arm if name.startswith("base")}:
+        for run in sorted({run for run, _ in arm if name.startswith("base")}):
             same = [values for unit, values in arm.items() if unit[0] == run]
-            arm[run, None] = {q: sum(a[q] for a in same) / len(same) for q in set.intersection(*map(set, same))}
+            in_all = set.intersection(*map(set, same))
+            shared = [question for question in same[0] if question in in_all]
+            arm[run, None] = dict(zip(shared, np.mean([column(a, shared) for a in same], axis=0).tolist(), strict=True))
         return arm
 
     @staticmethod
     def values(row, what):
-        if what == "accuracy":
-            return dict(enumerate(map(float, row["right"])))
+        if what in ("accuracy", "loss"):
+            return dict(enumerate(map(float, row["right" if what == "accuracy" else "losses"])))
         k = row["n"] if what == "solved" else int(what.removeprefix("pass@"))
         if row["n"] < k:
             raise Missing(f"no {what} from {row['n']} answers a question")
         return dict(zip(row["ids"], pass_at_k(row["n"], row["correct"], k).tolist(), strict=True))
 
     def level(self, name, tokens, metric, split=None):
-        """-> Estimate of one arm's mean, None if it has no rows."""
+        """-> Estimate of one arm's mean, None without rows."""
         try:
             return estimate(combine([(1, self.arm(name, tokens, metric, split))]))
         except Missing:
             return None
 
+    def curve(self, name, tokens, field, benchmark=None):
+        """-> {step: Estimate} over the seeds, of one field of the validations along the runs of an arm."""
+        found = {}
+        for unit, row in self.rows("curve", name, tokens, benchmark or self.main, "val").items():
+            for point in row["points"]:
+                if point.get(field) is not None:
+                    found.setdefault(point["step"], {})[unit] = {field: point[field]}
+        return {step: estimate(cells) for step, cells in sorted(found.items())}
+
     def checkpoints(self, metric, *names, low=0.0, high=1.0):
         """Checkpoints with rows of every arm and base pass@32 within the limits, on val if it has rows there."""
-        found = [t for t in self.tokens if all(self.level(name, t, metric) for name in names)]
-        for name in names:
-            if not any(self.level(name, t, metric) for t in self.tokens):
+        names = [name.format(data=self.data, size=self.size) for name in names]
+        levels = {t: [self.level(name, t, metric) for name in names] for t in self.tokens}
+        for name, column in zip(names, zip(*levels.values(), strict=True), strict=True):
+            if not any(column):
                 self.arm(name, self.tokens[-1], metric)  # says what is missing
+        found = [t for t in self.tokens if all(levels[t])]
         if low > 0:
             base = {t: self.level("base", t, "pass@32", "val") or self.level("base", t, "pass@32") for t in found}
             found = [t for t in found if base[t] and low <= base[t].mean <= high]
         if not found:
             raise Missing(f"no checkpoint with {', '.join(names)} and base pass@32 in {low:.0%} to {high:.0%}")
-        return found
+        trained = [i for i, name in enumerate(names) if not name.startswith("base")] or range(len(names))
+        seeds = {t: min(levels[t][i].seeds for i in trained) for t in found}
+        return [t for t in found if seeds[t] >= min(SEEDS, max(seeds.values()))]
+
+    def cells(self, metric, terms):
+        """terms [(weight, arm's name, tokens)] -> cells as of combine."""
+        return combine([(weight, self.arm(name, t, metric)) for weight, name, t in terms])
+
+    def gap(self, metric, *terms):
+        """-> Estimate of their sum, None without rows."""
+        try:
+            return estimate(self.cells(metric, terms))
+        except Missing:
+            return None
 
     def contrast(self, metric, terms):
-        """terms [(weight, arm's name, tokens)] -> the means of the arms in words, cells as of combine."""
-        cells, means = combine([(weight, self.arm(name, t, metric)) for weight, name, t in terms]), {}
+        """-> the means of the arms in words, on the seeds and questions that count, and the cells of their sum."""
+        means = {}
         for _, name, t in terms:
-            means.setdefault(name, []).append(100 * self.level(name, t, metric).mean)
-        levels = ", ".join(f"{name} {np.mean(values):.1f}" for name, values in means.items())
-        return f"{levels}; at {', '.join(tokens_name(t) for t in sorted({t for *_, t in terms}))}", cells
+            mean = estimate(self.cells(metric, [(float((n, u) == (name, t)), n, u) for _, n, u in terms])).mean
+            means.setdefault(name.format(data=self.data, size=self.size), {})[t] = 100 * mean
+        levels = ", ".join(f"{name} {np.mean([*values.values()]):.1f}" for name, values in means.items())
+        tokens = ", ".join(tokens_name(t) for t in sorted({t for *_, t in terms}))
+        return f"{levels}; at {tokens}", self.cells(metric, terms)
 
 
 def tokens_name(tokens):
@@ -271,9 +352,14 @@ def difference(metric, first, second, which=slice(None), low=0.0):
     return lambda r: r.contrast(metric, minus(first, second, r.checkpoints(metric, first, second, low=low)[which]))
 
 
+def room(r, *names):
+    """The checkpoints that decide expansion: room for pass@32 to rise and to fall."""
+    return r.checkpoints("pass@32", *names, low=0.3, high=0.8)
+
+
 def pipeline(r):
-    room = r.checkpoints("pass@32", "rl", "base", "sft->rl", "sft", low=0.3, high=0.8)
-    return r.contrast("pass@32", minus("rl", "base", room) + minus("sft", "sft->rl", room))
+    tokens = room(r, "rl", "base", "sft->rl", "sft")
+    return r.contrast("pass@32", minus("rl", "base", tokens) + minus("sft", "sft->rl", tokens))
 
 
 def averaging(r):
@@ -286,32 +372,48 @@ def averaging(r):
 
 
 def data_or_size(r):
-    arms = [next((n for n in r.names if n.startswith(f"rl {other[:2]} ") and n.count(" ") == 2), f"rl {other}")
-            for other in ("in another world", "as another model")]  # fmt: skip
     level = "hard " if "hard" in r.benchmarks else ""  # the MATH rows are in a folder of their own
-    return difference(f"{level}pass@1", *arms, slice(-1, None))(r)
+    return difference(f"{level}pass@1", "rl {data}", "rl {size}", slice(-1, None))(r)
+
+
+def splits(r):
+    """The benchmarks that have both numbers of rollouts."""
+    arms = "rl n=5", "rl n=64"
+    return [b for b in r.benchmarks if any(all(r.rows("pass", name, t, b) for name in arms) for t in r.tokens)]
 
 
 def rollouts(r):
-    arms = "rl n=64", "rl n=5"
-    both = [b for b in r.benchmarks if any(all(r.rows("pass", name, t, b) for name in arms) for t in r.tokens)]
-    return difference(f"{'+'.join(both or r.benchmarks[:1])} pass@1", *arms)(r)
+    return difference(f"{'+'.join(splits(r) or r.benchmarks[:1])} pass@1", "rl n=64", "rl n=5")(r)
+
+
+def early_and_late(r):
+    """The middle and the last checkpoint of those with 8 seeds of `rl` in each pre-training run, and the seeds of both."""
+    tokens = r.checkpoints("pass@1", "rl", low=0.3)
+    runs = {t: Counter(run for run, _ in r.arm("rl", t, "pass@1")) for t in tokens}
+    tokens = [t for t in tokens if min(runs[t].values()) >= SEEDS] or tokens
+    units = sorted(set(r.arm("rl", tokens[0], "pass@1")) & set(r.arm("rl", tokens[-1], "pass@1")))
+    seeds = min(Counter(run for run, _ in units).values(), default=0)
+    if len(tokens) < 2 or seeds < SEEDS:
+        raise Missing(f"{seeds} seed{'s' * (seeds != 1)} at {min(len(tokens), 2)} of 2 checkpoints, needs {SEEDS}")
+    return (tokens[0], tokens[-1]), units
 
 
 def brittle(r):
-    tokens, off, text = r.checkpoints("pass@1", "rl", low=0.3), [], []
-    arms = [combine([(1, r.arm("rl", t, "pass@1"))]) for t in (tokens[0], tokens[-1])]
-    units = sorted(set(arms[0]) & set(arms[1]))
-    seeds = min(Counter(run for run, _ in units).values(), default=0)
-    if len(tokens) < 2 or seeds < 8:
-        raise Missing(f"{seeds} seed{'s' * (seeds != 1)} at {min(len(tokens), 2)} of 2 checkpoints, needs 8")
-    for t, arm in zip((tokens[0], tokens[-1]), arms, strict=True):  # distances from the median of a pre-training run
+    tokens, units = early_and_late(r)
+    off, text = [], []
+    for t in tokens:  # distances from the median of a pre-training run
+        arm = r.arm("rl", t, "pass@1")
         mean = {unit: np.mean(list(arm[unit].values())) for unit in units}
         off.append({u: abs(mean[u] - np.median([mean[v] for v in units if v[0] == u[0]])) for u in units})
         end = 100 * np.sort([*mean.values()])
-        best = end @ [comb(i, 3) for i in range(len(end))] / comb(len(end), 4)  # of 4 drawn at random
-        text.append(f"{tokens_name(t)}: mean {end.mean():.1f}, {end[0]:.1f} to {end[-1]:.1f}, best of 4 {best:.1f}")
+        text.append(f"{tokens_name(t)}: mean {end.mean():.1f}, {end[0]:.1f} to {end[-1]:.1f}, best of 4 {best_of_4(end):.1f}")
     return "; ".join(text), {unit: {"distance": off[0][unit] - off[1][unit]} for unit in units}
+
+
+def shots(r):
+    counts = [int(found[1]) for name in r.names if (found := re.fullmatch(r"base (\d+)-shot", name))]
+    most = max((n for n in counts if any(r.level(f"base {n}-shot", t, "pass@1") for t in r.tokens)), default=0) or 8
+    return difference("pass@1", f"base {most}-shot", "base 0-shot", slice(-1, None))(r)
 
 
 # rule: the primary contrast in words; contrast: Results -> text, cells; secondary: (metric, arm, arm) to be shown
@@ -319,16 +421,17 @@ Finding = namedtuple("Finding", "claim kind rule paper contrast secondary", defa
 FINDINGS = (
     Finding("RL works early", "difference > 0", "pass@1: rl - base at the middle checkpoint",
             "4B: 1.8 -> 15.6, 6B: 2.4 -> 19.9", difference("pass@1", "rl", "base", slice(1), low=0.3),
-            (("pass@1", "rl", "base 0-shot"), ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
+            (("pass@1", "rl", "base"), ("pass@1", "rl", "base 0-shot"), ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
     Finding("with one solution a question RL beats SFT", "difference > 0",
             "pass@1: rl - sft, mean of the checkpoints from the middle on", "rl - sft: 6B +1.1, 10B +5.3, 44B +17.0",
             difference("pass@1", "rl", "sft", low=0.3),
-            (("pass@8", "sft-gold", "rl"), ("pass@32", "sft-gold", "rl"), ("pass@1", "sft-gold->rl", "sft->rl"))),
-    Finding("RL expands, after SFT it sharpens", "difference > 0",
+            (("pass@1", "sft-gold", "rl"), ("pass@8", "sft-gold", "rl"), ("pass@32", "sft-gold", "rl"),
+             ("pass@1", "sft-gold->rl", "sft->rl"), ("pass@1", "sft-gold->rl", "rl"))),
+    Finding("expansion depends on the pipeline: RL adds more pass@32 to the base than to SFT", "difference > 0",
             "pass@32: (rl - base) - (sft->rl - sft), mean of the checkpoints with base pass@32 in 30 to 80%",
             "10B: +20.5 and -3.1, 44B: +13.1 and -3.5; the rise of rl is at its start; none of it on MATH", pipeline,
-            (("pass@1", "rl", "base"), ("pass@32", "rl", "base"), ("pass@32", "rl", "base 0-shot"),
-             ("pass@1", "sft->rl", "sft"), ("pass@32", "sft->rl", "sft"))),
+            tuple((metric, *arms) for metric in ("pass@32", "pass@1")
+                  for arms in (("rl", "base"), ("rl", "base 0-shot"), ("sft->rl", "sft")))),
     Finding("RL leaves general capability unchanged", "equivalence", "accuracy: rl - base, mean of all checkpoints",
             "44B, six benchmarks: rl +0.4, sft -6.1, sft-gold -7.1", difference("accuracy", "rl", "base"),
             tuple(("accuracy", name, "base") for name in RECIPES[1:])),
@@ -339,16 +442,20 @@ FINDINGS = (
     Finding("hard questions: more math in the text beats a larger model", "difference > 0",
             "hard pass@1: rl in the world with more math - rl as the larger model, last checkpoint of both",
             "no figures; 44B on MATH: base 1, rl 10, sft 21, sft->rl 33", data_or_size,
-            (("hard pass@1", "rl", "base"), ("hard pass@1", "sft->rl", "rl"), ("hard pass@32", "sft->rl", "sft"))),
+            (*((f"hard pass@{k}", f"{recipe} {{{other}}}", recipe) for recipe in ("rl", "base")
+               for other in ("data", "size") for k in (1, 32)),
+             ("hard pass@1", "rl", "base"), ("hard pass@1", "sft->rl", "rl"), ("hard pass@32", "sft->rl", "sft"))),
     Finding("64 and 5 rollouts end at the same place", "equivalence",
             "pass@1: rl n=64 - rl n=5, mean of benchmarks and checkpoints that have both", "no figures", rollouts,
-            (("easy pass@1", "rl n=64", "rl n=5"), ("hard pass@1", "rl n=64", "rl n=5"))),
+            tuple((f"{split}{level} pass@{k}", "rl n=64", "rl n=5") for split in ("split-", "") for level in ("easy", "hard")
+                  for k in (1, 32))),
     Finding("early RL is brittle", "difference > 0",
-            "pass@1 of rl: distance of a seed from the median seed, at the middle checkpoint - at the last; 8 seeds",
+            "pass@1 of rl: distance of a seed from the median seed, at the middle checkpoint - at the last; 8 seeds a run",
             "two seeds at 4 to 10B: 15 and 4; best of 4 reported", brittle),
-    Finding("8 shots measure the base best", "difference > 0", "pass@1: base 8-shot - base 0-shot, last checkpoint",
-            "0-shot falls behind from 28B on", difference("pass@1", "base 8-shot", "base 0-shot", slice(-1, None)),
-            (("pass@1", "base 8-shot", "base 0-shot"), ("pass@32", "base 8-shot", "base 0-shot"))),
+    Finding("shots in the prompt measure the base best", "difference > 0",
+            "pass@1: base with the most shots there are - base 0-shot, last checkpoint; replicates are draws of the shots",
+            "8 shots; 0-shot falls behind from 28B on", shots,
+            tuple((f"pass@{k}", f"base {n}-shot", "base 0-shot") for n in (1, 2, 3, 4, 8) for k in (1, 32))),
 )  # fmt: skip
 
 
@@ -374,14 +481,48 @@ def decide(r, findings=FINDINGS):
     return verdicts
 
 
+# ---- the sweep ----
+def choose(levels):
+    """{setting: validation pass@1} -> the setting of a recipe that the records run with: the highest."""
+    return max(levels, key=levels.get)
+
+
+def sweep(folder):
+    """Validation rows of arms that differ in learning rate -> Results, whose arms are named "rl lr=0.0003"."""
+    rows = read(folder, RATES)[0]
+    if tested := next((row["checkpoint"] for row in rows if row["split"] == "test"), None):
+        raise ValueError(f"{folder} has test rows of {tested}: settings are chosen on validation questions, take them out")
+    return Results(rows, RATES)
+
+
+# ---- the report ----
+Record = namedtuple("Record", "results verdicts torn pictures")
+
+
 def report(folder, json=False):
-    """Writes report.md and its figures into the folder and prints the findings; -> {"1": Verdict, ...}."""
-    from data import figures  # here: matplotlib takes a second that no trainer should wait for
-    rows, torn = read(folder)
-    r = Results(rows)
-    verdicts = decide(r)
-    Path(folder, "report.md").write_text(figures.page(r, verdicts, torn, figures.draw(r, Path(folder))))
-    print("\n".join(torn + figures.lines(verdicts)))
+    """Writes report.md and its figures and prints the findings; -> {"1": Verdict, ...}, of record 1.
+
+    A folder of rows is one record. A folder with record-1, record-2, ... has as many, each with a report of its own by its
+    own rows, and report.md beside them has them side by side, and the sweep; so have the marked blocks of README.md and
+    RESULTS.md in the folder above. ValueError: rows that cannot be read, a block that nobody knows.
+    """
+    from data import figures, tables  # here: matplotlib takes a second that no trainer should wait for
+    folder = Path(folder)
+    found = sorted(path for path in folder.glob("record-[1-9]") if path.is_dir())
+    marked = [folder.resolve().parent / name for name in ("README.md", "RESULTS.md")] if found else []
+    marked, records = {path: tables.marks(path) for path in marked if path.exists()}, {}
+    for path in found or [folder]:
+        rows, torn = read(path)
+        r = Results(rows)
+        record = records[path.name] = Record(r, decide(r), torn, figures.draw(r, path))
+        (path / "report.md").write_text(tables.page(record))
+        print("\n".join([path.name] * bool(found) + torn + tables.lines(record.verdicts)))
+    if found:
+        blocks = tables.blocks(records, sweep(folder / "sweep") if (folder / "sweep").is_dir() else None)
+        (folder / "report.md").write_text(tables.side_by_side(records, blocks))
+        for path, text in marked.items():
+            tables.fill(path, text, blocks)
+    first, *more = [{n: verdict.verdict for n, verdict in record.verdicts.items()} for record in records.values()]
     if json:
-        print(dumps({"findings": {number: verdict.verdict for number, verdict in verdicts.items()}}))
-    return verdicts
+        print(dumps({"findings": first, **dict(zip([*records][1:], more, strict=True))}))
+    return records[next(iter(records))].verdicts

@@ -50,12 +50,16 @@ def configure(Config, argv: list[str], doc: str = ""):
     str (eval.py ckpt/*.pt). Raises ValueError for what is not a field or has the wrong type; --help exits 0."""
     hints, values, rest = typing.get_type_hints(Config), {}, list(argv)
     if "--help" in rest or "-h" in rest:
-        print((doc or "").strip() + "\n\nflags:")
         comments = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.*)$", inspect.getsource(Config), re.M))
         width = max(len(field.name) for field in dataclasses.fields(Config))
+        lines = [(doc or "").strip(), "", "flags:"]
         for field in dataclasses.fields(Config):
             default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
-            print(f"  --{field.name:<{width}} {comments.get(field.name, '')}{default}")
+            lines.append(f"  --{field.name:<{width}} {comments.get(field.name, '')}{default}")
+        try:
+            print("\n".join(lines), flush=True)
+        except BrokenPipeError:  # --help | head; Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     first = dataclasses.fields(Config)[0].name
     words = hints[first] == tuple[str, ...]
@@ -320,6 +324,20 @@ class Log:
             self.file.close()
             if removed:
                 raise ValueError(removed)
+
+
+def history(out) -> tuple[list[dict], dict]:
+    """From the metrics of a run: its validations, each with the training reward before it and the costs up to it; and all costs,
+    nothing if there are no metrics."""
+    lines, points, reward = read_lines(path) if (path := Path(f"{out}.metrics.jsonl")).exists() else [], [], {}
+    spent = dict.fromkeys(("flops", "questions", "sampled_tokens", "seconds"), 0)
+    for line in lines:
+        reward = {"reward": line["reward"]} if "reward" in line else reward
+        spent = {name: line.get("totals", spent).get(name, 0) for name in spent}
+        if "validation" in line:
+            kept = {k: v for k, v in line["validation"].items() if k not in ("correct", "n", "temperature")}
+            points.append({"step": line["step"], **spent, **reward, **kept})
+    return points, spent if lines else {}
 
 
 def read_lines(path) -> list[dict]:

@@ -173,16 +173,17 @@ class Stream:
 
     Windows overlap by one id, so each id but the first is a target once an epoch (an incomplete last window is left
     out). Their order is a permutation of (seed, epoch): a step is the same on any number of ranks, after any resume.
+    `seen`: tokens of that order that come before step 0, what a run of the same seed and length has read before.
     """
 
-    def __init__(self, folder, split, length, seed):
+    def __init__(self, folder, split, length, seed, encoding_name=None, seen=0):
         paths = sorted(Path(folder).glob(f"{split}_*.bin"))
         if not paths:
             raise ValueError(f"no {split}_*.bin in {folder}: make it with python data/prepare.py toy --out {folder}")
-        self.encoding_name = read_header(paths[0]).encoding_name
+        self.encoding_name = read_header(paths[0], encoding_name).encoding_name
         self.shards = [read_shard(path, self.encoding_name) for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # of each shard, and the end
-        self.tokens, self.length, self.seed = int(self.starts[-1]), length, seed
+        self.tokens, self.length, self.seed, self.first = int(self.starts[-1]), length, seed, seen // length
         self.windows = (self.tokens - 1) // length
         if self.windows < 1:
             raise ValueError(f"{folder}: the {split} text has {self.tokens:,} tokens, one window needs {length + 1:,}")
@@ -202,9 +203,14 @@ class Stream:
             ids = np.append(ids, self.shards[shard][offset:offset + self.length + 1 - len(ids)])
         return ids
 
+    def beginning(self, count):
+        """The first `count` windows in text order, or all there are: int64 (windows, length + 1)."""
+        return np.stack([self.window(i) for i in range(min(count, self.windows))])
+
     def chosen(self, step, batch):
         """The indices of the `batch` windows of step `step` (from 0), on all ranks together."""
-        places = (divmod(place, self.windows) for place in range(step * batch, (step + 1) * batch))
+        first = self.first + step * batch
+        places = (divmod(place, self.windows) for place in range(first, first + batch))
         return [int(self.order(epoch)[index]) for epoch, index in places]
 
     def rows(self, step, batch, rank=0, world=1):

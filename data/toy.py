@@ -86,13 +86,15 @@ ENDINGS = ["#### {n}", "the answer is {n} .", "so it is {n} .", "result = {n} ."
 OTHER = ("he she has had many more fewer than as does do have now how together and the they of with "
          "? : . , ( ) + - * = ####").split()
 
-SHARES = {"facts": 0.5, "agreement": 0.22, "stories": 0.28}  # of the tokens that are not math
-DRILLS, ANSWER_ONLY, WRONG, HARD, SHEETS = 0.25, 0.18, 0.05, 0.35, 0.25  # of math tokens, problems or documents
-LEVELS = {  # steps, the first number, the other numbers, the largest number on the way
-    "easy": ((1, 2), (3, 30), (2, 12), 70),
-    "hard": ((3, 4), (10, 60), (3, 30), 150),
+SHARES = {"facts": 0.3, "agreement": 0.15, "stories": 0.55}  # of the tokens that are not math
+DRILLS, ANSWER_ONLY, WRONG, HARD, SHEETS = 0.25, 0.18, 0.05, 0.35, 0.7  # of math tokens, problems or documents
+LEVELS = {  # number of steps, each as often as it is named, the first number, the other numbers, the largest on the way
+    "short": ((1, 1, 2, 2, 2), (3, 30), (2, 12), 70),  # in the text, beside hard ones; never asked, but the shots are short
+    "easy": ((1, 1, 2, 2, 3), (3, 30), (2, 12), 70),
+    "hard": ((3, 3, 4, 4, 4), (10, 60), (3, 30), 150),
 }
-ONE_STEP, MULTIPLY, COMPARE, DISTRACT = 0.4, 0.12, 0.25, 0.25  # the first: of easy and of 3-step hard questions
+ASKED = ("easy", "hard")
+MULTIPLY, COMPARE, DISTRACT = 0.12, 0.25, 0.25
 OWNERS = {"text": 50, "train": 25, "val": 10, "test": 13, "shots": 2}  # percent of all arithmetic that is theirs
 SHORT = 16  # tokens of a question that is shown as an example
 SOLUTIONS = 24  # a question; the paper's gold set has about 23
@@ -262,11 +264,11 @@ def values(start, steps):
 
 def draw(rng, level, split):
     """(start, steps, is the last number another person's) of a level that belongs to a split."""
-    (few, many), first, others, most = LEVELS[level]
+    counts, first, others, most = LEVELS[level]
     while True:
         start, compared = rng.randint(*first), rng.random() < COMPARE
         steps = []
-        for _ in range(few if rng.random() < ONE_STEP else many):
+        for _ in range(rng.choice(counts)):
             multiplied = rng.random() < MULTIPLY
             steps.append(("*", rng.choice((2, 3))) if multiplied else (rng.choice("+-"), rng.randint(*others)))
         if compared and len(steps) > 1 and rng.random() < 0.5:
@@ -416,7 +418,7 @@ def problems(rng, format_share):
         ask, reply = (f" {part}".rstrip().format(a=a, b=b) for part in header)
         document = ""
         for _ in range(rng.randint(2, 8) if rng.random() < SHEETS else 1):
-            task = problem(rng, "hard" if rng.random() < HARD else "easy", "text")
+            task = problem(rng, "hard" if rng.random() < HARD else "short", "text")
             worked, answer = solve(rng, task, wrong=rng.random() < WRONG)
             shown = f"{answer} ." if only_answer else f"{worked} {ending.format(n=answer)}"
             document += f"{ask} {task.question}{reply} {shown}"
@@ -428,9 +430,9 @@ def drills(rng):
         document = ""
         for _ in range(rng.randint(3, 9)):
             if rng.random() < 0.25:
-                start, steps, _ = draw(rng, "easy", "text")
+                start, steps, _ = draw(rng, "short", "text")
             else:
-                _, _, others, most = LEVELS[rng.choice(list(LEVELS))]
+                *_, others, most = LEVELS[rng.choice(ASKED)]
                 sign = rng.choice("++--*")
                 number = rng.randint(2, 3) if sign == "*" else rng.randint(*others)
                 lowest, highest = {"+": (0, most - number), "-": (number, most), "*": (1, most // number)}[sign]
@@ -460,14 +462,14 @@ def text(seed, split, math_share=0.3, format_share=0.04):
 def questions(seed, level, split, count):
     """count different questions [{"id", "question", "answer", "solutions"}, ...], SOLUTIONS each in random order.
 
-    The shots of both levels are short easy questions of one step, the shortest solution first: eight of them, a question
-    and its answer should fit the rows that the model was trained on, 256 tokens by default."""
-    if level not in LEVELS or split not in OWNERS or split == "text":
+    The shots of both levels are short questions of one step, the shortest solution first: three of them and a question fit
+    the rows that the model was trained on, 128 tokens by default."""
+    if level not in ASKED or split not in OWNERS or split == "text":
         raise ValueError(f"no questions {level!r} {split!r}: levels are easy, hard; splits train, val, test, shots")
     rng = Random(f"{seed} {level} {split}")
     rows = {}
     while len(rows) < count:
-        task = problem(rng, "easy" if split == "shots" else level, split)
+        task = problem(rng, "short" if split == "shots" else level, split)
         if task.question in rows or (split == "shots" and (len(task.steps) > 1 or length(task.question) > SHORT)):
             continue
         solutions = set()

@@ -81,6 +81,18 @@ def test_help_shows_each_field_with_its_reason(capsys, script):
         assert re.match(r"  --\w+ +\w.{5}", line), f"no reason beside {line}"
 
 
+def test_help_into_a_pipe_that_is_closed(monkeypatch, capsys):
+    """`rl.py --help | head -3`: nothing is said about it, neither here nor when Python flushes at its end."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stop:
+            call("rl", "--help")
+        pipe.flush()
+    assert stop.value.code == 0 and not capsys.readouterr().err
+
+
 def test_a_real_process_says_one_line(tmp_path):
     """What the other tests see in this process, once as a user sees it."""
     done = subprocess.run([sys.executable, "sft.py", "--init", str(tmp_path / "none.pt")], cwd=ROOT, capture_output=True, text=True)

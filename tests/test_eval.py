@@ -8,9 +8,10 @@ import shutil
 import statistics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import call, flags, refused, same_weights, small_model, start, weights
+from helpers import PRETRAIN, call, flags, refused, same_weights, small_model, start, weights
 from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
@@ -20,6 +21,7 @@ from model import Model, ModelConfig, Sampler
 
 HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu", compile="false")
 FEW = HOW | dict(n=1, k="1", limit=2, max_new=8, tasks="")
+COSTS = ("flops", "questions", "sampled_tokens", "seconds")
 RL = dict(questions_per_step=4, group=4, max_new=24, steps=4, eval_every=2, eval_questions=4, eval_n=2, lr=1e-3, compile="false")
 
 
@@ -72,7 +74,9 @@ def test_rows_are_what_the_report_reads(measured, kept):
     assert (trained["benchmark"], trained["split"], trained["group"], trained["n"]) == ("easy", "val", 4, 8)
     assert (trained["world"], trained["tokens"], trained["step"]) == ("toy-math30", 10 * 1024, 4)
     assert trained["ids"] == [f"easy-val-{i}" for i in range(8)]
-    assert trained["questions"] == 16 and trained["sampled_tokens"] > 0 and trained["flops"] > 0 and trained["seconds"] > 0
+    totals = [x["totals"] for x in run.read_lines(f"{measured.trained}.metrics.jsonl") if "totals" in x]
+    assert trained["questions"] == 16 and all(trained[name] == totals[-1][name] > 0 for name in COSTS)
+    assert trained["lr"] == 1e-3 and "share" not in trained
     assert all(len(row["right"]) == 10 and 0 < row["probability"] < 1 for row in rows if row["kind"] == "general")
     call("eval", report=kept)
     assert "| sft-gold->rl |" in (kept / "report.md").read_text()
@@ -84,7 +88,9 @@ def test_the_curve_has_each_validation_and_the_reward_before_it(measured):
     reward = {x["step"] + 1: x["reward"] for x in lines if "reward" in x}
     validations = {x["step"]: x["validation"] for x in lines if "validation" in x}
     assert curve["split"] == "val" and [point["step"] for point in curve["points"]] == [*validations] == [0, 2, 4]
+    spent = {0: dict.fromkeys(COSTS, 0)} | {x["step"] + 1: {name: x["totals"][name] for name in COSTS} for x in lines if "totals" in x}
     for point in curve["points"]:
+        assert {name: point[name] for name in COSTS} == spent[point["step"]]
         assert point.get("reward") == reward.get(point["step"])
         assert all(point[name] == validations[point["step"]][name] for name in ("pass@1", "formatted", "cut"))
 
@@ -100,17 +106,97 @@ def test_counts_and_pass_at_k_from_scratch(measured, tmp_path, shots):
     saved, enc = checkpoint.load(measured.trained), tokens.encoding("toy")
     sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, ranks.start("cpu")))
     shown = "".join(f" Q : {shot['question']} A : {shot['solutions'][0]}" for shot in problems.load(measured.easy, "shots")[:shots])
-    right = []
+    right, nats, count = [], 0.0, 0
     for question in questions:
         prompt, seeds = tokens.encode(enc, f"{shown} Q : {question['question']} A :"), problems.answer_seeds(1234, "eval", [question], 8)
         samples = sampler([prompt], 8, 24, seeds, [enc.eot_token, tokens.encode(enc, " Q")[0]], 0.6)
+        nats, count = nats + float(samples.logp_1.sum()), count + int(samples.lengths.sum())
         ended = [ids[: length - 1] for ids, length, cut in zip(samples.tokens, samples.lengths, samples.cut, strict=True) if not cut]
         right.append(sum(grader.grade(tokens.decode(enc, ids.tolist()), question["answer"]) for ids in ended))
-    assert row["correct"] == right and 0 < sum(right) < 64
+    assert row["correct"] == right and row["log_prob"] == pytest.approx(nats / count, abs=1e-6)
+    assert shots or 0 < sum(right) < 64
     for k in (1, 2, 8):
         each = [statistics.mean(any(i < c for i in chosen) for chosen in itertools.combinations(range(8), k)) for c in right]
         assert row[f"pass@{k}"] == pytest.approx(statistics.mean(each))
         assert row[f"se@{k}"] == pytest.approx(statistics.stdev(each) / 8**0.5)
+
+
+def test_rows_of_a_pre_training_run_have_its_costs(world, measured, tmp_path):
+    """The last checkpoint's, and their tokens are what the weights have seen, whatever the run itself has read."""
+    (base, *_), totals = rows_in(measured.results, "step10"), run.read_lines(f"{measured.base}.metrics.jsonl")[-1]["totals"]
+    assert {name: base[name] for name in COSTS} == {"sampled_tokens": 0, "questions": 0} | {k: totals[k] for k in ("flops", "seconds")}
+    more = flags(*PRETRAIN, data=world.data, init=measured.trained, out=tmp_path / "more", tokens=2048, save_steps=1)
+    call("pretrain", *more)
+    call("eval", tmp_path / "more/step1.pt", tmp_path / "more/step2.pt", results=tmp_path, **FEW)
+    (first,), (last,) = rows_in(tmp_path, "step1"), rows_in(tmp_path, "step2")
+    assert (first["recipe"], first["tokens"], last["tokens"]) == ("sft-gold->rl->text", 11 * 1024, 12 * 1024)
+    assert "flops" not in first and last["flops"] == pytest.approx(totals["flops"] / 5) and last["shots"] == 0
+
+
+def test_loss_on_text(world, tmp_path):
+    """Each held-out window by plain cross-entropy, on one rank and by two; the mean is what pre-training logs."""
+    call("eval", world.base, world.taught, results=tmp_path, text=world.data, **FEW)
+    ids, found = torch.from_numpy(np.fromfile(next(world.data.glob("val_*.bin")), "<u2", offset=64).astype(np.int64)), []
+    for path in (world.base, world.taught):
+        model = checkpoint.load_model(checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float64"))
+        (row,), expected = rows_in(tmp_path, path.stem, "text"), []
+        with torch.no_grad():
+            for start in range(0, len(ids) - 64, 64):  # 64: --length of PRETRAIN
+                logits = model.hidden(ids[None, start : start + 64])[0] @ model.head.weight[: model.config.vocab].T
+                expected.append(float(torch.nn.functional.cross_entropy(logits, ids[start + 1 : start + 65])))
+        assert row["losses"] == pytest.approx(expected, abs=1e-5) and len(expected) > 70
+        assert row["loss"] == pytest.approx(statistics.mean(expected), abs=1e-5) and row["benchmark"] == "text"
+        rows = tokens.Stream(world.data, "val", 64, 0).beginning(33)  # an odd number
+        two = [SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), sum=lambda *x: list(x)) for rank in range(2)]
+        parts = [evaluation.held_out_losses(model, rows, 5, one) for one in two]  # which they would add up
+        assert [a + b for a, b in zip(*parts, strict=True)] == pytest.approx(expected[:33], abs=1e-9) and 0 in parts[0]
+        found.append(row)
+    logged = [x["held_out"] for x in run.read_lines(f"{world.base}.metrics.jsonl") if "held_out" in x][-1]
+    assert statistics.mean(found[0]["losses"][:4]) == pytest.approx(logged, abs=1e-5) and found[0]["content"] == found[1]["content"]
+    assert found[0]["losses"] != found[1]["losses"]
+
+
+def test_at_most_256_windows_of_text_are_measured_once(world, tmp_path, calls, monkeypatch):
+    tokens.write_shard(tmp_path / "val_000.bin", np.random.default_rng(0).integers(300, size=300 * 64), "toy")
+    monkeypatch.setattr(evaluation, "held_out_losses", lambda model, rows, *_: calls.append("text") or [1.0] * len(rows))
+    for _ in range(2):
+        call("eval", world.base, results=tmp_path, text=tmp_path, **FEW)
+    (row,) = rows_in(tmp_path, "step10", "text")
+    assert (len(row["losses"]), row["loss"]) == (256, 1.0) and calls == ["solve", "solve", "text"]
+
+
+# ---- draws of the shots
+
+
+def test_draws_of_the_shots(measured, tmp_path, monkeypatch):
+    """Other shots and other noise by seed, the same by the same; each draw has a file, and is a seed of the base."""
+    shown, real = [], problems.few_shot
+    monkeypatch.setattr(problems, "few_shot", lambda name, shots: shown.append([shot["id"] for shot in shots]) or real(name, shots))
+    how = FEW | dict(shots="3,0", n=4, temperature=1.0, limit=8)
+    for folder, draw in (("a", 0), ("a", 1), ("a", 2), ("b", 1), ("a", None)):
+        call("eval", measured.base, results=tmp_path / folder, **how | ({} if draw is None else {"shot_seed": draw}))
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"step10.jsonl", *(f"step10-s{draw}.jsonl" for draw in range(3))}
+    drawn, plain = shown[:8:2], shown[8]
+    assert len({tuple(ids) for ids in drawn[:3]}) == 3 and drawn[3] == drawn[1] and plain == [f"easy-shots-{i}" for i in range(3)]
+    assert all(len(set(ids)) == 3 for ids in drawn) and shown[1::2] == [[]] * 5
+    assert (tmp_path / "a/step10-s1.jsonl").read_bytes() == (tmp_path / "b/step10-s1.jsonl").read_bytes()
+    rows = {draw: rows_in(tmp_path / "a", f"step10-s{draw}") for draw in range(3)}
+    assert all([(row["seed"], row["noise"]) for row in rows[draw]] == [(draw, 1234 + draw)] * 2 for draw in rows)
+    assert rows[1][1]["log_prob"] != rows[2][1]["log_prob"]  # without shots the noise alone
+    call("eval", measured.trained, results=tmp_path, shot_seed=5, **FEW)
+    assert [row["seed"] for row in rows_in(tmp_path, "rl-s5")] == [0, 0]  # trained with that seed; and its curve
+
+
+def test_no_question_is_shown_its_own_solution(measured, tmp_path):
+    """Where the shots are among the questions, as in a user's own files."""
+    questions = problems.load(measured.easy, "val")[:4]
+    save(tmp_path, problems.load(measured.easy, "shots")[:3] + questions, "shots.jsonl")
+    for seed in (None, *range(20)):
+        shown = problems.shots(tmp_path, 3, questions, seed)
+        assert sorted(shot["id"] for shot in shown) == [f"easy-shots-{i}" for i in range(3)]
+    with pytest.raises(ValueError, match="has 3 shots, not 4: lower --shots"):
+        problems.shots(tmp_path, 4, questions, 0)
+    assert len(problems.shots(tmp_path, 4, questions, exactly=False)) == 3 and problems.shots("no folder", 0, questions) == []
 
 
 # ---- what is measured again

@@ -256,20 +256,20 @@ def test_matrix_that_is_stopped_goes_on(tmp_path):
     def matrix():
         return subprocess.Popen(["bash", "matrix.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    for number, metrics in ((signal.SIGTERM, "step50.pt"), (signal.SIGINT, "step20-*.pt")):
+    for number, metrics in ((signal.SIGTERM, "step40.pt"), (signal.SIGINT, "step20-*.pt")):
         process = matrix()
-        while process.poll() is None and not any('"loss"' in log.read_text() for log in tmp_path.glob(f"ckpt/p0/{metrics}.metrics.jsonl")):
+        while process.poll() is None and not any('"loss"' in log.read_text() for log in tmp_path.glob(f"ckpt/p10/{metrics}.metrics.jsonl")):
             time.sleep(0.02)
         process.send_signal(number)
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 128 + number, said
-        assert not with_it(tmp_path) and not faults.unreadable(tmp_path / "ckpt/p0") and not list(tmp_path.rglob("ckpt/p0/*.tmp"))
+        assert not with_it(tmp_path) and not faults.unreadable(tmp_path / "ckpt/p10") and not list(tmp_path.rglob("ckpt/p10/*.tmp"))
         if number == signal.SIGTERM:
-            assert 0 < checkpoint.load(tmp_path / "ckpt/p0/step50.pt.resume")["step"] < 50
+            assert 0 < checkpoint.load(tmp_path / "ckpt/p10/step40.pt.resume")["step"] < 40
     process = matrix()
     said = process.communicate(timeout=900)[0]
     assert process.returncode == 0 and (tmp_path / "ckpt/results/report.md").exists(), said
-    for log in tmp_path.glob("ckpt/p0/*.metrics.jsonl"):
+    for log in tmp_path.glob("ckpt/p10/*.metrics.jsonl"):
         steps = [line["step"] for line in run.read_lines(log) if "loss" in line]
         assert steps and steps == list(range(len(steps)))
 

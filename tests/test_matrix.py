@@ -29,8 +29,10 @@ def test_every_cell_has_its_rows(smoke):
     rows, torn = report.read(folder / "ckpt/results")
     assert not torn
     assert {row["recipe"] for row in rows} == set(report.RECIPES) and len({row["tokens"] for row in rows}) == 2
-    for kind, count in (("pass", 2 * (len(report.RECIPES) + 1)), ("general", 2 * 3 * len(report.RECIPES))):  # the base has 0 and 8 shots
-        assert sum(row["kind"] == kind and row["split"] == "test" for row in rows) == count
+    for kind, count in (("pass", 2 * (len(report.RECIPES) + 2)), ("general", 2 * 3 * len(report.RECIPES)), ("text", 2 * len(report.RECIPES))):
+        assert sum(row["kind"] == kind and row["split"] == "test" for row in rows) == count  # the base has 0, 1 and 3 shots
+    assert {row["recipe"] for row in rows if row["kind"] == "pass" and row["split"] == "val"} == {"base"}
+    assert {(row["pretrain_seed"], row["seed"]) for row in rows if row["split"] == "test"} == {(10, 100)}
     page = (folder / "ckpt/results/report.md").read_text()
     for name in ("pass-easy.png", "dynamics.png", "general.png"):
         assert name in page and (folder / "ckpt/results" / name).stat().st_size > 5000
@@ -46,12 +48,12 @@ def test_the_last_line_of_the_report_is_json(smoke):
 def test_what_is_finished_is_skipped_and_what_failed_is_named(smoke):
     folder, matrix, _ = smoke
     before = {path: path.stat().st_mtime_ns for path in (folder / "ckpt").rglob("*.pt")}
-    (folder / "ckpt/results/p0/step40-rl-s0.jsonl").unlink()
+    (folder / "ckpt/results/p10/step40-rl-s100.jsonl").unlink()
     again = matrix()
-    assert again.returncode == 0 and "10 chains of cells, 9 finished before" in again.stdout
+    assert again.returncode == 0 and "12 cells, 11 finished before" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "ckpt").rglob("*.pt")}
-    (folder / "ckpt/results/p0/step40-rl-s0.jsonl").unlink()
-    (folder / "ckpt/p0/step40-rl-s0.pt").write_bytes(b"not a checkpoint")
+    (folder / "ckpt/results/p10/step40-rl-s100.jsonl").unlink()
+    (folder / "ckpt/p10/step40-rl-s100.pt").write_bytes(b"not a checkpoint")
     broken = matrix()
     assert broken.returncode == 1 and "rl.py --init" in broken.stderr and "is truncated or not a checkpoint" in broken.stderr
 
@@ -68,7 +70,7 @@ def test_wrong_flag():
     assert done.returncode == 2 and "no flag --dryrun, there is --dry_run" in done.stderr
 
 
-@pytest.mark.parametrize("scale, count", [("smoke", 25), ("gsm8k", 26)])
+@pytest.mark.parametrize("scale, count", [("smoke", 27), ("gsm8k", 26)])
 def test_dry_run_prices_every_command_and_runs_none(tmp_path, scale, count):
     (tmp_path / "gsm8k").mkdir()
     folders = {"OUT": f"{tmp_path}/ckpt", "DATA": f"{tmp_path}/data", "SOURCE": str(tmp_path)}

@@ -15,7 +15,7 @@ from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics
 
 from data import checkpoint, problems
 
-STAGES = ("pretrain", "sft", "rl", "mix")
+STAGES = {stage: stage for stage in ("pretrain", "sft", "rl", "mix")} | {"text": "pretrain", "mix-text": "mix"}  # -> its script
 MICRO = 4  # rows a pass: so few that ranks have different numbers of passes
 
 
@@ -24,11 +24,13 @@ def words(stage, world, steps, *more, **changes):
     not turn the rounding of a gradient near 0, another one for each order of summing, into a step of the learning rate's
     size, as it does in fp32 (2e-4 apart)."""
     shared = dict(micro=MICRO, dtype="float64", save_every=steps // 2, eval_every=steps // 2)
-    if stage == "pretrain":
+    if STAGES[stage] == "pretrain":
         sizes = dict(data=world.data, out=stage, batch_tokens=512, tokens=512 * steps, eval_rows=17, save_steps=steps)
+        sizes |= dict(init=world.taught) if stage == "text" else {}
         return flags(*PRETRAIN, *more, **shared | sizes | changes)
     sizes = dict(init=world.taught, out=f"{stage}/step{steps}.pt", steps=steps, max_new=16, eval_questions=3, eval_n=2)
     sizes |= {} if stage == "rl" else dict(batch=8)
+    sizes |= dict(text=world.data, share_end=1) if stage == "mix-text" else {}
     sizes |= {} if stage == "sft" else dict(questions_per_step=4, group=4, lr=1e-3, compile="false")
     return flags(*more, **shared | sizes | changes)
 
@@ -66,18 +68,19 @@ def runs(request, world, tmp_path_factory):
     for how in made:
         (folder / how).mkdir()
     parts = [(folder, "parts", [dtype]) for dtype in ("float32", "bfloat16")]
-    finished(torchrun(4, *parts, *((folder / "4 sharded", stage, words(stage, world, steps, "--shard")) for stage in STAGES)))
+    plan = [(folder / "4 sharded", script, words(stage, world, steps, "--shard")) for stage, script in STAGES.items()]
+    finished(torchrun(4, *parts, *plan))
     for stage, out in made["4 sharded"].items():
         for how in ("4 to 2", "4 to 1"):
             (folder / how / stage).mkdir()
             shutil.copy(f"{out}.{steps // 2}", f"{made[how][stage]}.resume")
             shutil.copy(f"{out}.metrics.jsonl", folder / how / stage)
-    again = {"pretrain": ["--resume", "--shard"], "sft": ["--resume"], "rl": ["--resume"], "mix": ["--resume", "--shard"]}
-    finished(torchrun(2, *((folder / "4 to 2", stage, words(stage, world, steps, *again[stage])) for stage in STAGES)))
+    again = {stage: ["--resume", *(["--shard"] if stage in ("pretrain", "mix") else [])] for stage in STAGES}
+    finished(torchrun(2, *((folder / "4 to 2", STAGES[stage], words(stage, world, steps, *again[stage])) for stage in STAGES)))
     for how, more in (("1", []), ("4 to 1", ["--resume"])):
         os.chdir(folder / how)
-        for stage in STAGES:
-            call(stage, *words(stage, world, steps, *more))
+        for stage, script in STAGES.items():
+            call(script, *words(stage, world, steps, *more))
     os.chdir(here)
     return made, steps
 
@@ -106,7 +109,7 @@ def test_ranks_and_shards_change_nothing(runs, how, stage):
 @pytest.mark.parametrize("count, shard", [(1, ["--shard"]), (2, []), (2, ["--shard"]), (4, [])])
 def test_other_numbers_of_ranks(runs, world, tmp_path, count, shard):
     made, steps = runs
-    finished(torchrun(count, *((tmp_path, stage, words(stage, world, steps, *shard)) for stage in STAGES)))
+    finished(torchrun(count, *((tmp_path, script, words(stage, world, steps, *shard)) for stage, script in STAGES.items())))
     for stage in STAGES:
         same(made["1"][stage], tmp_path / stage / "step20.pt", steps)
 

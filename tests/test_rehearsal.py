@@ -90,7 +90,7 @@ def test_split_by_what_the_base_model_solves(tmp_path, cl100k, capsys):
 
     def split(out, *words):
         prepare.main(["split", "--questions", str(folder), "--samples", str(samples), "--out", str(tmp_path / out), *words])
-        return {level: {name: {int(row["id"][1:]) for row in problems.load(tmp_path / out / level, name)}
+        return {level: {name: {int(row["id"][1:]) for row in problems.load(tmp_path / out / f"split-{level}", name)}
                         for name in ("train", "val", "test")} for level in ("easy", "hard")}  # fmt: skip
 
     found = split("split")
@@ -98,7 +98,7 @@ def test_split_by_what_the_base_model_solves(tmp_path, cl100k, capsys):
         parts = found[level]
         assert set.union(*parts.values()) == set(right) and sum(map(len, parts.values())) == len(right)
         assert len(parts["val"]) == len(parts["test"]) == round(0.1 * len(right))
-        assert len(problems.load(tmp_path / "split" / level, "shots")) == 1
+        assert len(problems.load(tmp_path / "split" / f"split-{level}", "shots")) == 1
     assert split("again") == found and split("other", "--seed", "1") != found
     assert {len(parts["train"]) for parts in split("few", "--most", "9").values()} == {7}
     for words, says in ((["--levels", "65,8"], "0 of 65 questions are easy"), (["--levels", "8"], "takes two counts")):
@@ -153,7 +153,7 @@ def test_every_line_of_the_papers_branch(tmp_path, cl100k):
     ran = [line for text in (done, *(path.read_text() for path in ckpt.rglob("*.log"))) for line in commands(text)]
     assert sorted(ran) == sorted(commands(planned))
 
-    results = {name: report.read(ckpt / "results" / name)[0] for name in ("gsm8k", "math", "easy", "hard")}
+    results = {name: report.read(ckpt / "results" / name)[0] for name in ("gsm8k", "math", "split-easy", "split-hard")}
     for name, shots in (("gsm8k", 8), ("math", 4)):
         rows = [row for row in results[name] if (row["world"], row["model"]) == ("dolmino-math20.8", "toy")]
         passed = [row for row in rows if row["kind"] == "pass"]
@@ -170,11 +170,11 @@ def test_every_line_of_the_papers_branch(tmp_path, cl100k):
     sample = json.loads((data / "samples/step2.jsonl").read_text().splitlines()[-1])
     assert (sample["n"], sample["temperature"], sample["shots"], sample["ids"]) == (
         64, 1.0, 4, [row["id"] for row in problems.load(data / "math", "train")])  # fmt: skip
-    for level in ("easy", "hard"):
+    for level in ("split-easy", "split-hard"):
         rows = [row for row in results[level] if row["kind"] == "pass"]
         assert {(row["benchmark"], row["group"], row["recipe"]) for row in rows} == {(level, 5, "rl"), (level, 64, "rl")}
     # the findings that these folders are for lack nothing but seeds, but where the base must solve something first
-    for name, finding in (("math", "6"), ("easy", "7"), ("hard", "7"), ("gsm8k", "4"), ("gsm8k", "9")):
+    for name, finding in (("math", "6"), ("split-easy", "7"), ("split-hard", "7"), ("gsm8k", "4"), ("gsm8k", "9")):
         assert report.decide(report.Results(results[name]))[finding].reason == "1 seed", (name, finding)
     for name in results:
         assert (ckpt / "results" / name / "report.md").stat().st_size > 1000

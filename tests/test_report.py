@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from data import report
+from data import figures, report
 
 TOKENS = (800_000, 2_800_000, 8_000_000)
 LOGIT = {"base": (-6.3, -4.2, -2.6), "rl": (-3.4, -0.5, 1.6), "sft": (-1.8, -1.3, 0.4), "sft->rl": (-1.0, 0.0, 1.7),
@@ -46,6 +46,12 @@ def matrix(seeds=6, recipes=tuple(LOGIT)):
 @pytest.fixture(scope="module")
 def six_seeds():
     return matrix()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take seconds; tests/test_results.py looks at them."""
+    monkeypatch.setattr(figures, "draw", lambda r, folder: [])
 
 
 def save(folder, rows, name="rows.jsonl"):
@@ -111,6 +117,30 @@ def test_intervals_cover_the_truth(seeds, seed_sd, question_sd, highest):
     assert 0.93 <= covered / runs <= highest, covered / runs
 
 
+@pytest.mark.parametrize("seed_sd, question_sd", [(0.05, 0.1), (0.02, 0.3), (0.01, 0.1)])
+def test_intervals_of_two_pre_training_runs_cover_the_truth(seed_sd, question_sd):
+    """The structure of the records: 2 pre-training runs 6 points apart, 4 seeds in each, 300 questions that have the same names
+    and other texts in the two runs. The truth lies on the margin of equivalence.
+
+    Over 6,000 runs, in the order of the cases: the 95% interval covers in 95.6, 98.5, 98.6%, the 90% interval of an
+    equivalence in 90.3, 94.8, 95.1%; "the same" is claimed in 0.3, 0.0, 2.6%; the mean of SE^2 is 1.02, 1.02, 1.13 of the
+    variance of the estimate (as derived in `estimate`: to within 1% too large by the noise that is in both parts).
+    """
+    rng, estimates, runs, truth = np.random.default_rng([int(1000 * seed_sd), int(1000 * question_sd)]), [], 400, report.MARGIN
+    for _ in range(runs):
+        values = (truth + np.array([-0.03, 0.03])[:, None, None] + rng.normal(0, seed_sd, (2, 4, 1))
+                  + rng.normal(0, question_sd, (2, 1, 300)) + rng.normal(0, 0.1, (2, 4, 300)))  # fmt: skip
+        cells = {(run, seed): dict(enumerate(values[run, seed].tolist())) for run in range(2) for seed in range(4)}
+        estimates.append(report.estimate(cells))
+    covered = [np.mean([abs(e.mean - truth) <= e.half(level) for e in estimates]) for level in (0.95, 0.9)]
+    assert 0.93 <= covered[0] <= 0.995 and 0.87 <= covered[1] <= 0.97, covered
+    assert np.mean([abs(e.mean) + e.half(0.9) < report.MARGIN for e in estimates]) <= 0.05
+    noise = 0.1**2 / (8 * 300)
+    derived = seed_sd**2 / 8 + question_sd**2 / (2 * 300) + 2 * noise
+    assert np.mean([e.se**2 for e in estimates]) == pytest.approx(derived, rel=0.1)
+    assert np.var([e.mean for e in estimates]) == pytest.approx(derived - noise, rel=0.25)
+
+
 def test_standard_error_by_hand():
     cells = {(0, 0): {"a": 0.0, "b": 1.0}, (0, 1): {"a": 2.0, "b": 3.0, "not shared": 9.0}}
     e = report.estimate(cells)  # seed means .5, 2.5: variance 2; question means 1, 2: variance .5
@@ -149,7 +179,7 @@ def test_swapping_recipe_labels_changes_the_verdicts(six_seeds):
     assert verdicts(turned)["9"].verdict == "contradicted"
 
 
-def test_a_row_of_the_table_from_raw_counts(six_seeds, tmp_path):
+def test_a_row_of_the_table_from_raw_counts(six_seeds, undrawn, tmp_path):
     """Finding 2 again, without a line of report.py but the t table: rl - sft, pass@1, 2.8M and 8M tokens."""
     verdict = report.report(save(tmp_path, six_seeds))["2"]
     counts = {(row["recipe"], row["tokens"], row["seed"]): row["correct"] for row in six_seeds if row["kind"] == "pass"}
@@ -162,8 +192,6 @@ def test_a_row_of_the_table_from_raw_counts(six_seeds, tmp_path):
     low, high = 100 * (mean - 2.5706 * se), 100 * (mean + 2.5706 * se)  # t, 5 degrees of freedom
     (line,) = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| 2 | with one")]
     assert f"{100 * mean:+.1f} [{low:+.1f}, {high:+.1f}]" in line and "at 2.8M, 8M" in line and "**holds**" in line
-    assert {path.name for path in tmp_path.glob("*.png")} == {"pass-easy.png", "general.png"}
-    assert all(path.stat().st_size < 150_000 for path in tmp_path.glob("*.png"))
 
 
 def test_one_seed_is_not_tested_and_shows_the_direction(tmp_path, capsys):

@@ -1,0 +1,431 @@
+"""Tables of report.md and of the marked blocks, from what data/report.py has read and decided."""
+
+import os
+import re
+
+import numpy as np
+
+from data import report
+from data.report import Missing, tokens_name
+
+BLOCKS = ("findings", "findings-short", "rules", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts")
+PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
+DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
+           "probability of the right choice %", "log_prob": "log-prob a token (nats)",
+           "flexible@1": "right in any format %", "questions": "questions seen", "sampled_tokens": "tokens sampled",
+           "flops": "training FLOPs", "seconds": "training seconds"}  # fmt: skip  # a row's field -> its column
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+
+
+def shown(e, metric="", sign=""):
+    """An Estimate in %, or in nats for a loss, with half of its interval."""
+    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    return f"{scale * e.mean:{sign}.{digits}f} ±{scale * e.half():.{digits}f}" if e else "-"
+
+
+# ---- one record ----
+def span(finding, e):
+    """An estimate with the interval of its kind, in points."""
+    if not e.df:
+        return f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} (one SE over questions)"
+    half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
+    return f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}]"
+
+
+def outcome(finding, verdict):
+    """This run's figures for one finding."""
+    e = verdict.estimate
+    if not e:
+        return ""
+    text = span(finding, e)
+    if e.df:
+        text += f", p {verdict.p:.2g} (Holm {verdict.holm:.2g}), {e.seeds} seeds"
+        text += f" x {e.questions} questions" * (e.questions > 1)
+    runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
+    return f"{text}; {verdict.text}" + (f"; by pre-training seed {runs}" if len(e.runs) > 1 else "")
+
+
+def word(verdict):
+    return f"**{verdict.verdict}**{f' ({verdict.reason})' if verdict.reason else ''}"
+
+
+def lines(verdicts):
+    """The findings for the console."""
+    return [f"{number}  {v.verdict}{f' ({v.reason})' if v.reason else ''}: {f.claim}  {outcome(f, v)}"
+            for (number, v), f in zip(verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
+
+
+def secondary(r, finding):
+    """{difference in words: one cell a checkpoint} of a finding's secondary differences."""
+    rows = {}
+    for metric, first, second in finding.secondary:
+        cells = [shown(r.gap(metric, *report.minus(first, second, [t])), sign="+") for t in r.tokens]
+        if set(cells) != {"-"}:
+            rows[f"{metric}: {first} - {second}".format(data=r.data, size=r.size)] = cells
+    return rows
+
+
+def number(values, scale=1):
+    """The mean of what there is, short."""
+    mean = round(scale * float(np.mean(values)), 9) if values else 0
+    return "-" if not values else f"{mean:.3g}" if mean >= 1000 else f"{mean:.{1 if abs(mean) >= 1 else 2}f}"
+
+
+def details(r, name, tokens, benchmark):
+    """Format, diversity, cost, and the questions newly solved and lost against the parent, means over seeds."""
+    rows, general = [*r.rows("pass", name, tokens, benchmark).values()], general_name(r, name, benchmark)
+    rows += [row for task in r.general for row in r.rows("general", general, tokens, task).values()]
+    cells = [number([row[field] for row in rows if row.get(field) is not None], 100 if "%" in column else 1)
+             for field, column in DETAILS.items()]  # fmt: skip
+    try:
+        elsewhere = re.search(r"( in .*| as .*)?$", name)[0]  # the parent is of the same world and model
+        metric, parent = f"{benchmark} solved", PARENT.get(name.split()[0], name.removesuffix(elsewhere)) + elsewhere
+        arms = [(sign, r.arm(arm, tokens, metric)) for sign, arm in ((1, name), (-1, parent))]
+        difference = np.concatenate([[*cell.values()] for cell in report.combine(arms).values()])
+        solved = [f"{round(100 * float(np.maximum(sign * difference, 0).mean()), 9):.1f}" for sign in (1, -1)]
+    except Missing:
+        solved = ["-", "-"]
+    return cells + (solved if name.split()[0] in PARENT else ["-", "-"])
+
+
+def general_name(r, name, benchmark):
+    """The arm whose general capability belongs to what `name` does on a benchmark."""
+    return re.sub(r" \d+-shot", "", name) + (f" on {benchmark}" if benchmark != r.main and not name.startswith("base") else "")
+
+
+def with_shots(name):
+    """A base's pass@k is that of 0 or of 8 shots; its best is no arm of its own in a table."""
+    return not name.startswith("base") or "-shot" in name
+
+
+def page(record):
+    """The text of one record's report.md."""
+    r, checkpoints = record.results, [tokens_name(t) for t in record.results.tokens]
+    parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions; shares in %, differences in points. "
+             "±: half of the 95% interval over seeds and questions, or one standard error with one seed.\n"]
+    findings = [[n, finding.claim, f"{finding.rule} ({finding.kind})", outcome(finding, v), finding.paper, word(v)]
+                for (n, v), finding in zip(record.verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
+    parts += ["## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], findings)]
+    parts += [report.RULES + "\n"] + [f"![{name}]({name})\n" for name in record.pictures]
+    rows = [[n, label, *cells] for n, finding in zip(record.verdicts, report.FINDINGS, strict=True)
+            for label, cells in secondary(r, finding).items()]  # fmt: skip
+    parts += ["## Secondary differences\n", table(["", "difference", *checkpoints], rows)] if rows else []
+    for metric in [f"{b} pass@{k}" for b in r.benchmarks for k in (1, 8, 32)] + ["accuracy"] * bool(r.general):
+        names = r.names if metric == "accuracy" else [name for name in r.names if with_shots(name)]
+        rows = [[name] + [shown(r.level(name, t, metric)) for t in r.tokens] for name in names]
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        title = f"accuracy, mean of {', '.join(r.general)}" if metric == "accuracy" else metric
+        parts += [f"## {title}\n", table(["", *checkpoints], rows)] if rows else []
+    for title, block in (("Rollouts", rollouts(r)), ("Seeds", seeds(r)), ("Beyond the paper", beyond(r))):
+        parts += [f"## {title}\n", block] if block else []
+    header = ["", "tokens", *DETAILS.values(), "newly solved against the parent %", "lost %"]
+    for benchmark in r.benchmarks:
+        rows = [[name, tokens_name(t), *details(r, name, t, benchmark)] for name in r.names for t in r.tokens
+                if r.rows("pass", name, t, benchmark)]  # fmt: skip
+        columns = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
+        first, *rest = zip(*columns, strict=True)
+        parts += [f"## Answers, {benchmark}\n", table(first, rest)] if rest else []
+    found = {(n.split()[0], t) for n in r.names for t in r.tokens for b in r.benchmarks if r.rows("pass", n, t, b)}
+    absent = [f"no rows for {name} at {tokens_name(t)}" for t in r.tokens for name in report.RECIPES
+              if (name, t) not in found]  # fmt: skip
+    parts += ["## Missing\n", "\n".join(f"- {line}" for line in [*absent, *record.torn]) or "Nothing."]
+    return "\n".join(parts) + "\n"
+
+
+def levels(r):
+    """pass@k and general capability of each arm, a table each for the main benchmark and the hard one."""
+    parts = []
+    for benchmark in [b for b in r.benchmarks if b in (r.main, "hard")]:
+        rows = []
+        for t, name in ((t, name) for t in r.tokens for name in filter(with_shots, r.names)):
+            passes = [r.level(name, t, f"{benchmark} pass@{k}") for k in (1, 8, 32)]
+            if any(passes):
+                shots = name.startswith("base") and " 0-shot" not in name  # the tasks have none: shown once
+                accuracy = None if shots else r.level(general_name(r, name, benchmark), t, "accuracy")
+                rows.append([tokens_name(t), name, max(e.seeds for e in passes if e), *map(shown, [*passes, accuracy])])
+        header = ["tokens", benchmark, "seeds", "pass@1", "pass@8", "pass@32", "general capability"]
+        parts += [table(header, rows)] if rows else []
+    return "\n".join(parts)
+
+
+def reached(x, y, level):
+    """The first x at which the line through the points reaches the level; None if it does not."""
+    for i, value in enumerate(y):
+        if value >= level:
+            return x[i] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (value - y[i - 1])
+    return None
+
+
+def along(r, name, tokens, benchmark, cost):
+    """Validation pass@1 along the runs of an arm: its costs and levels at each point, means over seeds."""
+    points, costs = r.curve(name, tokens, "pass@1", benchmark), r.curve(name, tokens, cost, benchmark)
+    steps = [step for step in points if step in costs]
+    return [costs[step].mean for step in steps], [points[step] for step in steps]
+
+
+def rollouts(r):
+    """n = 5 against 64: where they end, and what it takes to come near."""
+    rows, names = [], ("rl n=5", "rl n=64")
+    for benchmark, t in ((b, t) for b in report.splits(r) for t in r.tokens if r.rows("pass", names[0], t, b)):
+        curves = [[*r.curve(name, t, "pass@1", benchmark).values()] for name in names]
+        goal = 0.9 * min(points[-1].mean for points in curves) if all(curves) else 1.0
+        for name in names:
+            passes = [r.level(name, t, f"{benchmark} pass@{k}") for k in (1, 8, 32)]
+            row = [benchmark, tokens_name(t), name, *map(shown, passes)]
+            for cost in ("questions", "sampled_tokens", "flops", "seconds"):
+                row.append(number([x[cost] for x in r.rows("pass", name, t, benchmark).values() if cost in x]))
+            for cost in ("questions", "flops"):
+                x, points = along(r, name, t, benchmark, cost)
+                there = reached(x, [e.mean for e in points], goal)
+                row.append("-" if there is None else number([there]))
+            rows.append(row)
+    header = ["questions", "tokens", "arm", "pass@1", "pass@8", "pass@32", "questions seen", "tokens sampled", "FLOPs",
+              "seconds", "questions to 90%", "FLOPs to 90%"]  # fmt: skip
+    said = "To 90%: until validation pass@1, mean over seeds, is 90% of the lower of the two ends.\n"
+    return f"{table(header, rows)}\n{said}" if rows else ""
+
+
+def ends(r):
+    """Where the seeds of `rl` end at the early and the late checkpoint: {tokens: {unit: (reward, pass@1, pass@32)}}, shares.
+
+    The reward is the training's, the mean of the curve points of the last 10 steps. Raises Missing as finding 8 does.
+    """
+    tokens, units = report.early_and_late(r)
+    found = {}
+    for t in tokens:
+        arms, curves = [r.arm("rl", t, f"pass@{k}") for k in (1, 32)], r.rows("curve", "rl", t, r.main, "val")
+        for unit in units:
+            points = curves[unit]["points"] if unit in curves else []
+            last = [p["reward"] for p in points if "reward" in p and p["step"] > points[-1]["step"] - 10]
+            means = [float(np.mean([*arm[unit].values()])) for arm in arms]
+            found.setdefault(t, {})[unit] = (float(np.mean(last)) if last else float("nan"), *means)
+    return found
+
+
+def seeds(r):
+    """Training reward beside test pass@k of every seed, the mean beside the best of 4."""
+    try:
+        found = ends(r)
+    except Missing:
+        return ""
+    header = ["pre-training seed", "seed"]
+    header += [f"{tokens_name(t)}: {what}" for t in found for what in ("reward", "pass@1", "pass@32")]
+    units = [*next(iter(found.values()))]
+    values = np.array([[found[t][unit] for unit in units] for t in found])  # (2, S, 3)
+    runs = np.array([run for run, _ in units])
+
+    def row(first, second, cells):
+        return [first, second, *("-" if np.isnan(x) else f"{round(100 * x, 9):.1f}" for x in np.ravel(cells))]
+
+    def correlation(reward, end):  # within the pre-training runs
+        x, y = (np.concatenate([v[runs == run] - v[runs == run].mean() for run in np.unique(runs)]) for v in (reward, end))
+        return f"{x @ y / np.sqrt((x @ x) * (y @ y)):+.2f}" if (x @ x) * (y @ y) > 0 else "-"
+
+    rows = [row(*unit, values[:, i]) for i, unit in enumerate(units)]
+    rows += [row("mean", "", values.mean(1)), row("standard deviation", "", values.std(1, ddof=1)),
+             row("best of 4", "", [[report.best_of_4(column) for column in at.T] for at in values])]  # fmt: skip
+    told = [["", *(correlation(at[:, 0], at[:, i]) for i in (1, 2))] for at in values]
+    return table(header, [*rows, ["correlation with the reward", "", *told[0], *told[1]]])
+
+
+# ---- beyond the paper ----
+def shares(r, tokens):
+    """Arms of parallel averaging at a checkpoint, by their share of RL, a schedule last."""
+    names = {name: name.partition("share=")[2] or str(report.SHARE) for name in r.names if re.fullmatch(r"mix( share=\S+)?", name)}
+    names = {name: share for name, share in names.items() if r.rows("pass", name, tokens, r.main)}
+    return sorted(names, key=lambda name: ("-" in names[name], float(names[name].split("-")[0])))
+
+
+def mixed(r):
+    """Checkpoints with more than one share."""
+    return [t for t in r.tokens if len(shares(r, t)) > 1]
+
+
+def gone_on(r):
+    """[(t, u, the base's checkpoint at u)]: text was gone on with from t, the last checkpoint with `rl` before u."""
+    found = []
+    for u in sorted({key[2] for key in r.index if key[1] == "rl->text" and key[0] == "pass"}):
+        before = [t for t in r.tokens if t < u and r.rows("pass", "rl", t, r.main)]
+        base = [t for t in r.tokens if abs(t - u) < 0.01 * u and r.level("base", t, "pass@1")]
+        found += [(before[-1], u, base[-1] if base else u)] if before else []
+    return found
+
+
+def beyond(r):
+    """Tables on shares and schedules, on text as the second stream, and on going on with text after RL."""
+    parts, rows = [], []
+    for t in mixed(r):
+        for name in ("rl", "sft", "sft->rl", *shares(r, t)):
+            cells = [shown(r.level(name, t, metric)) for metric in ("pass@1", "pass@8", "pass@32", "accuracy")]
+            cells += ["" if name == "mix" else shown(r.gap(metric, *report.minus(name, "mix", [t])), sign="+")
+                      for metric in ("pass@1", "pass@32")]  # fmt: skip
+            rows.append([tokens_name(t), f"mix share={report.SHARE}" if name == "mix" else name, *cells])
+    header = ["tokens", "arm", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 - mix 0.5", "pass@32 - mix 0.5"]
+    parts += ["Share of the RL update, and a schedule from SFT to RL.\n", table(header, rows)] if rows else []
+
+    rows = []
+    for t in (t for t in r.tokens if r.rows("pass", "mix-text", t, r.main)):
+        for name in ("rl", "sft", "mix", "mix-text"):
+            cells = ["" if name == other else shown(r.gap(metric, *report.minus(name, other, [t])), metric, "+")
+                     for other in ("base", "rl") for metric in ("pass@1", "pass@32", "accuracy", "loss")]  # fmt: skip
+            rows.append([tokens_name(t), name, *cells])
+    header = ["tokens", "arm"] + [f"{metric} - {other}" for other in ("base", "rl")
+                                  for metric in ("pass@1", "pass@32", "general capability", "text loss")]  # fmt: skip
+    said = "Pre-training text as the second stream (mix-text); text loss in nats a token.\n"
+    parts += [said, table(header, rows)] if rows else []
+
+    rows, metrics = [], ("pass@1", "pass@32", "accuracy", "loss")
+    for t, u, v in gone_on(r):
+        for name, at in (("base", t), ("rl", t), ("base", v), ("text", u), ("rl->text", u)):
+            rows.append([f"{name} at {tokens_name(at)}", *(shown(r.level(name, at, metric), metric) for metric in metrics)])
+        for first, second in ((("rl->text", u), ("text", u)), (("rl->text", u), ("rl", t)), (("text", u), ("base", v))):
+            label = " - ".join(f"{name} at {tokens_name(at)}" for name, at in (first, second))
+            rows.append([label, *(shown(r.gap(metric, (1, *first), (-1, *second)), metric, "+") for metric in metrics)])
+    said = "Pre-training goes on after RL (rl->text) and without it (text), both with a fresh optimizer.\n"
+    parts += [said, table(["arm", "pass@1", "pass@32", "general capability", "text loss"], rows)] if rows else []
+    return "\n".join(parts)
+
+
+# ---- all records ----
+def spoken(name):
+    return name.replace("-", " ")
+
+
+def findings(records, short=False):
+    """The nine, one column a record."""
+    rows = []
+    for i, finding in enumerate(report.FINDINGS):
+        verdicts = [record.verdicts[str(i + 1)] for record in records.values()]
+        if short:
+            told = [f"{word(v)} {span(finding, v.estimate) if v.estimate else ''}".strip() for v in verdicts]
+            rows.append([i + 1, finding.claim, finding.paper, *told])
+        else:
+            told = [f"{word(v)} {outcome(finding, v)}".strip() for v in verdicts]
+            rows.append([i + 1, finding.claim, f"{finding.rule} ({finding.kind})", finding.paper, *told])
+    return table(["", "finding", *["primary contrast"] * (not short), "paper", *map(spoken, records)], rows)
+
+
+def all_secondary(records):
+    """The secondary differences of all records, one column a record and checkpoint."""
+    header, width, rows = ["", "difference"], [], {}
+    for name, record in records.items():
+        header += [f"{spoken(name)}, {tokens_name(t)}" for t in record.results.tokens]
+        width.append(len(record.results.tokens))
+    for i, finding in enumerate(report.FINDINGS):
+        each = [secondary(record.results, finding) for record in records.values()]
+        for label in dict.fromkeys(label for found in each for label in found):
+            cells = [found.get(label, ["-"] * n) for found, n in zip(each, width, strict=True)]
+            rows[i + 1, label] = sum(cells, [])
+    return table(header, [[*key, *cells] for key, cells in rows.items()])
+
+
+def sweep_table(r):
+    """Each arm's settings on validation questions, on the checkpoints and seeds that all of them have."""
+    tried = {}  # (benchmark, arm) -> names
+    for benchmark in r.benchmarks:
+        for name in r.names:
+            if " lr=" in name and any(r.rows("pass", name, t, benchmark) for t in r.tokens):
+                tried.setdefault((benchmark, name.partition(" lr=")[0]), []).append(name)
+    rows = []
+    for (benchmark, arm), names in tried.items():
+        tokens = [t for t in r.tokens if all(r.rows("pass", name, t, benchmark) for name in names)]
+        units = [set(r.rows("pass", name, t, benchmark)) for name in names for t in tokens]
+        shared = set.intersection(*units) if units else set()
+        if not shared:
+            raise ValueError(f"the sweep's settings of {arm} on {benchmark} share no checkpoint and seed: run what is missing")
+        means = {}
+        for name in names:
+            for metric in (f"{benchmark} pass@1", f"{benchmark} pass@8", f"{benchmark} pass@32", "accuracy"):
+                which = general_name(r, name, benchmark) if metric == "accuracy" else name
+                try:
+                    arms = [r.arm(which, t, metric) for t in tokens]
+                    means.setdefault(name, []).append(np.mean([np.mean([*a[u].values()]) for a in arms for u in sorted(shared)]))
+                except (Missing, KeyError):
+                    means.setdefault(name, []).append(None)
+        chosen = report.choose({name: round(found[0], 12) for name, found in means.items()})
+        for name, found in sorted(means.items(), key=lambda item: [float(x) for x in re.findall(r"lr=(\S+)", item[0])]):
+            setting = "lr " + name.partition(" lr=")[2].replace(" sft_lr=", ", SFT ")
+            cells = ["-" if x is None else f"{round(100 * x, 9):.1f}" for x in found]
+            rows.append([arm, benchmark, setting, *cells, f"{', '.join(map(tokens_name, tokens))} x {len(shared)}",
+                         "chosen" if name == chosen else ""])  # fmt: skip
+    return table(["recipe", "questions", "setting", "pass@1", "pass@8", "pass@32", "general capability",
+                  "checkpoints x seeds", ""], rows)  # fmt: skip
+
+
+def spent(r):
+    """{(part, question set): [runs, seconds, FLOPs]} of training, each run counted once."""
+    runs = {}
+    for row in r.all:
+        if row.get("flops") is not None:
+            base = row["recipe"] == "base"  # its seeds are draws
+            part = r.name({**row, "kind": "curve"}).partition(" lr=")[0].replace("base", "pre-training")
+            asked = "" if base else row.get("on") or r.main or ""
+            key = row["tokens"], row["pretrain_seed"], None if base else row["seed"], row["config_hash"]
+            runs.setdefault((part, asked), {})[key] = row
+    return {part: [len(rows), sum(row.get("seconds", 0) for row in rows.values()), sum(row["flops"] for row in rows.values())]
+            for part, rows in runs.items()}  # fmt: skip
+
+
+def costs(records, sweep):
+    """Runs, seconds and FLOPs of each part, one column a record and one for the sweep."""
+    columns = {spoken(name): spent(record.results) for name, record in records.items()}
+    columns |= {"sweep": spent(sweep)} if sweep else {}
+    order = {name: i for i, name in enumerate(("pre-training", *report.RECIPES))}
+    parts = sorted({part for found in columns.values() for part in found},
+                   key=lambda part: (order.get(part[0].split()[0], len(order)), part))  # fmt: skip
+
+    def cell(found):
+        runs, seconds, flops = map(sum, zip(*found, strict=True)) if found else (0, 0, 0)
+        return f"{runs} / {seconds:,.0f} / {flops:.2e}" if runs else "-"
+
+    rows = [[part, asked, *(cell([found[part, asked]] if (part, asked) in found else []) for found in columns.values())]
+            for part, asked in parts]  # fmt: skip
+    rows.append(["all", "", *(cell([*found.values()]) for found in columns.values())])
+    header = ["part", "questions", *(f"{name}: runs / seconds / FLOPs" for name in columns)]
+    return f"{table(header, rows)}\nTraining alone; the seconds are those of runs side by side, evaluation is not in them.\n"
+
+
+def blocks(records, sweep):
+    """{name: text} of what stands between <!-- name --> and <!-- /name --> in README.md and RESULTS.md."""
+    def each(block):
+        found = {name: block(record.results) for name, record in records.items()}
+        return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or "No rows.\n"
+
+    first = next(iter(records.values())).results
+    texts = (findings(records), findings(records, short=True), report.RULES + "\n", levels(first), all_secondary(records),
+             sweep_table(sweep) if sweep else "No rows.\n", costs(records, sweep), each(beyond), each(seeds), each(rollouts))
+    return dict(zip(BLOCKS, texts, strict=True))
+
+
+def side_by_side(records, found):
+    """The text of report.md beside the records, from the blocks."""
+    links = ", ".join(f"[{spoken(name)}]({name}/report.md)" for name in records)
+    parts = [f"# Report\n\nEach record is decided on its own rows and seeds: {links}.\n"]
+    for name, text in (("Findings", found["findings"] + "\n" + found["rules"]), ("Secondary differences", found["secondary"]),
+                       ("The sweep, on validation questions", found["sweep"]), ("Costs", found["costs"])):  # fmt: skip
+        parts += [f"## {name}\n", text]
+    return "\n".join(parts)
+
+
+def marks(path):
+    """The text of a file that may have marked blocks. ValueError: one that nobody knows or that has no end."""
+    text = path.read_text()
+    for name in re.findall(r"^<!-- ([\w-]+) -->$", text, re.M):
+        if name not in BLOCKS:
+            raise ValueError(f"{path} has a block {name!r}; there are {', '.join(BLOCKS)}")
+        if f"\n<!-- /{name} -->" not in text:
+            raise ValueError(f"{path}: the block {name!r} has no end, a line <!-- /{name} -->")
+    return text
+
+
+def fill(path, text, found):
+    """Write the file again with the blocks as they are now."""
+    text = re.sub(r"^<!-- ([\w-]+) -->\n.*?^<!-- /\1 -->$", lambda mark: f"<!-- {mark[1]} -->\n{found[mark[1]]}<!-- /{mark[1]} -->",
+                  text, flags=re.M | re.S)  # fmt: skip
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    os.replace(beside, path)

@@ -1,6 +1,6 @@
 """Evaluate checkpoints: pass@k on questions, general capability, loss on text, one JSON row each; or draw the report.
 
-    python eval.py ckpt/toy/step2734.pt ckpt/toy/step2734-rl.pt --results results/toy
+    python eval.py ckpt/toy/step3418.pt ckpt/toy/step3418-rl.pt --results results/toy
     python eval.py --report results/toy
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A base model is

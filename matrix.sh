@@ -51,8 +51,8 @@ seeds() {  # seeds FROM TO P: the post-training seeds from 100 x RECORD + FROM t
 }
 
 # Each stage's flags; what is not here is the script's own default for this size of model. STEPS: the checkpoints M_t.
-# AFTER: of RL that starts from SFT; MORE: of pre-training that goes on; DRAW, SAMPLES: of eval.py on a base.
-TEXT="" PRE="" RL="" AFTER="" SFT="" MIX="" EVAL="" DRAW="--shots 0,1,3" SAMPLES="--shots 0" toy=1 SPLIT_FLAGS=${SPLIT_FLAGS:-}
+# AFTER: of RL that starts from SFT on all solutions; MORE: of pre-training that goes on; INSIDE: of text beside RL; DRAW, SAMPLES: of eval.py on a base.
+TEXT="" PRE="" RL="" SFT="" MIX="" EVAL="" DRAW="--shots 0,1,3" SAMPLES="--shots 0" toy=1 SPLIT_FLAGS=${SPLIT_FLAGS:-}
 models=()  # NAME DATA SEED [flags]: what is pre-trained on what
 # CHECKPOINT SEEDS RECIPES [QUESTIONS]: a cell for each seed and recipe, RECIPE+FLAG=VALUE for a variant; "wait" where what follows
 # reads what is before. sft-rl and sft-gold-rl are SFT and then RL. val and base: the checkpoint itself; draw: the same with the
@@ -64,7 +64,8 @@ ranks=1  # of pre-training, whose batch of 16 rows they share
 while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)); done
 # Of the default world: its checkpoints M_t, 2.8M, 4.9M and 7M tokens; 24 solutions a question are 9,600 examples, where
 # --solutions 1 sees 2,000; 5 and 64 rollouts get as many answers, 20,480
-FIRST=1367 MIDDLE=2393 LAST=3418 GOLD="--epochs 1 --batch 64 --compile true" MORE="--tokens 2099200 --lr 1.6e-3 --warmup 20"
+FIRST=1367 MIDDLE=2393 LAST=3418 GOLD="--epochs 1 --batch 64 --compile true --lr 4e-3" AFTER="--lr 7.5e-5"
+MORE="--tokens 2099200 --lr 1.6e-3 --warmup 20" INSIDE="--sft_lr 1.6e-3 --batch 16"
 POOL="--tokens 1000 --train_questions 1600" WIDER="--preset toy-large --lr 2e-3"
 N5="--group 5 --questions_per_step 8 --steps 512 --eval_every 64" N64="--group 64 --questions_per_step 8 --steps 40 --eval_every 5"
 prepare() { once "$1" toy --seed "$2" $TEXT; }  # prepare FOLDER SEED
@@ -102,13 +103,15 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
 }
 case $SCALE in
   toy) toy_world ;;
-  sweep)  # four tries a recipe, from the middle checkpoint of a pre-training run that no result comes from, on validation questions
-    FINAL=0 toy=1 models=("p1 $DATA-p1 1 --save_steps $FIRST,$MIDDLE") at="$OUT/p1/step$MIDDLE.pt 1,"
-    cells=("$at base")
+  sweep)  # on validation questions of two pre-training runs that no result comes from: four tries a recipe at the middle checkpoint of
+    # one, and the two best of each once more at the last checkpoint of the other
+    FINAL=0 toy=1 models=("p1 $DATA-p1 1 --save_steps $FIRST,$MIDDLE" "p0 $DATA-p0 0 --save_steps $FIRST,$MIDDLE")
+    at="$OUT/p1/step$MIDDLE.pt 1," on="$OUT/p0/step$LAST.pt 0,"
+    cells=("$at base" "$on base")
     for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at rl+lr=$lr"); done
     for lr in 2e-3 5e-4 1e-3 4e-3; do cells+=("$at sft+lr=$lr,sft-gold+lr=$lr"); done
-    for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3"); done
-    cells+=(wait)
+    for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3" "$on rl+lr=$lr,mix+lr=$lr+sft_lr=2e-3"); done
+    cells+=("$on sft+lr=1e-3,sft+lr=2e-3,sft-gold+lr=2e-3,sft-gold+lr=4e-3" wait)
     for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
   smoke)
     FIRST="" MIDDLE=20 LAST=40
@@ -116,7 +119,7 @@ case $SCALE in
     POOL="--tokens 1000 --train_questions 64" WIDER="--preset toy-large" N5="--group 5 --steps 2" N64="--group 64 --steps 1"
     PRE="--tokens 81920 --warmup 5 --compile false --save_every 15" MORE="--tokens 20480 --compile false"
     RL="--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32 --compile false"
-    SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
+    AFTER="" SFT="--epochs 1 --eval_questions 4 --max_new 32" GOLD="--steps 6 --eval_questions 4 --max_new 32"
     MIX=$RL EVAL="--limit 8 --max_new 32 --compile false"
     toy_world ;;
   gsm8k)
@@ -125,7 +128,7 @@ case $SCALE in
     prepare() { once "$1" text --source "$SOURCE/pretrain_text" && once "$1-questions" gsm8k --source "$SOURCE/gsm8k"; }
     PRE="--tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 --questions $DATA-p0-questions --compile false"
     RL="--steps 2 --questions_per_step 4 --group 4 --max_new 48 --eval_questions 0 --micro 8 --compile false"
-    SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8"
+    SFT="--steps 4 --batch 8 --eval_questions 0 --micro 8 --max_new 48" GOLD=$SFT MIX="$RL --batch 8" AFTER=""
     EVAL="--limit 8 --n 8 --k 1,8 --shots 0 --max_new 48 --compile false" ;;
   1b)
     # The paper's sizes; tests/test_rehearsal.py goes through all of this with small ones. SOURCE=FOLDER: local copies of the
@@ -145,7 +148,7 @@ case $SCALE in
     }
     # so a 4b fits 141 GB, and with --rows 64 80 GB, by data/plan.py memory; none of it changes a result
     PRE="--tasks $DATA/tasks --micro 2 --shard" RL="--micro 8 --rows 256 --shard" SFT=$RL GOLD=$RL MIX=$RL EVAL="--limit 0 --rows 256"
-    toy="" SAMPLES="--shots 4" N5="--group 5" N64="--group 64"
+    toy="" SAMPLES="--shots 4" AFTER="" N5="--group 5" N64="--group 64"
     models=("$MODEL $DATA/dolmino 0 --preset $MODEL --tokens $TOKENS --save_steps ${STEPS// /,}"
             "$MODEL-math $DATA/dolmino-math 0 --preset $MODEL --tokens $BOTH --save_steps $LAST"  # more math, or
             "$LARGE $DATA/dolmino 0 --preset $LARGE --tokens $TOKENS --save_steps $LAST")  # a larger model
@@ -199,12 +202,13 @@ chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
     sft) run "${start[@]}" sft.py --init "$1" --out "$to.pt" $questions $SFT $more $go && measure "$to.pt" ;;
     sft-gold) run "${start[@]}" sft.py --init "$1" --out "$to.pt" --solutions all $questions $GOLD $more $go && measure "$to.pt" ;;
     sft-rl | sft-gold-rl)
+      local after=""
       if [ $recipe = sft-rl ]; then run "${start[@]}" sft.py --init "$1" --out "$sft.pt" $questions $SFT $go
-      else run "${start[@]}" sft.py --init "$1" --out "$sft.pt" --solutions all $questions $GOLD $go; fi
-      run "${start[@]}" rl.py --init "$sft.pt" --out "$to.pt" $questions $RL $AFTER $more $go
+      else after=$AFTER && run "${start[@]}" sft.py --init "$1" --out "$sft.pt" --solutions all $questions $GOLD $go; fi
+      run "${start[@]}" rl.py --init "$sft.pt" --out "$to.pt" $questions $RL $after $more $go
       measure "$sft.pt" "$to.pt" ;;
     mix) run "${start[@]}" mix.py --init "$1" --out "$to.pt" $questions $MIX $more $go && measure "$to.pt" ;;
-    mix-text) run "${start[@]}" mix.py --init "$1" --out "$to.pt" --text "$data" $questions $MIX $more $go && measure "$to.pt" ;;
+    mix-text) run "${start[@]}" mix.py --init "$1" --out "$to.pt" --text "$data" $questions $MIX $INSIDE $more $go && measure "$to.pt" ;;
     text | rl-text)  # pre-training goes on, from the base or from its RL
       local from=$1
       [ $recipe = text ] || from=$(cell_name "$1" rl "$3" "$4").pt

@@ -1,8 +1,8 @@
 """Parallel averaging of RL and SFT (the paper's section on combining them): M_t -> M_t^mix.
 
-    python mix.py --init ckpt/toy/step2734.pt
-    python mix.py --init ckpt/toy/step2734.pt --share 0 --share_end 1           # from SFT to RL
-    python mix.py --init ckpt/toy/step2734.pt --text data/out/toy               # an RL excursion inside pre-training
+    python mix.py --init ckpt/toy/step3418.pt
+    python mix.py --init ckpt/toy/step3418.pt --share 0 --share_end 1           # from SFT to RL
+    python mix.py --init ckpt/toy/step3418.pt --text data/out/toy               # an RL excursion inside pre-training
 
 Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the SFT optimizer's update
 Delta_SFT, and  theta <- theta + share * Delta_RL + (1 - share) * Delta_SFT.  The optimizers keep their own moments. An
@@ -23,7 +23,7 @@ from rl import rl_backward, rl_batch, rl_costs
 from sft import sft_backward, sft_batch, tokenise
 
 SIZES = {
-    "toy": dict(lr=1.5e-4, sft_lr=2e-3, questions_per_step=16, group=8, batch=32, steps=60, max_new=56),
+    "toy": dict(lr=3e-4, sft_lr=2e-3, questions_per_step=16, group=8, batch=32, steps=60, max_new=56),
     "paper": dict(lr=1e-6, sft_lr=2e-5, questions_per_step=128, group=64, batch=64, steps=1000, max_new=512),
 }
 
@@ -44,11 +44,12 @@ class Config:
     temperature: float = 1.0  # RL: of sampling and of the log-probs trained on
     format_reward: float = 0.1  # RL: for a wrong answer in the right form
     std_norm: bool = False  # RL: divide the advantage by the group's std
-    lr: float | None = None  # RL: learning rate, constant after the warm-up, as in rl.py (toy 1.5e-4)
+    lr: float | None = None  # RL: learning rate, constant after the warm-up (toy 3e-4)
     warmup: int = 5  # RL: updates of linear warm-up
     solutions: str = "1"  # SFT: solutions a question, 1 or all
-    batch: int | None = None  # SFT: solutions a step, or rows of text as long as in pre-training, over all ranks (toy 32: as many in 60 steps as sft.py in 5 epochs)
-    sft_lr: float | None = None  # SFT, or text: peak learning rate, cosine to a tenth, as in sft.py (toy 2e-3)
+    # toy 32: as many in 60 steps as sft.py sees in 5 epochs
+    batch: int | None = None  # SFT: solutions a step, or rows of text as long as in pre-training, over all ranks (toy 32)
+    sft_lr: float | None = None  # SFT, or text: peak learning rate, cosine to a tenth (toy 2e-3)
     sft_warmup: int = 10  # SFT: steps of linear warm-up
     micro: int = 64  # rows a forward pass; never changes the result
     weight_decay: float = 0.0  # of both

@@ -1,7 +1,7 @@
 """Look at what a checkpoint says.
 
-    python sample.py ckpt/toy/step2734-rl.pt --prompt " Q : sam has 2 apples . he finds 3 . how many now ? A :"
-    python sample.py ckpt/toy/step2734-rl.pt --questions data/out/toy/easy --first 3 --n 4
+    python sample.py ckpt/toy/step3418-rl.pt --prompt " Q : sam has 2 apples . he finds 3 . how many now ? A :"
+    python sample.py ckpt/toy/step3418-rl.pt --questions data/out/toy/easy --first 3 --n 4
 
 With --prompt, n answers as they come. With --questions, questions of the validation split and the reward of rl.py beside
 each answer.
@@ -33,7 +33,7 @@ class Config:
 
 def main(cfg):
     if len(cfg.checkpoints) != 1:
-        raise ValueError("name one checkpoint: python sample.py ckpt/toy/step2734.pt")
+        raise ValueError("name one checkpoint: python sample.py ckpt/toy/step3418.pt")
     if cfg.split not in ("train", "val"):
         raise ValueError(f"--split takes train or val, not {cfg.split!r}: only eval.py --final opens the test split")
     if cfg.questions and Path(cfg.questions).name == "test.jsonl":

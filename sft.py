@@ -1,6 +1,6 @@
 """Supervised fine-tuning on solutions: M_t -> M_t^SFT (--solutions 1) or M_t^SFT-Gold (--solutions all).
 
-    python sft.py --init ckpt/toy/step2734.pt
+    python sft.py --init ckpt/toy/step3418.pt
     torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step5000.pt --solutions all
 
 Next-token loss on the answer and its end token, each of the batch's n answer tokens weighs 1/n; the prompt weighs 0.
@@ -18,7 +18,7 @@ from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
 
 SIZES = {
-    "toy": dict(batch=16, lr=2e-3, max_new=56),
+    "toy": dict(batch=16, lr=1e-3, max_new=56),
     "paper": dict(batch=64, lr=2e-5, max_new=512),  # the paper gives neither
 }
 
@@ -34,7 +34,7 @@ class Config:
     limit: int = 0  # use only the first so many training questions (0: all)
     batch: int | None = None  # solutions a step, over all ranks (toy 16)
     micro: int = 64  # rows a forward pass; never changes the result
-    lr: float | None = None  # peak learning rate, cosine to a tenth (toy 2e-3: decides how much is forgotten)
+    lr: float | None = None  # peak learning rate, cosine to a tenth (toy 1e-3; decides how much is forgotten)
     warmup: int = 10  # steps of linear warm-up
     weight_decay: float = 0.0  # off: a few hundred steps are not what decay is for
     clip: float = 1.0  # largest gradient norm

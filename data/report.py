@@ -495,6 +495,15 @@ def sweep(folder):
     return Results(rows, RATES)
 
 
+def is_sweep(folder):
+    """Are there validation rows alone, and of one arm and seed with several learning rates?"""
+    rows, rates = read(folder, RATES)[0], {}
+    for row in rows:
+        arm = tuple(row.get(field) for field in (*KEY, *ARM))
+        rates.setdefault(arm, set()).add(tuple(row.get(field) for field in RATES))
+    return {row["split"] for row in rows} == {"val"} and max(map(len, rates.values())) > 1
+
+
 # ---- the report ----
 Record = namedtuple("Record", "results verdicts torn pictures")
 
@@ -502,15 +511,21 @@ Record = namedtuple("Record", "results verdicts torn pictures")
 def report(folder, json=False):
     """Writes report.md and its figures and prints the findings; -> {"1": Verdict, ...}, of record 1.
 
-    A folder of rows is one record. A folder with record-1, record-2, ... has as many, each with a report of its own by its
-    own rows, and report.md beside them has them side by side, and the sweep; so have the marked blocks of README.md and
-    RESULTS.md in the folder above. ValueError: rows that cannot be read, a block that nobody knows.
+    A folder of rows is one record, or a sweep, which has a table and no findings. A folder with record-1, record-2, ... has as
+    many, each with a report of its own by its own rows, and report.md beside them has them side by side, and what is in
+    sweep/; so have the marked blocks of README.md and RESULTS.md in the folder above. ValueError: rows that cannot be read,
+    a block that nobody knows.
     """
     from data import figures, tables  # here: matplotlib takes a second that no trainer should wait for
     folder = Path(folder)
     found = sorted(path for path in folder.glob("record-[1-9]") if path.is_dir())
     marked = [folder.resolve().parent / name for name in ("README.md", "RESULTS.md")] if found else []
     marked, records = {path: tables.marks(path) for path in marked if path.exists()}, {}
+    if not found and is_sweep(folder):
+        text = tables.sweep_table(sweep(folder))
+        (folder / "report.md").write_text(f"# Sweep, on validation questions\n\n{text}")
+        print(text, end="")
+        return {}
     for path in found or [folder]:
         rows, torn = read(path)
         r = Results(rows)

@@ -82,13 +82,13 @@ def test_help_shows_each_field_with_its_reason(capsys, script):
 
 
 def test_help_into_a_pipe_that_is_closed(monkeypatch, capsys):
-    """`rl.py --help | head -3`: nothing is said about it, neither here nor when Python flushes at its end."""
+    """`sample.py --help | head -3`: nothing is said about it, neither here nor when Python flushes at its end."""
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as stop:
-            call("rl", "--help")
+            call("sample", "--help")
         pipe.flush()
     assert stop.value.code == 0 and not capsys.readouterr().err
 

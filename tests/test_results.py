@@ -1,6 +1,7 @@
 """A folder of records: side by side, the sweep, the marked blocks; and the committed results, recomputed by other code."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -48,7 +49,8 @@ def cell(recipe, t, unit, benchmark="easy", logit=None, split="test", shots=0, q
            "correct": rng.binomial(32, p).tolist(), "formatted": 0.9, "cut": 0.0, "answers": 4.0}  # fmt: skip
     forgets = 0.88 if recipe in ("sft", "sft-gold") else 0.95
     for task, items in (("facts", 120), ("lastword", 80)):
-        right = (np.random.default_rng([run, items]).random(items) < forgets).astype(int)
+        right = np.random.default_rng([run, items]).random(items) < forgets
+        right = (right ^ (rng.random(items) < (0.0 if base else 0.01))).astype(int)  # likelihoods: no draw of a base changes them
         yield {**same, "kind": "general", "benchmark": task, "right": right.tolist(), "probability": 0.8}
     loss = np.random.default_rng(run).normal(1.5, 0.2, 30) + {"sft": 0.2, "mix": 0.1, "rl": 0.03}.get(recipe, 0.0)
     yield {**same, "kind": "text", "benchmark": "text", "losses": (loss + rng.normal(0, 0.01, 30)).round(5).tolist()}
@@ -182,8 +184,10 @@ def test_each_record_is_decided_on_its_own_rows(made, copy):
     for name, verdicts in zip(("record-1", "record-2"), (found["findings"], found["record-2"]), strict=True):
         alone = report.decide(report.Results(report.read(folder / name)[0]))
         assert verdicts == {number: verdict.verdict for number, verdict in alone.items()}
-        told(copy / name)  # as a folder of rows, nothing beside it
-        assert (copy / name / "report.md").read_text() != "" and "record 1" not in (copy / name / "report.md").read_text()
+    (copy / "record-2/report.md").write_text("")
+    (copy / "README.md").write_text("<!-- nobody -->\n")  # a folder of rows leaves it alone
+    assert json.loads(told(copy / "record-2")[-1]) == {"findings": found["record-2"]}  # as a folder of rows, alone
+    assert (copy / "record-2/report.md").read_bytes() == (folder / "record-2/report.md").read_bytes()
     assert found["findings"]["2"] == "holds" and found["record-2"]["2"] == "contradicted"
     assert found["findings"]["7"] != "not tested" == found["record-2"]["7"]
     table = (folder / "report.md").read_text()
@@ -226,12 +230,6 @@ def test_a_block_that_nobody_knows_or_that_has_no_end(copy, capsys, marks, says)
     assert (copy.parent / "README.md").read_text() == text
 
 
-def test_a_folder_of_rows_leaves_the_readme_alone(copy):
-    (copy / "README.md").write_text("<!-- nobody -->\n")
-    told(copy / "record-2")
-    assert (copy / "README.md").read_text() == "<!-- nobody -->\n"
-
-
 # ---- the sweep
 
 
@@ -250,11 +248,19 @@ def test_the_sweep_has_an_arm_a_rate_and_marks_the_highest_pass_at_1(made, tmp_p
         tables.sweep_table(report.sweep(write(tmp_path, missing)))
 
 
+def test_a_sweep_alone_has_the_table(made, copy, capsys):
+    assert report.report(copy / "sweep") == {}
+    text = block((made[0].parent / "RESULTS.md").read_text(), "sweep")
+    assert capsys.readouterr().out == text and text in (copy / "sweep/report.md").read_text()
+
+
 def test_a_rate_makes_no_arm_in_a_record_and_test_rows_none_in_the_sweep(tmp_path):
     with pytest.raises(ValueError, match="are two runs of one arm and seed"):
         report.read(write(tmp_path / "record-1", sweep_rows()))
     with pytest.raises(ValueError, match="sweep has test rows of ckpt/p9"):
         report.sweep(write(tmp_path / "sweep", [{**row, "split": "test"} for row in sweep_rows()]))
+    with pytest.raises(ValueError, match="are two runs of one arm and seed"):
+        report.report(tmp_path / "sweep")  # as a record
 
 
 # ---- rows and arms
@@ -279,7 +285,7 @@ def test_arms_with_few_seeds_do_not_shrink_a_primary_contrast(everything):
     few = [row for row in everything if not (row["recipe"] == "rl" and row["tokens"] == TOKENS[0] and row["seed"] % 2)]
     found = decided(few)["4"]  # of all checkpoints: without the one that has 4 seeds
     assert found.estimate.seeds == 16 and found.text.endswith("at 4M, 6M")
-    two = [row for row in everything if not (row["recipe"] == "rl" and (row["seed"] % 2 or row["seed"] >= 8))]  # none has 8: the 4 of each are taken
+    two = [row for row in everything if not (row["recipe"] == "rl" and (row["seed"] % 2 or row["seed"] >= 8))]  # none has 8
     assert decided(two)["4"].estimate.seeds == 4 and decided(two)["4"].text.endswith("at 2M, 4M, 6M")
 
 
@@ -382,15 +388,15 @@ class Raw:
         """{pre-training seed: {question: mean over the draws}} of the shots with the highest mean."""
         shots = {row["shots"] for row in self.rows if row["recipe"] == "base" and row["kind"] == "pass" and row["benchmark"] == "easy"}
         arms = [arm for n in sorted(shots) if (arm := self.arm("base", tokens, k, split, n))]
-        best = max(arms, key=lambda arm: statistics.mean(statistics.mean(values.values()) for values in arm.values()))
-        return {run: {q: statistics.mean(values[q] for (r, _), values in best.items() if r == run) for q in next(iter(best.values()))}
+        best = max(arms, key=lambda arm: statistics.fmean(statistics.fmean(values.values()) for values in arm.values()))
+        return {run: {q: statistics.fmean(values[q] for (r, _), values in best.items() if r == run) for q in next(iter(best.values()))}
                 for run in {run for run, _ in best}}  # fmt: skip
 
     def tokens(self, *recipes, low=0.0, high=1.0):
         """Checkpoints with 8 seeds of each and so much base pass@32 on validation."""
         found = []
         for t in sorted({row["tokens"] for row in self.rows if row["recipe"] == "rl"}):
-            base = statistics.mean(statistics.mean(values.values()) for values in self.base(t, 32, "val").values())
+            base = statistics.fmean(statistics.fmean(values.values()) for values in self.base(t, 32, "val").values())
             if low <= base <= high and all(len(self.arm(recipe, t, 1)) >= 8 for recipe in recipes):
                 found.append(t)
         return found
@@ -426,6 +432,11 @@ class Raw:
         return arms
 
 
+@functools.cache
+def raw(folder):
+    return Raw(folder)
+
+
 def interval(arms, level):
     """Mean and interval in points of the sum of weight * arm, as the rules say it."""
     units = sorted(set.intersection(*(set(arm) for _, arm in arms)))
@@ -436,7 +447,7 @@ def interval(arms, level):
     assert 2 <= len(runs) <= 3 and len(units) >= 8
     df = len(units) - len(runs)
     of_seeds = sum((mean - statistics.fmean(same)) ** 2 for same in runs.values() for mean in same) / df / len(units)
-    of_questions = statistics.variance(statistics.fmean(cells[unit][q] for unit in units) for q in questions) / len(questions)
+    of_questions = np.var([statistics.fmean(cells[unit][q] for unit in units) for q in questions], ddof=1) / len(questions)
     tail = (1 - level) / 2
     t = mpmath.findroot(lambda t: mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True) / 2 - tail, 2)
     mean, half = statistics.fmean(means.values()), float(t) * sqrt(of_seeds + of_questions)
@@ -450,7 +461,7 @@ def test_a_row_of_the_table_from_raw_counts(results, number, finding, level):
     for name, cell in zip(sorted(path.name for path in results.glob("record-*")), line.strip("| ").split(" | ")[4:], strict=True):
         if "not tested" not in cell:
             printed = [float(x) for x in re.search(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", cell).groups()]
-            assert printed == pytest.approx(interval(finding(Raw(results / name)), level), abs=0.0501), name
+            assert printed == pytest.approx(interval(finding(raw(results / name)), level), abs=0.0501), name
     assert number != 2 or "not tested" not in line
 
 
@@ -489,7 +500,7 @@ def test_the_command_draws_the_committed_report(repository):
 
 def test_the_committed_sweep_has_no_test_question_and_verdicts_rest_on_8_seeds():
     folder = committed()
-    sweep = Raw(folder / "sweep").rows
+    sweep = raw(folder / "sweep").rows
     assert sweep and {row["split"] for row in sweep} == {"val"}
     assert not any("-test-" in question for row in sweep for question in row.get("ids", ()))
     for path in folder.glob("record-*"):

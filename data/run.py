@@ -327,16 +327,17 @@ class Log:
 
 
 def history(out) -> tuple[list[dict], dict]:
-    """From the metrics of a run: its validations, each with the training reward before it and the costs up to it; and all costs,
-    nothing if there are no metrics."""
-    lines, points, reward = read_lines(path) if (path := Path(f"{out}.metrics.jsonl")).exists() else [], [], {}
+    """From the metrics of a run: its validations, each with the mean training reward since the one before and the costs up to it;
+    and all costs, nothing if there are no metrics."""
+    lines, points, rewards = read_lines(path) if (path := Path(f"{out}.metrics.jsonl")).exists() else [], [], []
     spent = dict.fromkeys(("flops", "questions", "sampled_tokens", "seconds"), 0)
     for line in lines:
-        reward = {"reward": line["reward"]} if "reward" in line else reward
+        rewards += [line["reward"]] if "reward" in line else []
         spent = {name: line.get("totals", spent).get(name, 0) for name in spent}
         if "validation" in line:
             kept = {k: v for k, v in line["validation"].items() if k not in ("correct", "n", "temperature")}
-            points.append({"step": line["step"], **spent, **reward, **kept})
+            points.append({"step": line["step"], **spent, **({"reward": sum(rewards) / len(rewards)} if rewards else {}), **kept})
+            rewards = []
     return points, spent if lines else {}
 
 

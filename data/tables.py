@@ -324,36 +324,27 @@ def all_secondary(records):
 
 
 def sweep_table(r):
-    """Each arm's settings on validation questions, on the checkpoints and seeds that all of them have."""
-    tried = {}  # (benchmark, arm) -> names
+    """Each arm's settings on validation questions at each checkpoint. Chosen among those tried at most checkpoints."""
+    metrics, tried = ("pass@1", "pass@8", "pass@32", "accuracy"), {}  # (benchmark, arm) -> {name: {tokens: means}}
     for benchmark in r.benchmarks:
-        for name in r.names:
-            if " lr=" in name and any(r.rows("pass", name, t, benchmark) for t in r.tokens):
-                tried.setdefault((benchmark, name.partition(" lr=")[0]), []).append(name)
-    rows = []
-    for (benchmark, arm), names in tried.items():
-        tokens = [t for t in r.tokens if all(r.rows("pass", name, t, benchmark) for name in names)]
-        units = [set(r.rows("pass", name, t, benchmark)) for name in names for t in tokens]
-        shared = set.intersection(*units) if units else set()
-        if not shared:
-            raise ValueError(f"the sweep's settings of {arm} on {benchmark} share no checkpoint and seed: run what is missing")
-        means = {}
-        for name in names:
-            for metric in (f"{benchmark} pass@1", f"{benchmark} pass@8", f"{benchmark} pass@32", "accuracy"):
-                which = general_name(r, name, benchmark) if metric == "accuracy" else name
-                try:
-                    arms = [r.arm(which, t, metric) for t in tokens]
-                    means.setdefault(name, []).append(np.mean([np.mean([*a[u].values()]) for a in arms for u in sorted(shared)]))
-                except (Missing, KeyError):
-                    means.setdefault(name, []).append(None)
-        chosen = report.choose({name: round(found[0], 12) for name, found in means.items()})
-        for name, found in sorted(means.items(), key=lambda item: [float(x) for x in re.findall(r"lr=(\S+)", item[0])]):
+        for name in (name for name in r.names if " lr=" in name):
+            for t in r.tokens:
+                found = [r.level(general_name(r, name, benchmark), t, metric) if metric == "accuracy" else
+                         r.level(name, t, f"{benchmark} {metric}") for metric in metrics]  # fmt: skip
+                if found[0]:
+                    arm = tried.setdefault((benchmark, name.partition(" lr=")[0]), {})
+                    arm.setdefault(name, {})[t] = [100 * e.mean if e else None for e in found]
+    tokens, rows = [t for t in r.tokens if any(t in means for arm in tried.values() for means in arm.values())], []
+    for (benchmark, arm), settings in tried.items():
+        most = max(map(len, settings.values()))
+        chosen = report.choose({name: round(float(np.mean([means[0] for means in found.values()])), 9)
+                                for name, found in settings.items() if len(found) == most})  # fmt: skip
+        for name, found in sorted(settings.items(), key=lambda item: [float(x) for x in re.findall(r"lr=(\S+)", item[0])]):
+            cells = [" / ".join("-" if x is None else f"{round(x, 9):.1f}" for x in found[t]) if t in found else "-" for t in tokens]
             setting = "lr " + name.partition(" lr=")[2].replace(" sft_lr=", ", SFT ")
-            cells = ["-" if x is None else f"{round(100 * x, 9):.1f}" for x in found]
-            rows.append([arm, benchmark, setting, *cells, f"{', '.join(map(tokens_name, tokens))} x {len(shared)}",
-                         "chosen" if name == chosen else ""])  # fmt: skip
-    return table(["recipe", "questions", "setting", "pass@1", "pass@8", "pass@32", "general capability",
-                  "checkpoints x seeds", ""], rows)  # fmt: skip
+            rows.append([arm, benchmark, setting, *cells, "chosen" if name == chosen else ""])
+    header = [f"{tokens_name(t)}: pass@1 / 8 / 32 / general capability" for t in tokens]
+    return table(["recipe", "questions", "setting", *header, ""], rows)
 
 
 def spent(r):

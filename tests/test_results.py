@@ -241,11 +241,18 @@ def test_the_sweep_has_an_arm_a_rate_and_marks_the_highest_pass_at_1(made, tmp_p
         *(["| mix", "easy", f"lr 0.0003, SFT {rate}"] for rate in (0.001, 0.003, 0.01))]  # fmt: skip
     counts = {row["lr"]: row["correct"] for row in sweep_rows() if (row["recipe"], row["kind"]) == ("rl", "pass")}
     for line, rate in zip(lines, counts, strict=False):
-        assert f"| {100 * statistics.mean(counts[rate]) / 32:.1f} |" in line
+        assert f"| {100 * statistics.mean(counts[rate]) / 32:.1f} / " in line
         assert line.endswith("| chosen |") == (rate == 3e-4)
-    missing = [row for row in sweep_rows() if row["lr"] != 1e-3] + [*cell("rl", TOKENS[2], (9, 9), split="val", lr=1e-3)]
-    with pytest.raises(ValueError, match="settings of rl on easy share no checkpoint"):
-        tables.sweep_table(report.sweep(write(tmp_path, missing)))
+
+
+def test_a_setting_that_was_tried_at_more_checkpoints_is_chosen(tmp_path):
+    """By its mean: 2e-3 is the best at the first checkpoint and was not tried again; 3e-4 is the second there and worse later."""
+    rows = [*sweep_rows(), *cell("rl", TOKENS[1], (9, 9), split="val", logit=3.0, lr=2e-3)]
+    for lr, logit in ((1e-4, 2.0), (3e-4, -2.5)):
+        rows += cell("rl", TOKENS[2], (9, 9), split="val", logit=logit, lr=lr)
+    lines = [line for line in tables.sweep_table(report.sweep(write(tmp_path, rows))).splitlines() if line.startswith("| rl ")]
+    assert [line.endswith("| chosen |") for line in lines] == [True, False, False, False]
+    assert [line.split(" | ")[4] == "-" for line in lines] == [False, False, True, True]
 
 
 def test_a_sweep_alone_has_the_table(made, copy, capsys):

@@ -24,7 +24,8 @@ MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
 RULES = """Fixed before the run: one primary contrast a finding, paired on the same questions and seeds. SE^2 =
 var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or 3 pre-training seeds the variance
 is taken within each (S - 2 or S - 3) and the interval is about these runs; from 4 on they are the replicates. p:
-two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested is p = 1. A
+two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested (no rows, or fewer
+than 8 seeds) is p = 1. A
 difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An equivalence holds if its
 90% interval lies inside +-2 points, contradicted if outside (either is p < 0.05), and Holm agrees. Brackets: 95%, or
 90% for an equivalence, before Holm. `base`: the better of its shots, so that learning the format counts little, and the
@@ -462,14 +463,15 @@ FINDINGS = (
 Verdict = namedtuple("Verdict", "verdict reason text estimate p holm")
 
 
-def decide(r, findings=FINDINGS):
-    """-> {"1": Verdict, ...}: holds, contradicted, not resolved, or not tested and the reason."""
+def decide(r, findings=FINDINGS, seeds=SEEDS):
+    """-> {"1": Verdict, ...}: holds, contradicted, not resolved, or not tested and the reason: no rows, fewer than `seeds`."""
     outcomes = []
     for finding in findings:
         try:
             text, cells = finding.contrast(r)
             e = estimate(cells)
-            outcomes.append(("" if e.df else "1 seed", text, e, p_value(finding.kind, e) if e.df else 1.0))
+            few = f"{e.seeds} seed{'s' * (e.seeds != 1)}, needs {seeds}" if e.seeds < seeds or not e.df else ""
+            outcomes.append((few, text, e, 1.0 if few else p_value(finding.kind, e)))
         except Missing as missing:
             outcomes.append((str(missing), "", None, 1.0))
     verdicts = {}

@@ -175,7 +175,7 @@ def test_every_line_of_the_papers_branch(tmp_path, cl100k):
         assert {(row["benchmark"], row["group"], row["recipe"]) for row in rows} == {(level, 5, "rl"), (level, 64, "rl")}
     # the findings that these folders are for lack nothing but seeds, but where the base must solve something first
     for name, finding in (("math", "6"), ("split-easy", "7"), ("split-hard", "7"), ("gsm8k", "4"), ("gsm8k", "9")):
-        assert report.decide(report.Results(results[name]))[finding].reason == "1 seed", (name, finding)
+        assert report.decide(report.Results(results[name]))[finding].reason == "1 seed, needs 8", (name, finding)
     for name in results:
         assert (ckpt / "results" / name / "report.md").stat().st_size > 1000
 

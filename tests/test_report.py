@@ -34,7 +34,7 @@ def rows_of(recipe, index, seed, questions=120, logit=None, split="test", **extr
         yield {**same, "kind": "general", "benchmark": "facts", "right": right.tolist(), "probability": 0.8}
 
 
-def matrix(seeds=6, recipes=tuple(LOGIT)):
+def matrix(seeds=8, recipes=tuple(LOGIT)):
     rows = []
     for index, seed in itertools.product(range(3), range(seeds)):
         for recipe in recipes:
@@ -44,7 +44,7 @@ def matrix(seeds=6, recipes=tuple(LOGIT)):
 
 
 @pytest.fixture(scope="module")
-def six_seeds():
+def eight_seeds():
     return matrix()
 
 
@@ -60,7 +60,7 @@ def save(folder, rows, name="rows.jsonl"):
 
 
 def verdicts(rows):
-    return report.decide(report.Results(sorted(rows, key=lambda row: row["step"])))
+    return report.decide(report.Results(sorted(rows, key=lambda row: row["step"])), seeds=2)
 
 
 def relabel(rows, names):
@@ -166,30 +166,30 @@ def test_equivalence_is_the_90_percent_interval_against_2_points(mean, se, verdi
     assert report.decide(None, [finding])["1"].verdict == verdict
 
 
-def test_swapping_recipe_labels_changes_the_verdicts(six_seeds):
-    right = verdicts(six_seeds)
+def test_swapping_recipe_labels_changes_the_verdicts(eight_seeds):
+    right = verdicts(eight_seeds)
     assert [right[n].verdict for n in "12349"] == ["holds"] * 5
-    swapped = verdicts(relabel(six_seeds, {"rl": "sft", "sft": "rl"}))
+    swapped = verdicts(relabel(eight_seeds, {"rl": "sft", "sft": "rl"}))
     assert swapped["2"].verdict == "contradicted" and swapped["2"].estimate.mean == -right["2"].estimate.mean
     assert swapped["4"].verdict == "contradicted"
-    assert verdicts(relabel(six_seeds, {"rl": "base", "base": "rl"}))["1"].verdict != "holds"
-    assert verdicts(relabel(six_seeds, {"mix": "sft-gold", "sft-gold": "mix"}))["5"].estimate != right["5"].estimate
+    assert verdicts(relabel(eight_seeds, {"rl": "base", "base": "rl"}))["1"].verdict != "holds"
+    assert verdicts(relabel(eight_seeds, {"mix": "sft-gold", "sft-gold": "mix"}))["5"].estimate != right["5"].estimate
     turned = [{**row, "shots": 8 - row["shots"]} if row["recipe"] == "base" and "shots" in row else row
-              for row in six_seeds]  # fmt: skip
+              for row in eight_seeds]  # fmt: skip
     assert verdicts(turned)["9"].verdict == "contradicted"
 
 
-def test_a_row_of_the_table_from_raw_counts(six_seeds, undrawn, tmp_path):
+def test_a_row_of_the_table_from_raw_counts(eight_seeds, undrawn, tmp_path):
     """Finding 2 again, without a line of report.py but the t table: rl - sft, pass@1, 2.8M and 8M tokens."""
-    verdict = report.report(save(tmp_path, six_seeds))["2"]
-    counts = {(row["recipe"], row["tokens"], row["seed"]): row["correct"] for row in six_seeds if row["kind"] == "pass"}
+    verdict = report.report(save(tmp_path, eight_seeds))["2"]
+    counts = {(row["recipe"], row["tokens"], row["seed"]): row["correct"] for row in eight_seeds if row["kind"] == "pass"}
     differences = [[statistics.mean((counts["rl", t, seed][q] - counts["sft", t, seed][q]) / 32 for t in TOKENS[1:])
-                    for q in range(120)] for seed in range(6)]  # fmt: skip
+                    for q in range(120)] for seed in range(8)]  # fmt: skip
     mean = statistics.mean(map(statistics.mean, differences))
-    se = math.sqrt(statistics.variance(map(statistics.mean, differences)) / 6
+    se = math.sqrt(statistics.variance(map(statistics.mean, differences)) / 8
                    + statistics.variance(map(statistics.mean, zip(*differences, strict=True))) / 120)  # fmt: skip
     assert (verdict.estimate.mean, verdict.estimate.se) == pytest.approx((mean, se))
-    low, high = 100 * (mean - 2.5706 * se), 100 * (mean + 2.5706 * se)  # t, 5 degrees of freedom
+    low, high = 100 * (mean - 2.3646 * se), 100 * (mean + 2.3646 * se)  # t, 7 degrees of freedom
     (line,) = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| 2 | with one")]
     assert f"{100 * mean:+.1f} [{low:+.1f}, {high:+.1f}]" in line and "at 2.8M, 8M" in line and "**holds**" in line
 
@@ -201,8 +201,8 @@ def test_one_seed_is_not_tested_and_shows_the_direction(tmp_path, capsys):
     found = report.report(save(tmp_path, [*rows, curve]), json=True)
     printed = capsys.readouterr().out.splitlines()
     assert json.loads(printed[-1]) == {"findings": {str(n): "not tested" for n in range(1, 10)}}
-    assert found["1"].reason == "1 seed" and found["8"].reason == "1 seed at 2 of 2 checkpoints, needs 8"
-    assert printed[0].startswith("1  not tested (1 seed): ") and "  +" in printed[0] and "one SE over" in printed[0]
+    assert found["1"].reason == "1 seed, needs 8" and found["8"].reason == "1 seed at 2 of 2 checkpoints, needs 8"
+    assert printed[0].startswith("1  not tested (1 seed, needs 8): ") and "  +" in printed[0] and "one SE over" in printed[0]
     assert (tmp_path / "dynamics.png").exists()
 
 
@@ -232,11 +232,11 @@ def test_the_arms_of_findings_6_7_8():
     assert "mean" in found["8"].text and "best of 4" in found["8"].text
 
 
-def test_test_rows_win_over_validation_rows(six_seeds):
+def test_test_rows_win_over_validation_rows(eight_seeds):
     val = [{**row, "split": "val", **({"correct": [0] * 120} if row["recipe"] == "rl" and "n" in row else {})}
-           for row in six_seeds]  # fmt: skip
+           for row in eight_seeds]  # fmt: skip
     assert verdicts(val)["2"].verdict == "contradicted" and report.Results(val).split == "val"
-    assert verdicts(val + six_seeds)["2"] == verdicts(six_seeds)["2"]
+    assert verdicts(val + eight_seeds)["2"] == verdicts(eight_seeds)["2"]
 
 
 def test_reading_keeps_the_last_row_skips_a_torn_line_and_names_a_bad_one(tmp_path):

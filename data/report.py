@@ -238,7 +238,7 @@ class Results:
         rates = [field for field in self.apart if row.get(field) is not None and row["recipe"] != "base"]
         name += "".join(f" {field}={row[field]:g}" for field in rates)
         on = row.get("on") or self.main
-        return name + (f" on {on}" if row["kind"] in ("general", "text") and on != self.main else "")
+        return name + (f" on {on}" if row["kind"] in ("general", "text") and self.main not in (None, on) else "")
 
     def rows(self, kind, name, tokens, benchmark, split=None):
         name = name.removesuffix(f" n={self.group}")

@@ -412,7 +412,7 @@ def test_resume_with_other_settings(refused, world, tmp_path, monkeypatch):
     stopped_at(2, monkeypatch)
     refused("sft", *words)
     before = files(tmp_path)
-    assert "was made with --lr 0.002, now 0.001: keep the setting or --overwrite" in refused("sft", *words, "--resume", lr=1e-3)
+    assert "was made with --lr 0.001, now 0.003: keep the setting or --overwrite" in refused("sft", *words, "--resume", lr=3e-3)
     assert "--steps 4, now 9" in refused("sft", *flags(init=world.taught, out=tmp_path / "a.pt", **SFT | {"steps": 9}), "--resume")
     assert files(tmp_path) == before
 

@@ -16,7 +16,7 @@ from rl import rl_backward, rl_batch
 from sft import sft_backward, sft_batch, tokenise
 
 DOUBLE = ranks.World(0, 1, torch.device("cpu"), torch.float64)
-MIX = dict(questions_per_step=4, group=4, max_new=24, steps=3, save_every=1, eval_questions=0, lr=1e-3, batch=8, sft_warmup=2,
+MIX = dict(questions_per_step=4, group=4, max_new=40, steps=3, save_every=1, eval_questions=0, lr=1e-3, batch=8, sft_warmup=2,
            compile="false", dtype="float64")  # fmt: skip
 TEXT = dict(tokens=3 * 1024, save_every=1, dtype="float64")
 LENGTH = 64  # of PRETRAIN

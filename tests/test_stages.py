@@ -14,7 +14,7 @@ from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics, sa
 
 from data import checkpoint, ranks
 
-RL = dict(questions_per_step=4, group=4, max_new=24, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, lr=1e-3,
+RL = dict(questions_per_step=4, group=8, max_new=32, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, lr=1e-3,
           compile="false")  # fmt: skip
 SFT = dict(batch=8, steps=6, save_every=2, eval_every=3, eval_questions=4, eval_n=2, max_new=24, warmup=2)
 MIX = RL | dict(batch=8, sft_warmup=2)
@@ -70,7 +70,8 @@ def test_the_runs_move(whole, world, stage):
     assert [x[0] for x in metrics(out, "loss") if x[1] is not None] == list(range(6))
     assert all(x["gradient_norm"] > 0 for x in record(out) if "loss" in x)
     if stage in ("rl", "mix"):
-        assert all(x["flat"] < 1 and x["mismatch_max"] < 1e-4 for x in record(out) if "loss" in x)
+        assert max(x["flat"] for x in record(out) if "loss" in x) < 1
+        assert max(x["mismatch_max"] for x in record(out) if "loss" in x) < 1e-4
     if stage != "pretrain":
         assert largest_difference(out, world.taught) > 1e-4
         assert [x["step"] for x in record(out) if "validation" in x] == [0, 3, 6]
@@ -183,7 +184,7 @@ def test_full_disk_keeps_the_old_checkpoint(world, tmp_path, monkeypatch):
 def test_share_one_is_rl_and_share_zero_is_sft(whole, world, tmp_path, share, stage):
     """Bit for bit: the other side's update has learning rate 0. --micro is the same in both (its default is not)."""
     shared = dict(weight_decay=0.1, micro=32)
-    call("mix", *words_of("mix", world, tmp_path / "mix.pt", share=share, sft_lr=2e-3, **shared))
+    call("mix", *words_of("mix", world, tmp_path / "mix.pt", share=share, sft_lr=1e-3, **shared))
     call(stage, *words_of(stage, world, tmp_path / "alone.pt", **shared))
     assert same_weights(tmp_path / "mix.pt", tmp_path / "alone.pt")
     assert not same_weights(tmp_path / "mix.pt", whole["mix"])

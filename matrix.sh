@@ -114,7 +114,7 @@ case $SCALE in
     cells+=("$on sft+lr=1e-3,sft+lr=2e-3,sft-gold+lr=2e-3,sft-gold+lr=4e-3" wait)
     for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
   smoke)
-    FIRST="" MIDDLE=20 LAST=40
+    FIRST="" MIDDLE=20 LAST=40 SPLIT_FLAGS="--levels 0,64"  # nothing is solved yet
     TEXT="--tokens 100000 --val_tokens 20000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"
     POOL="--tokens 1000 --train_questions 64" WIDER="--preset toy-large" N5="--group 5 --steps 2" N64="--group 64 --steps 1"
     PRE="--tokens 81920 --warmup 5 --compile false --save_every 15" MORE="--tokens 20480 --compile false"

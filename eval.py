@@ -4,9 +4,10 @@
     python eval.py --report results/toy
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A base model is
-measured with 8 shots (or as many as the set has) and with none, everything else with none. Questions come from the
-validation split; --final takes the test split. The rows of a checkpoint come together to RESULTS/CHECKPOINT.jsonl, and those
-that are there are kept. Until it is complete, what is measured is kept beside it, in .jsonl.resume: a run that was cut goes on.
+measured with 8 shots (or as many as the set has and, with an answer, a row of its text) and with none, everything else with
+none. Questions come from the validation split; --final takes the test split. The rows of a checkpoint come together to
+RESULTS/CHECKPOINT.jsonl, and those that are there are kept. Until it is complete, what is measured is kept beside it, in
+.jsonl.resume: a run that was cut goes on.
 """
 
 import functools
@@ -36,7 +37,7 @@ class Config:
     n: int = 32  # answers a question, at least the largest k
     k: tuple[int, ...] = (1, 8, 32)  # for pass@k
     temperature: float = 0.6  # paper: 0.6
-    shots: tuple[int, ...] | None = None  # solved examples before the question (default: 0, and 8 or all there are for a base)
+    shots: tuple[int, ...] | None = None  # solved examples before the question (default: 0; of a base 8 too, or what its rows hold)
     shot_seed: int | None = None  # draw these shots and other noise; a base's rows have it as seed, all go to CHECKPOINT-sSEED.jsonl
     max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 56 for a toy base, else 512)
     rows: int = 1024  # answers sampled side by side; never changes the result
@@ -194,6 +195,8 @@ def evaluate(path, cfg, world) -> list[dict]:
         wanted = cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,))
         for shots in wanted:
             shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
+            while shown and not cfg.shots and len(tokens.encode(enc, problems.few_shot(enc.name, shown))) + max_new > meta["length"]:
+                shown.pop()
             name, shots = Path(folder).stem, len(shown)
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=noise,
                        ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may
 STYLES = {"base": ("#000000", "o"), "rl": ("#0072B2", "s"), "sft": ("#E69F00", "^"), "sft->rl": ("#D55E00", "v"),
           "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X"),
           "mix-text": ("#009E73", "*"), "rl->text": ("#56B4E9", "P"), "text": ("#777777", "X")}  # fmt: skip
-WIDTH = 7.2  # inches; at half of it the letters are as large as a footnote's
+WIDTH = 6.4  # inches; at half of it the smallest letters are of 6 points
 
 # paper: GSM8K and the average of five general benchmarks, %; columns are billions of pre-training tokens
 PAPER_TOKENS = (2, 4, 6, 10, 12, 14, 20, 28, 44)
@@ -51,12 +51,14 @@ def bars(e):
 
 
 def plot_ours(axis, r, level, names):
-    """level(arm, tokens) -> Estimate or None."""
+    """level(arm, tokens) -> Estimate or None. Lines are means, small points the pre-training runs."""
     for i, name in enumerate(names):  # bars a little apart
-        points = [(t / 1e6 * 1.015 ** (i - 3), *bars(e)) for t in r.tokens if (e := level(name, t))]
-        if points:
-            x, mean, half = zip(*points, strict=True)
-            axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(name))
+        found = [(t / 1e6 * 1.012 ** (i - 3), e) for t in r.tokens if (e := level(name, t))]
+        if found:
+            mean, half = np.array([bars(e) for _, e in found]).T
+            axis.errorbar([x for x, _ in found], mean, half, capsize=2.5, elinewidth=1, **style(name) | {"markersize": 4})
+            runs = [(x, 100 * mean) for x, e in found for mean in e.runs.values() if len(e.runs) > 1]
+            axis.plot(*zip(*runs, strict=True) if runs else ([], []), ".", color=style(name)["color"], markersize=3, alpha=0.6)
     axis.set_xscale("log")
     axis.set_xticks([t / 1e6 for t in r.tokens], [f"{t / 1e6:.2g}" for t in r.tokens])
 
@@ -143,6 +145,7 @@ def draw_general(r, folder):
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
     plot_ours(left, r, change, names)
+    left.axhspan(-100 * report.MARGIN, 100 * report.MARGIN, color="#000000", alpha=0.06, linewidth=0)
     left.set(title=f"ours, {len(r.general)} tasks", xlabel="tokens (M)", ylabel="accuracy - base (points)")
     levels = paper("accuracy")
     base = levels.pop("base")
@@ -165,7 +168,7 @@ def draw_dynamics(r, folder):
         return None
     figure, axes = plt.subplots(len(tokens), 3, figsize=(WIDTH, 1.2 + 2.3 * len(tokens)), squeeze=False, sharey=True, sharex="col")
     ks = (1, 2, 4, 8, 16, 32)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(ks)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.8, 0.0, len(ks)))
     for row, t in zip(axes, tokens, strict=True):
         for axis, (name, title) in zip(row, arms.items(), strict=False):
             for k, colour, marker in zip(ks, colours, "ov^sDP", strict=True):
@@ -177,11 +180,30 @@ def draw_dynamics(r, folder):
                     colour, marker = STYLES[name]
                     plot_band(row[2], [*points], [*points.values()], color=colour, marker=marker, markersize=4, linestyle=line,
                               label=f"{says}, {name}")  # fmt: skip
-        row[2].set_title("format and reward")
+        row[2].set_title(f"format, reward, {tokens_name(t)}")
         row[0].set_ylabel("validation %")
     for axis in axes[-1]:
         axis.set_xlabel("RL step")
     return save(figure, folder / "dynamics.png", columns=5)
+
+
+def draw_budget(r, folder):
+    """The one RL budget: validation along every recipe that contains RL, a column a checkpoint."""
+    arms = [name for name in ("rl", "sft->rl", "mix", "sft-gold->rl") if name in r.names]
+    tokens = [t for t in r.tokens if any(r.curve(name, t, "pass@1") for name in arms)]
+    if not tokens:
+        return None
+    figure, axes = plt.subplots(2, len(tokens), figsize=(WIDTH, 5), squeeze=False, sharex=True, sharey="row")
+    for k, row in zip((1, 32), axes, strict=True):
+        for axis, t in zip(row, tokens, strict=True):
+            for name in arms:
+                if points := r.curve(name, t, f"pass@{k}"):
+                    plot_band(axis, [*points], [*points.values()], **style(name) | {"markersize": 4})
+            axis.set_title(f"pass@{k}, {tokens_name(t)}")
+        row[0].set_ylabel("validation %")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    return save(figure, folder / "budget.png")
 
 
 def draw_rollouts(r, folder):
@@ -221,12 +243,10 @@ def draw_seeds(r, folder):
                 points = 100 * np.array([values for unit, values in at.items() if unit[0] == run])
                 axis.plot(points[:, 0], points[:, column], marker, color=colour, markersize=5.5, linestyle="", fillstyle="none",
                           label=f"{tokens_name(t)}, run {run}")  # fmt: skip
-            end, reward = 100 * np.array([v[column] for v in at.values()]), 100 * np.array([v[0] for v in at.values()])
-            if not np.isnan(reward).any():
-                span = [reward.min() - 1, reward.max() + 1]
-                axis.plot(span, [end.mean()] * 2, color=colour, linewidth=1.5, label=f"{tokens_name(t)}, mean")
-                axis.plot(span, [report.best_of_4(end)] * 2, color=colour, linewidth=1.5, linestyle=":",
-                          label=f"{tokens_name(t)}, best of 4")  # fmt: skip
+                for value, line, label in ((points[:, column].mean(), "-", "mean"),
+                                           (report.best_of_4(points[:, column], points[:, 1]), ":", "best of 4")):  # fmt: skip
+                    span = [points[:, 0].min() - 1, points[:, 0].max() + 1]
+                    axis.plot(span, [value] * 2, color=colour, linewidth=1.2, linestyle=line, label=f"{tokens_name(t)}, {label}")
         axis.set(title=f"test pass@{k} (%)", xlabel="training reward at the end (%)")
     return save(figure, folder / "seeds.png")
 
@@ -251,7 +271,8 @@ def draw_data_size(r, folder):
 
 
 def draw_shares(r, folder):
-    """Parallel averaging on the plane of pass@1 and pass@32: its share of RL, and a schedule."""
+    """Parallel averaging on the plane of pass@1 and pass@32: its share of RL, and a schedule. Bars are those of the paired
+    differences to a share of 0.5."""
     tokens = tables.mixed(r)
     if not tokens:
         return None
@@ -266,7 +287,9 @@ def draw_shares(r, folder):
             if level(name, 1) and level(name, 32):
                 share = name.partition("share=")[2] or str(report.SHARE)
                 mark = {"label": "mix, a schedule", "markerfacecolor": "white"} if "-" in share else {"label": name.split()[0]}
-                plot_cross(axis, level(name, 1), level(name, 32), **style(name) | mark | {"linestyle": ""})
+                gaps = [r.gap(f"pass@{k}", *report.minus(name, "mix", [t])) for k in (1, 32)]
+                ends = [level(name, k)._replace(se=gap.se if gap else 0) for k, gap in zip((1, 32), gaps, strict=True)]
+                plot_cross(axis, *ends, **style(name) | mark | {"linestyle": ""})
                 if name.startswith("mix"):
                     axis.annotate(share.replace("-", " to "), (100 * level(name, 1).mean, 100 * level(name, 32).mean),
                                   (5, 5), textcoords="offset points", fontsize=9)  # fmt: skip
@@ -294,7 +317,8 @@ def draw_text(r, folder):
 
 
 def draw_gone_on(r, folder):
-    """Pre-training that goes on from RL weights, beside a control from the base's."""
+    """Pre-training that goes on from RL weights, beside a control from the base's. Bars are those of the paired differences
+    to the base."""
     cells = tables.gone_on(r)
     if not cells:
         return None
@@ -305,8 +329,9 @@ def draw_gone_on(r, folder):
         for axis, metric in zip(row, ("pass@1", "pass@32", "loss"), strict=True):
             for name, path in paths.items():
                 scale, levels = (1 if metric == "loss" else 100), []
-                for arm, base in zip(path, (t, v), strict=False):  # the windows differ more than the arms: losses against the base
-                    levels.append(r.gap(metric, (1, *arm), *[(-1, "base", base)] * (metric == "loss")))
+                for arm, at in zip(path, (t, v), strict=False):
+                    e, gap = r.level(*arm, metric), r.gap(metric, (1, *arm), (-1, "base", at))
+                    levels.append(gap if metric == "loss" else e and e._replace(se=gap.se if gap else 0))
                 if all(levels):
                     axis.plot(range(len(path)), [scale * e.mean for e in levels], color=STYLES[name][0], linewidth=1.5)
                     own = [(x, e) for x, (e, arm) in enumerate(zip(levels, path, strict=True)) if arm[0] == name]
@@ -319,8 +344,8 @@ def draw_gone_on(r, folder):
 
 def draw(r, folder):
     """Writes every figure the rows allow; -> their file names."""
-    figures = [draw_dynamics, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text, draw_gone_on]
-    with plt.rc_context({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 11,
+    figures = [draw_dynamics, draw_budget, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text, draw_gone_on]
+    with plt.rc_context({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
                          "xtick.labelsize": 10, "ytick.labelsize": 10}):  # fmt: skip  # readable at half width
         names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
         names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]

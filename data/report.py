@@ -25,13 +25,13 @@ RULES = """Fixed before the run: one primary contrast a finding, paired on the s
 var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or 3 pre-training seeds the variance
 is taken within each (S - 2 or S - 3) and the interval is about these runs; from 4 on they are the replicates. p:
 two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested (no rows, or fewer
-than 8 seeds) is p = 1. A
-difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An equivalence holds if its
-90% interval lies inside +-2 points, contradicted if outside (either is p < 0.05), and Holm agrees. Brackets: 95%, or
-90% for an equivalence, before Holm. `base`: the better of its shots, so that learning the format counts little, and the
-mean of its draws of shots and noise; against itself the draws are the seeds. An arm is the end of its run. Middle
-checkpoint: the first with base pass@32 >= 30%, on validation if it has rows. A checkpoint with fewer than 8 seeds of an
-arm is left out where others have 8."""
+than 8 seeds) is p = 1. A difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An
+equivalence holds if its 90% interval lies inside +-2 points, contradicted if outside (either is a one-sided p < 0.05), and
+Holm agrees. Brackets: 95%, or 90% for an equivalence, before Holm. `base`: the better of its shots, and the mean of its
+draws of shots and noise; against itself the draws are the seeds. The better shots and the best rival are those on the
+questions of the contrast. An arm is the end of its run. Middle checkpoint: the first with base pass@32 >= 30%, on
+validation if it has rows. A checkpoint with fewer than 8 seeds of an arm is left out where others have 8. Runs with
+question sets of their own (finding 7) each have their mean on them, with the variance of their questions."""
 
 
 # ---- statistics ----
@@ -48,9 +48,9 @@ def standard_error(values):
     return float(np.std(values, ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def best_of_4(values):
-    """Expected largest of 4 of the values, drawn at random; the largest if there are fewer."""
-    values = np.sort(values)
+def best_of_4(values, by=None):
+    """Expected value of the largest of 4 drawn at random, the largest `by` if given; of all if there are fewer than 4."""
+    values = np.asarray(values)[np.argsort(values if by is None else by, kind="stable")]
     return float(values @ [comb(i, 3) for i in range(len(values))] / comb(len(values), 4) if len(values) > 3 else values[-1])
 
 
@@ -99,24 +99,37 @@ def column(values, questions):
     return np.fromiter(map(values.__getitem__, questions), float, len(questions))
 
 
+def asked(cells):
+    """{(pre-training seed, seed): {question: value}} -> {pre-training seed: the questions that all its seeds share}."""
+    sets = {}
+    for (run, _), values in sorted(cells.items()):
+        sets[run] = sets[run] & set(values) if run in sets else set(values)
+    return {run: sorted(questions, key=str) for run, questions in sets.items()}
+
+
 def estimate(cells):
-    """{(pre-training seed, seed): {question: value}} -> Estimate of the mean, on the questions that all seeds share.
+    """{(pre-training seed, seed): {question: value}} -> Estimate of the mean, on the questions that the seeds of a run share.
 
     With value = mean + seed + question + noise, the seed means vary by var(seed) + var(noise)/Q and the question means by
     var(question) + var(noise)/S: the two parts of SE^2 add up to the variance of the mean and once more var(noise)/(S Q).
-    Runs with other questions under the same names: the mean over the runs of one name has the variance of the mean.
+    Runs with other questions under the same names: the mean over the runs of one name has the variance of the mean. Runs
+    with other names: each has the variance of its own questions.
     """
-    units, questions = sorted(cells), sorted(set.intersection(*map(set, cells.values())), key=str)
-    values = np.stack([column(cells[unit], questions) for unit in units])  # (S, Q)
-    run = np.array([pretrain_seed for pretrain_seed, _ in units])
-    runs = {int(r): values[run == r].mean(0) for r in np.unique(run)}
-    if len(runs) >= 4:  # enough pre-training runs to be the replicates
-        values, run = np.stack(list(runs.values())), np.zeros(len(runs))
-    (S, Q), means, df = values.shape, values.mean(1), len(values) - len(np.unique(run))
-    spread = sum(((means[run == r] - means[run == r].mean()) ** 2).sum() for r in np.unique(run))
-    se = sqrt((spread / df / S if df else 0) + standard_error(values.mean(0)) ** 2)
+    questions = asked(cells)
+    runs = {r: np.stack([column(cells[u], names) for u in sorted(cells) if u[0] == r]) for r, names in questions.items()}  # (S, Q)
+    told = {r: float(values.mean()) for r, values in runs.items()}
+    if replicates := len(runs) >= 4:  # enough pre-training runs
+        runs = {r: values.mean(0, keepdims=True) for r, values in runs.items()}
+    same = len({tuple(names) for names in questions.values()}) == 1
+    sets = [np.concatenate([*runs.values()])] if same else [*runs.values()]
+    groups = [values.mean(1) for values in runs.values()]
+    means = np.concatenate(groups)
+    groups = [means] if replicates else groups
+    S, Q, df = len(means), sum(len(values[0]) for values in sets), len(means) - len(groups)
+    spread = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    se = sqrt((spread / df / S if df else 0) + sum((len(values) / S * standard_error(values.mean(0))) ** 2 for values in sets))
     # rounded, so that a tie in print does not hang on the last bit
-    return Estimate(round(float(means.mean()), 12), se, df, S, Q, {r: float(value.mean()) for r, value in runs.items()})
+    return Estimate(round(float(means.mean()), 12), se, df, S, Q, told)
 
 
 def p_value(kind, e):
@@ -195,7 +208,7 @@ def combine(terms):
             shared = [question for question in values[0] if question in in_all]
             columns = [w * column(v, shared) for (w, _), v in zip(terms, values, strict=True)]
             cells[run, seed] = dict(zip(shared, sum(columns).tolist(), strict=True))
-    if not cells or not set.intersection(*map(set, cells.values())):
+    if not cells or not all(asked(cells).values()):
         raise Missing("no seed with the same questions in all arms")
     return cells
 
@@ -277,6 +290,10 @@ class Results:
 
     @staticmethod
     def values(row, what):
+        if what == "flexible@1":  # known as a mean alone
+            if what not in row:
+                raise Missing(f"no {what}")
+            return {what: row[what]}
         if what in ("accuracy", "loss"):
             return dict(enumerate(map(float, row["right" if what == "accuracy" else "losses"])))
         k = row["n"] if what == "solved" else int(what.removeprefix("pass@"))
@@ -292,13 +309,22 @@ class Results:
             return None
 
     def curve(self, name, tokens, field, benchmark=None):
-        """-> {step: Estimate} over the seeds, of one field of the validations along the runs of an arm."""
-        found = {}
+        """-> {step: Estimate} over the seeds, of one field of the validations along the runs of an arm.
+
+        The seeds of a pre-training run share its validation questions: the standard error over these, where it is known, is
+        added for each run.
+        """
+        found, errors = {}, {}
         for unit, row in self.rows("curve", name, tokens, benchmark or self.main, "val").items():
             for point in row["points"]:
                 if point.get(field) is not None:
                     found.setdefault(point["step"], {})[unit] = {field: point[field]}
-        return {step: estimate(cells) for step, cells in sorted(found.items())}
+                    errors.setdefault(point["step"], []).append((unit[0], point.get(f"se{field.removeprefix('pass')}", 0)))
+        points = {step: estimate(cells) for step, cells in sorted(found.items())}
+        for step, e in points.items():
+            of_runs = [sum(error for r, error in errors[step] if r == run) / len(errors[step]) for run in e.runs]
+            points[step] = e._replace(se=sqrt(e.se**2 + sum(error**2 for error in of_runs)))
+        return points
 
     def checkpoints(self, metric, *names, low=0.0, high=1.0):
         """Checkpoints with rows of every arm and base pass@32 within the limits, on val if it has rows there."""
@@ -406,8 +432,10 @@ def brittle(r):
         arm = r.arm("rl", t, "pass@1")
         mean = {unit: np.mean(list(arm[unit].values())) for unit in units}
         off.append({u: abs(mean[u] - np.median([mean[v] for v in units if v[0] == u[0]])) for u in units})
-        end = 100 * np.sort([*mean.values()])
-        text.append(f"{tokens_name(t)}: mean {end.mean():.1f}, {end[0]:.1f} to {end[-1]:.1f}, best of 4 {best_of_4(end):.1f}")
+        for run in sorted({run for run, _ in units}):
+            end = 100 * np.sort([mean[unit] for unit in units if unit[0] == run])
+            text.append(f"{tokens_name(t)}, run {run}: {end[0]:.1f} to {end[-1]:.1f}, mean {end.mean():.1f}, "
+                        f"best of 4 {best_of_4(end):.1f}")  # fmt: skip
     return "; ".join(text), {unit: {"distance": off[0][unit] - off[1][unit]} for unit in units}
 
 
@@ -422,7 +450,8 @@ Finding = namedtuple("Finding", "claim kind rule paper contrast secondary", defa
 FINDINGS = (
     Finding("RL works early", "difference > 0", "pass@1: rl - base at the middle checkpoint",
             "4B: 1.8 -> 15.6, 6B: 2.4 -> 19.9", difference("pass@1", "rl", "base", slice(1), low=0.3),
-            (("pass@1", "rl", "base"), ("pass@1", "rl", "base 0-shot"), ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
+            (("pass@1", "rl", "base"), ("pass@1", "rl", "base 0-shot"), ("flexible@1", "rl", "base"),
+             ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
     Finding("with one solution a question RL beats SFT", "difference > 0",
             "pass@1: rl - sft, mean of the checkpoints from the middle on", "rl - sft: 6B +1.1, 10B +5.3, 44B +17.0",
             difference("pass@1", "rl", "sft", low=0.3),
@@ -435,7 +464,7 @@ FINDINGS = (
                   for arms in (("rl", "base"), ("rl", "base 0-shot"), ("sft->rl", "sft")))),
     Finding("RL leaves general capability unchanged", "equivalence", "accuracy: rl - base, mean of all checkpoints",
             "44B, six benchmarks: rl +0.4, sft -6.1, sft-gold -7.1", difference("accuracy", "rl", "base"),
-            tuple(("accuracy", name, "base") for name in RECIPES[1:])),
+            tuple((metric, name, "base") for metric in ("accuracy", "loss") for name in RECIPES[1:])),
     Finding("parallel averaging has the best pass@32 of one solution", "difference > 0",
             "pass@32: mix - the best of rl, sft and sft->rl at each checkpoint, mean of all checkpoints",
             "mix - best: 6B +6.3, 10B +7.2, 44B +3.9; pass@1 below rl", averaging,

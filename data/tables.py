@@ -24,7 +24,8 @@ def table(header, rows):
 def shown(e, metric="", sign=""):
     """An Estimate in %, or in nats for a loss, with half of its interval."""
     scale, digits = (1, 3) if metric == "loss" else (100, 1)
-    return f"{scale * e.mean:{sign}.{digits}f} ±{scale * e.half():.{digits}f}" if e else "-"
+    error = f" ±{scale * e.half():.{digits}f}" if e and e.half() else ""  # none of a share of one seed
+    return f"{scale * e.mean:{sign}.{digits}f}{error}" if e else "-"
 
 
 # ---- one record ----
@@ -63,9 +64,11 @@ def secondary(r, finding):
     """{difference in words: one cell a checkpoint} of a finding's secondary differences."""
     rows = {}
     for metric, first, second in finding.secondary:
-        cells = [shown(r.gap(metric, *report.minus(first, second, [t])), sign="+") for t in r.tokens]
+        gaps = [r.gap(metric, *report.minus(first, second, [t])) for t in r.tokens]
+        cells = [shown(e, metric, "+") + (f" ({e.seeds})" if e and e.df and e.seeds < report.SEEDS else "") for e in gaps]
         if set(cells) != {"-"}:
-            rows[f"{metric}: {first} - {second}".format(data=r.data, size=r.size)] = cells
+            label = {"flexible@1": "right in any format", "loss": "text loss (nats a token)"}.get(metric, metric)
+            rows[f"{label}: {first} - {second}".format(data=r.data, size=r.size)] = cells
     return rows
 
 
@@ -106,7 +109,8 @@ def page(record):
     """The text of one record's report.md."""
     r, checkpoints = record.results, [tokens_name(t) for t in record.results.tokens]
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions; shares in %, differences in points. "
-             "±: half of the 95% interval over seeds and questions, or one standard error with one seed.\n"]
+             "±: half of the 95% interval over seeds and questions, or one standard error over questions where no "
+             "pre-training run has two seeds.\n"]
     findings = [[n, finding.claim, f"{finding.rule} ({finding.kind})", outcome(finding, v), finding.paper, word(v)]
                 for (n, v), finding in zip(record.verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
     parts += ["## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], findings)]
@@ -146,8 +150,10 @@ def levels(r):
             if any(passes):
                 shots = name.startswith("base") and " 0-shot" not in name  # the tasks have none: shown once
                 accuracy = None if shots else r.level(general_name(r, name, benchmark), t, "accuracy")
-                rows.append([tokens_name(t), name, max(e.seeds for e in passes if e), *map(shown, [*passes, accuracy])])
-        header = ["tokens", benchmark, "seeds", "pass@1", "pass@8", "pass@32", "general capability"]
+                row = [tokens_name(t), name, max(e.seeds for e in passes if e), *map(shown, [*passes, accuracy])]
+                each = [" / ".join(f"{100 * mean:.1f}" for mean in e.runs.values()) if e else "-" for e in passes[::2]]
+                rows.append([*row, *each])
+        header = ["tokens", benchmark, "seeds", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 by run", "pass@32 by run"]
         parts += [table(header, rows)] if rows else []
     return "\n".join(parts)
 
@@ -226,10 +232,13 @@ def seeds(r):
         return f"{x @ y / np.sqrt((x @ x) * (y @ y)):+.2f}" if (x @ x) * (y @ y) > 0 else "-"
 
     rows = [row(*unit, values[:, i]) for i, unit in enumerate(units)]
-    rows += [row("mean", "", values.mean(1)), row("standard deviation", "", values.std(1, ddof=1)),
-             row("best of 4", "", [[report.best_of_4(column) for column in at.T] for at in values])]  # fmt: skip
+    for run in np.unique(runs):
+        own = values[:, runs == run]
+        rows += [row(run, "mean", own.mean(1)), row(run, "standard deviation", own.std(1, ddof=1)),
+                 row(run, "best of 4 by pass@1", [[report.best_of_4(end, at[:, 1]) for end in at.T] for at in own])]  # fmt: skip
     told = [["", *(correlation(at[:, 0], at[:, i]) for i in (1, 2))] for at in values]
-    return table(header, [*rows, ["correlation with the reward", "", *told[0], *told[1]]])
+    said = "Best of 4: what is expected of the best of 4 seeds, chosen by its test pass@1. Correlation: within the pre-training runs.\n"
+    return f"{table(header, [*rows, ['all', 'correlation with the reward', *told[0], *told[1]]])}\n{said}"
 
 
 # ---- beyond the paper ----
@@ -320,7 +329,9 @@ def all_secondary(records):
         for label in dict.fromkeys(label for found in each for label in found):
             cells = [found.get(label, ["-"] * n) for found, n in zip(each, width, strict=True)]
             rows[i + 1, label] = sum(cells, [])
-    return table(header, [[*key, *cells] for key, cells in rows.items()])
+    said = (f"Half of the 95% interval, unadjusted; (4): of 4 seeds, where others have {report.SEEDS}. An arm with more seeds than the "
+            "other is cut to those of both, so that a difference need not be that of the levels.\n")  # fmt: skip
+    return f"{table(header, [[*key, *cells] for key, cells in rows.items()])}\n{said}"
 
 
 def sweep_table(r):
@@ -386,8 +397,7 @@ def blocks(records, sweep):
         found = {name: block(record.results) for name, record in records.items()}
         return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or "No rows.\n"
 
-    first = next(iter(records.values())).results
-    texts = (findings(records), findings(records, short=True), report.RULES + "\n", levels(first), all_secondary(records),
+    texts = (findings(records), findings(records, short=True), report.RULES + "\n", each(levels), all_secondary(records),
              sweep_table(sweep) if sweep else "No rows.\n", costs(records, sweep), each(beyond), each(seeds), each(rollouts))
     return dict(zip(BLOCKS, texts, strict=True))
 

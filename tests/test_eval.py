@@ -68,7 +68,7 @@ def test_rows_are_what_the_report_reads(measured, kept):
     rows, torn = report.read(measured.results)
     assert torn == [] and len(rows) == len(rows_in(measured.results, "step10")) + len(rows_in(measured.results, "rl"))
     found = collections.Counter((row["recipe"], row["kind"], row.get("shots")) for row in rows)
-    assert found == {("base", "pass", 8): 1, ("base", "pass", 0): 1, ("base", "general", None): 3,
+    assert found == {("base", "pass", 1): 1, ("base", "pass", 0): 1, ("base", "general", None): 3,
                      ("sft-gold->rl", "pass", 0): 1, ("sft-gold->rl", "general", None): 3, ("sft-gold->rl", "curve", None): 1}  # fmt: skip
     (trained,) = rows_in(measured.results, "rl", "pass")
     assert (trained["benchmark"], trained["split"], trained["group"], trained["n"]) == ("easy", "val", 4, 8)
@@ -231,7 +231,7 @@ def test_an_interrupted_run_goes_on(measured, kept, calls, monkeypatch):
 def test_a_killed_run_goes_on(measured, calls, tmp_path):
     words = [measured.base, *flags(results=tmp_path, **HOW)]
     process = start("eval", *words)
-    assert "easy val 8-shot" in process.stdout.readline()
+    assert "easy val 1-shot" in process.stdout.readline()
     process.kill()
     process.communicate()
     call("eval", *words)

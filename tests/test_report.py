@@ -152,6 +152,23 @@ def test_standard_error_by_hand():
     assert e.df == 3 and e.se == pytest.approx(math.sqrt(statistics.variance(range(4)) / 4))  # four are the replicates
 
 
+def test_runs_with_question_sets_of_their_own():
+    """Those of finding 7: hardly a name is in both, and what is in both decides nothing."""
+    rng = np.random.default_rng(0)
+    names = {0: [f"q{i}" for i in range(40)], 1: [f"q{i}" for i in range(38, 50)]}
+    cells = {(run, seed): {q: rng.random() for q in names[run]} for run, seed in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))}
+    e = report.estimate(cells)
+    means = {unit: statistics.fmean(values.values()) for unit, values in cells.items()}
+    spread = sum((means[u] - statistics.fmean(means[v] for v in cells if v[0] == u[0])) ** 2 for u in cells)
+    of_questions = [statistics.variance([statistics.fmean(cells[u][q] for u in cells if u[0] == run) for q in names[run]]) / len(names[run])
+                    for run in (0, 1)]  # fmt: skip
+    assert e.mean == pytest.approx(statistics.fmean(means.values())) and (e.df, e.seeds, e.questions) == (3, 5, 52)
+    assert e.se**2 == pytest.approx(spread / 3 / 5 + 0.6**2 * of_questions[0] + 0.4**2 * of_questions[1])
+    assert report.combine([(1, cells), (-1, cells)]) == {unit: dict.fromkeys(values, 0) for unit, values in cells.items()}
+    with pytest.raises(report.Missing, match="no seed with the same questions"):
+        report.combine([(1, {(0, 0): {"a": 1.0}, (0, 1): {"b": 1.0}})])
+
+
 @pytest.mark.parametrize("mean, se, verdict", [
     (0.002, 0.002, "holds"), (-0.002, 0.002, "holds"), (0.0, 0.02, "not resolved"),
     (0.018, 0.002, "not resolved"), (0.05, 0.002, "contradicted"), (-0.05, 0.002, "contradicted")])  # fmt: skip

@@ -148,8 +148,9 @@ def evaluate(path, cfg, world) -> list[dict]:
     saved = checkpoint.load(path)
     meta = saved["meta"]
     enc, split = tokens.encoding(meta["encoding"]), "test" if cfg.final else "val"
-    max_new = cfg.max_new or meta["run"].get("max_new") or (56 if meta["preset"].startswith("toy") else 512)
-    base = {"checkpoint": str(path), "config_hash": checkpoint.config_hash(meta), "model": meta["preset"], "split": split}
+    max_new = cfg.max_new or run.longest(meta)
+    base = {"checkpoint": str(path), "config_hash": checkpoint.config_hash(meta), "weights": checkpoint.weights_hash(path),
+            "model": meta["preset"], "split": split}  # fmt: skip
     base |= {k: meta[k] for k in ("seed", "world", "recipe", "tokens", "pretrain_seed", "step")}
     base |= {k: v for k in ("group", "share", "share_end", "lr", "sft_lr") if (v := meta["run"].get(k)) is not None}
     points, costs = run.history(path)
@@ -171,7 +172,7 @@ def evaluate(path, cfg, world) -> list[dict]:
         """Is there no such row yet? What was measured on another version of the checkpoint, or otherwise, goes."""
         key = {"kind": kind, "benchmark": benchmark, "split": split, "shots": settings.get("shots")}
         old = [row for row in rows if all(row.get(k) == v for k, v in key.items())]
-        settings["config_hash"] = base["config_hash"]
+        settings |= {k: base[k] for k in ("config_hash", "weights")}
         if old and not cfg.overwrite and all(old[-1].get(k) == v for k, v in settings.items()):
             return False
         rows[:] = [row for row in rows if row not in old]

@@ -7,7 +7,7 @@
 Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the SFT optimizer's update
 Delta_SFT, and  theta <- theta + share * Delta_RL + (1 - share) * Delta_SFT.  The optimizers keep their own moments. An
 AdamW update is linear in its learning rate, so the shares go into the rates and theta is never copied (model.update).
-With the same steps, --micro and --compile, --share 1 is rl.py and --share 0 is sft.py, bit for bit. With --text the second
+All other settings the same, --share 1 is rl.py and --share 0 is sft.py, bit for bit. With --text the second
 batch is text that goes on where pre-training stopped, with the loss of pre-training: every token weighs 1/n.
 """
 
@@ -19,7 +19,7 @@ from typing import Literal
 from data import checkpoint, problems, ranks, run, tokens
 from eval import solve
 from model import Model, ModelConfig, Sampler, adam, cosine, update
-from rl import rl_backward, rl_batch, rl_costs
+from rl import check_mismatch, rl_backward, rl_batch, rl_costs
 from sft import sft_backward, sft_batch, tokenise
 
 SIZES = {
@@ -31,7 +31,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Config:
     init: str  # checkpoint to start from
-    out: str | None = None  # checkpoint to write (default: INIT-mix.pt)
+    out: str | None = None  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed INIT-RECIPE-s1.pt)
+    recipe: str = ""  # its name in files, rows and reports (default: mix, mix-gold for all solutions, mix-text)
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
     share: float = 0.5  # of the RL update; the SFT update has the rest (paper: one half)
@@ -87,7 +88,10 @@ def main(cfg):
     if cfg.text and cfg.solutions != "1":
         raise ValueError("--text takes the place of the solutions: leave out --solutions")
     name = "mix-text" if cfg.text else {"1": "mix", "all": "mix-gold"}.get(cfg.solutions, f"mix-{cfg.solutions}")
+    name = cfg.recipe or name
     cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
+    if cfg.group < 2:
+        raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
     enc = tokens.encoding(parent["encoding"])
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
@@ -121,9 +125,7 @@ def main(cfg):
         began = time.time()
         batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
         loss, mismatch = rl_backward(model, batch, cfg, world)
-        if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
-            raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
-                             f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+        check_mismatch(step, mismatch, cfg)
         rl_gradients, norm = ranks.gradients(model, world, cfg.clip)
         if text:
             sft = problems.text_batch(text, cfg.batch, step, world)

@@ -4,11 +4,12 @@
     torchrun --nproc_per_node 8 rl.py --init ckpt/1b/step5000.pt
 
 A step: draw questions, sample a group of answers to each, grade them, give each answer the advantage r - mean(r of its
-group), and take one gradient of  sum over answer tokens of  -advantage/n * log pi(token).  No solution is ever read.
+group), and take one gradient of  sum over answer tokens of  -advantage/N * log pi(token),  N = sampled tokens of the step.
+No solution is ever read.
 
-What differs from a textbook GRPO (arXiv 2402.03300), each a flag:
- 1. --std_norm false   the advantage is not divided by the group's std (that is veRL's default): with a format reward a
-                       gap of 0.1 inside a group would be blown up to 1
+What differs from a textbook GRPO (arXiv 2402.03300):
+ 1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a format reward a gap of 0.1
+                       inside a group would be blown up to 1
  2. --updates 1        one update a batch of rollouts: the ratio to the old policy is 1 and nothing needs clipping
  3. --kl 0             no pull to the start
  4. the loss is summed over all tokens of the step and divided by their number: long answers are not discounted (DAPO)
@@ -35,7 +36,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Config:
     init: str  # checkpoint to start from
-    out: str | None = None  # checkpoint to write (default: INIT-rl.pt)
+    out: str | None = None  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed INIT-RECIPE-s1.pt)
+    recipe: str = "rl"  # its name in files, rows and reports: a variant that is to stand beside rl needs one of its own
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     limit: int = 0  # use only the first so many training questions (0: all)
     steps: int | None = None  # rollout batches (toy 60; paper: 600 to 1,600)
@@ -84,7 +86,7 @@ def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
 
 
 def policy_loss(logp, old_logp, weight, clip_ratio):
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed: weight (B, T) is advantage/n, 0 outside the mask."""
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed: weight (B, T) is advantage/N, 0 outside the mask."""
     ratio = (logp - old_logp).exp()
     return -torch.minimum(ratio * weight, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weight).sum()
 
@@ -120,13 +122,13 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     flat = (advantage == 0).all(1).sum()
     sums = (rewards.sum(), sum(correct), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
     total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
-    n = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
-    weights = (advantage.flatten() / n).tolist()
+    N = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
+    weights = (advantage.flatten() / N).tolist()
     logps = [row[:length] for row, length in zip(samples.logp, samples.lengths.tolist(), strict=True)]
     prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
     batch = problems.make_batch(prompts, answers, weights, tokens.pad_id(enc), logps)
     stats = {name: total[name] / total["answers"] for name in ("reward", "correct", "formatted", "cut")}
-    stats |= {"flat": total["flat"] / total["groups"], "length": n / total["answers"], "sampled_tokens": int(n), "waste": samples.waste,
+    stats |= {"flat": total["flat"] / total["groups"], "length": N / total["answers"], "sampled_tokens": int(N), "waste": samples.waste,
               "sample_seconds": sampled - began, "grade_seconds": time.time() - sampled}  # fmt: skip
     return batch, stats
 
@@ -147,6 +149,7 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
     `reference` are log-probs of the same pieces from the same forward pass."""
     loss, gaps = 0.0, []
+    count = world.sum(float(batch.mask.sum()))[0] if reference is not None else 1
     for i, piece in enumerate(problems.pieces(batch, cfg.micro, world, idle=reference is not None)):
         if old is None and reference is None:
             part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
@@ -154,12 +157,12 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
             logp, entropy = model(piece.ids, mask=piece.mask, temperature=cfg.temperature)
             part = policy_loss(logp, logp.detach() if old is None else old[i], piece.weight, cfg.clip_ratio)
             if reference is not None:
-                part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / batch_tokens(batch, world)
+                part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / count
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all pieces: to read is to wait for the GPU
         gap = torch.where(piece.mask, logp.detach() - piece.logp, 0).double()
-        told = gap.abs().sum(), kl_to(gap, 0 * gap).sum(), entropy.detach().double().sum(), piece.mask.sum(), gap.abs().amax()
+        told = gap.abs().sum(), (gap.exp() - gap - 1).sum(), entropy.detach().double().sum(), piece.mask.sum(), gap.abs().amax()
         gaps.append(torch.stack([x.double() for x in told]))
     gaps = torch.stack(gaps) if gaps else torch.zeros(1, 5)  # all groups of this rank may be flat
     total, kl, entropy, count = world.sum(*gaps[:, :4].sum(0))
@@ -168,8 +171,11 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
     return loss, mean | {"mismatch_max": world.max(gaps[:, 4].max())[0]}
 
 
-def batch_tokens(batch, world) -> float:
-    return world.sum(float(batch.mask.sum()))[0]
+def check_mismatch(step: int, mismatch: dict, cfg):
+    """Raises ValueError if the sampler's log-probs are not the trainer's: what is trained was not what was sampled."""
+    if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
+        raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
+                         f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
 
 
 @torch.no_grad()
@@ -180,10 +186,12 @@ def piece_log_probs(model, batch, cfg, world) -> list:
 
 
 def main(cfg):
-    cfg, world, model, parent, state = run.begin(cfg, "rl", SIZES, Model, ModelConfig)
+    cfg, world, model, parent, state = run.begin(cfg, cfg.recipe, SIZES, Model, ModelConfig)
     enc = tokens.encoding(parent["encoding"])
     if cfg.temperature <= 0:
         raise ValueError("--temperature must be above 0: the policy that is trained is the one that is sampled")
+    if cfg.group < 2:
+        raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     start = checkpoint.load_model(checkpoint.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
@@ -201,7 +209,7 @@ def main(cfg):
             log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
 
     def save(done):
-        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", "rl", done), done, [optimizer], log)
+        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, done), done, [optimizer], log)
 
     for step in run.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
@@ -215,9 +223,7 @@ def main(cfg):
             loss = world.sum(loss)[0]
             if again == 0:
                 stats |= mismatch
-                if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
-                    raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
-                                     f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+                check_mismatch(step, mismatch, cfg)
             grads, norm = ranks.gradients(model, world, cfg.clip)
             lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
@@ -227,7 +233,7 @@ def main(cfg):
         costs = rl_costs(model, batch, stats, cfg, began)
         log(step, costs, loss=loss, gradient_norm=norm, **stats, tokens_per_s=stats["sampled_tokens"] / costs["seconds"])
     validate(cfg.steps)
-    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", "rl", cfg.steps))
+    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, cfg.steps))
     log.close()
     checkpoint.finish(cfg.out)
 

@@ -9,6 +9,7 @@ each answer.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data import checkpoint, grader, problems, ranks, run, tokens
 from model import Model, ModelConfig, Sampler
@@ -19,11 +20,11 @@ class Config:
     checkpoints: tuple[str, ...] = ()  # checkpoint to sample from
     prompt: str = ""  # text to go on from
     questions: str | None = None  # folder or .jsonl of questions (default, without --prompt: what the checkpoint names)
-    split: str = "val"  # split of the folder: train or val
+    split: Literal["train", "val"] = "val"  # split of the folder; only eval.py --final opens the test split
     first: int = 4  # how many questions
     shots: int = 0  # solved examples before each question
     n: int = 4  # answers to each
-    max_new: int = 48  # longest answer
+    max_new: int | None = None  # longest answer (default: as the checkpoint was trained, 56 for a toy base, else 512)
     temperature: float = 1.0  # 0 takes the most probable token
     format_reward: float = 0.1  # as in rl.py
     seed: int = 0  # noise of the sampling
@@ -34,8 +35,6 @@ class Config:
 def main(cfg):
     if len(cfg.checkpoints) != 1:
         raise ValueError("name one checkpoint: python sample.py ckpt/toy/step3418.pt")
-    if cfg.split not in ("train", "val"):
-        raise ValueError(f"--split takes train or val, not {cfg.split!r}: only eval.py --final opens the test split")
     if cfg.questions and Path(cfg.questions).name == "test.jsonl":
         raise ValueError(f"{cfg.questions} looks like a test split: only eval.py --final opens one")
     world = ranks.start(cfg.device, cfg.dtype)
@@ -49,13 +48,13 @@ def main(cfg):
         folder = cfg.questions or meta["questions"]
         rows = problems.load(folder, cfg.split)[: cfg.first]
         prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in rows]
-        shots = problems.load(folder, "shots")[: cfg.shots] if cfg.shots else ()
-        prefix = tokens.encode(enc, problems.few_shot(enc.name, shots))
+        prefix = tokens.encode(enc, problems.few_shot(enc.name, problems.shots(folder, cfg.shots, rows)))
+    max_new = cfg.max_new or run.longest(meta)
     sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, world))
     for row, prompt in zip(rows, prompts, strict=True):
         print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
         for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):  # one by one, to show each when it is there
-            samples = sampler([prompt], 1, cfg.max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
+            samples = sampler([prompt], 1, max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
             cut = bool(samples.cut)
             text = tokens.decode(enc, samples.tokens[0, : int(samples.lengths) - (not cut)].tolist())
             graded = grader.grade_all([text], [row["answer"]], [not cut]) if "answer" in row else ()

@@ -26,7 +26,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Config:
     init: str  # checkpoint to start from
-    out: str | None = None  # checkpoint to write (default: INIT-sft.pt or INIT-sft-gold.pt)
+    out: str | None = None  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed INIT-RECIPE-s1.pt)
+    recipe: str = ""  # its name in files, rows and reports (default: sft, or sft-gold for all solutions)
     questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
     solutions: str = "1"  # solutions a question: 1 (the realistic case) or all (SFT-Gold)
     epochs: float = 5.0  # paper: 5, "10 add nothing"
@@ -87,7 +88,7 @@ def sft_backward(model, batch, cfg, world):
 
 
 def main(cfg):
-    name = {"1": "sft", "all": "sft-gold"}.get(cfg.solutions, f"sft-{cfg.solutions}")
+    name = cfg.recipe or {"1": "sft", "all": "sft-gold"}.get(cfg.solutions, f"sft-{cfg.solutions}")
     cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
     enc = tokens.encoding(parent["encoding"])
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]

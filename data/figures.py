@@ -117,7 +117,8 @@ def draw_pass(r, folder, benchmark):
     """pass@1, 8, 32 against pre-training tokens, one line a recipe; the paper's GSM8K below the main benchmark."""
     bases = [n for n in r.names if n.startswith("base ") and n.endswith("-shot")]  # of many, those with none and with the most
     bases = sorted(bases, key=lambda name: int(name[5:-5]))
-    names = [*dict.fromkeys(bases[:1] + bases[-1:]), *(n for n in r.names if n in report.RECIPES[1:])]
+    own = [n for n in r.names if " " not in n and n not in (*STYLES, "base")]  # a user's own recipes
+    names = [*dict.fromkeys(bases[:1] + bases[-1:]), *(n for n in r.names if n in report.RECIPES[1:]), *own]
     found = [t for t in r.tokens if any(r.rows("pass", name, t, benchmark) for name in names)]
     below = benchmark == r.main
     if len(found) < 2 and not below:

@@ -64,10 +64,15 @@ def read_jsonl(path, fields, bar=None):
         raise ValueError(f"{path}: the file is empty")
 
 
-def load(path, split):
-    """The questions of a folder's {split}.jsonl, or of one .jsonl file whatever the split; its shots lie beside it."""
+def place(path, split):
+    """A folder's {split}.jsonl, or the .jsonl file itself whatever the split; its shots lie beside it."""
     path = Path(path) if str(path).endswith(".jsonl") else Path(path) / f"{split}.jsonl"
-    path = path.with_name("shots.jsonl") if split == "shots" else path  # or a question's own solution would be shown to it
+    return path.with_name("shots.jsonl") if split == "shots" else path  # or a question's own solution would be shown to it
+
+
+def load(path, split):
+    """The questions of a folder's {split}.jsonl, or of one .jsonl file."""
+    path = place(path, split)
     rows = list(read_jsonl(path, {"id": str, "question": str, "answer": str, "solutions": list}))
     first = {}
     for line_number, row in enumerate(rows, 1):
@@ -90,8 +95,11 @@ def load(path, split):
 def shots(folder, count, questions, seed=None, exactly=True):
     """`count` solved questions of a folder to show before others, none of which is one of these `questions`: the first ones,
     or drawn by `seed`. Raises ValueError if there are fewer; not `exactly`: as many as there are."""
-    asked = {row["question"] for row in questions}
-    known = [row for row in load(folder, "shots") if row["question"] not in asked] if count else []
+    asked, known = {row["question"] for row in questions}, []
+    if count and (exactly or place(folder, "shots").exists()):
+        known = [row for row in load(folder, "shots") if row["question"] not in asked]
+    if bare := next((row["id"] for row in known if not row["solutions"]), None):
+        raise ValueError(f"{folder}: shot {bare!r} has no solution to show")
     if exactly and len(known) < count:
         raise ValueError(f"{folder} has {len(known)} shots, not {count}: lower --shots")
     count = min(count, len(known))  # MATH has four
@@ -159,7 +167,8 @@ def shuffled(count, batch, seed, step):
     """The places of batch `step` in a list of `count`, shuffled anew each epoch: arithmetic of (seed, step). What is left
     of an epoch after its last whole batch is not used, so no batch has a row twice."""
     if batch > count:
-        raise ValueError(f"a batch of {batch} needs at least as many questions or solutions to train on, there are {count}")
+        raise ValueError(f"a batch of {batch} needs at least as many questions or solutions to train on, there are {count}: "
+                         "raise --limit, or lower --batch or --questions_per_step")
     epoch, index = divmod(step, count // batch)
     order = np.random.default_rng([seed, epoch]).permutation(count)
     return order[index * batch:(index + 1) * batch].tolist()

@@ -40,7 +40,7 @@ from data import checkpoint, profiler, ranks
 # ------------------------------------------------------------------------------------------------------------- flags
 
 # no whole number is negative, and these are not 0 either
-COUNTS = set("tokens batch_tokens length batch questions_per_step group updates micro rows max_new n k save_every".split())
+COUNTS = set("tokens batch_tokens length batch questions_per_step group updates micro rows max_new n k save_every eval_n eval_rows".split())
 
 
 def configure(Config, argv: list[str], doc: str = ""):
@@ -165,20 +165,29 @@ def out_of_memory(error: RuntimeError, cfg) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
-def begin(cfg, stage: str, sizes: dict, Model, ModelConfig):
+def begin(cfg, recipe: str, sizes: dict, Model, ModelConfig):
     """What a trainer that starts from --init does first: join the world, load the parent (or the saved state of this
     run), take over what the flags leave open from `sizes` ({"toy": ..., "paper": ...}) and from the parent's meta.
+    recipe: its name in file names.
 
     -> cfg, world, model, the parent's meta, state (None for a fresh run)."""
     world = ranks.start(cfg.device, cfg.dtype, cfg.shard)
     parent = checkpoint.load(cfg.init)
     meta = parent["meta"]
-    named = {"questions": meta["questions"], "out": str(Path(cfg.init).with_suffix("")) + f"-{stage}.pt"}
+    out = f"{Path(cfg.init).with_suffix('')}-{recipe}" + (f"-s{cfg.seed}.pt" if cfg.seed else ".pt")
+    named = {"questions": meta["questions"], "out": out}
     cfg = fill(cfg, named | sizes["toy" if meta["preset"].startswith("toy") else "paper"])
+    if cfg.eval_questions and cfg.questions.endswith(".jsonl"):
+        raise ValueError(f"{cfg.questions} is all for training: --eval_questions 0, or a folder that has val.jsonl beside train.jsonl")
     state = checkpoint.claim(cfg.out, cfg)
     model = checkpoint.load_model(state or parent, Model, ModelConfig, world)
     model.checkpoint_activations = cfg.checkpoint_activations
     return cfg, world, model, meta, state
+
+
+def longest(meta: dict) -> int:
+    """Tokens of the longest answer a checkpoint was trained to give; of a base, what its size gets."""
+    return meta["run"].get("max_new") or (56 if meta["preset"].startswith("toy") else 512)
 
 
 def loop(first: int, steps: int, cfg, world, save):

@@ -276,6 +276,20 @@ def test_question_with_an_unknown_word(refused, world, tmp_path):
         assert "has no ' zebra'" in refused(script, init=world.base, questions=tmp_path, out=tmp_path / "a.pt", **settings)
 
 
+def test_a_file_of_questions_is_not_validated_on_itself(refused, world, tmp_path):
+    """Seen to fail with a validation of training questions, in silence."""
+    questions = world.data / "easy/train.jsonl"
+    for script, settings in TRAINERS.items():
+        message = refused(script, init=world.base, questions=questions, out=tmp_path / "a.pt", **settings | {"eval_questions": 2})
+        assert message == f"{questions} is all for training: --eval_questions 0, or a folder that has val.jsonl beside train.jsonl"
+
+
+def test_one_answer_a_question_has_no_advantage(refused, world, tmp_path):
+    for script in ("rl", "mix"):
+        settings = TRAINERS[script] | {"group": 1}
+        assert "--group takes 2 or more" in refused(script, init=world.base, out=tmp_path / "a.pt", **settings)
+
+
 @pytest.mark.parametrize("solutions, says", [("0", "--solutions"), ("-1", "--solutions"), ("gold", "--solutions")])
 def test_wrong_number_of_solutions(refused, world, tmp_path, solutions, says):
     assert says in refused("sft", init=world.base, out=tmp_path / "a.pt", **SFT | {"solutions": solutions})

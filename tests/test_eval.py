@@ -16,6 +16,7 @@ from test_errors import stopped_at
 from test_report import TOKENS, rows_of, save
 
 import eval as evaluation
+import rl
 from data import checkpoint, grader, problems, ranks, report, run, tasks, tokens, toy
 from model import Model, ModelConfig, Sampler
 
@@ -274,6 +275,32 @@ def test_other_shots_are_measured_again(measured, calls, tmp_path):
     calls.clear()
     call("eval", measured.base, **how)
     assert calls == ["solve"]
+
+
+def test_other_weights_under_the_same_flags_are_measured_again(measured, kept, calls, tmp_path, monkeypatch):
+    """What changed is the code: the flags, and so config_hash, are the same. Seen to fail without weights_hash."""
+    other, real = tmp_path / "other.pt", rl.advantages
+    monkeypatch.setattr(rl, "advantages", lambda rewards, std_norm: -real(rewards, std_norm))
+    call("rl", init=measured.base.with_name("taught.pt"), out=other, **RL)
+    shutil.copy(measured.trained, tmp_path / "before.pt")
+    try:
+        shutil.copy(other, measured.trained)
+        call("eval", measured.trained, results=kept, **HOW)
+    finally:
+        shutil.copy(tmp_path / "before.pt", measured.trained)
+    assert collections.Counter(calls) == {"solve": 1, "score": 3}
+
+
+def test_a_recipe_of_ones_own_stands_beside_the_others(measured, world, tmp_path, capsys):
+    """`--recipe` names files and rows; the default file has the seed in its name."""
+    shutil.copy(world.taught, tmp_path / "m.pt")
+    for words in ([], ["--recipe", "rl-std", "--std_norm"]):
+        call("rl", *words, init=tmp_path / "m.pt", seed=3, **RL | dict(steps=1, eval_questions=0))
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"m.pt", "m-rl-s3.pt", "m-rl-std-s3.pt"}
+    call("eval", tmp_path / "m-rl-s3.pt", tmp_path / "m-rl-std-s3.pt", results=tmp_path / "rows", **FEW | dict(limit=4))
+    report.report(tmp_path / "rows")
+    page = (tmp_path / "rows/report.md").read_text()
+    assert "| sft-gold->rl |" in page and "| sft-gold->rl-std |" in page
 
 
 def test_a_file_of_questions_has_its_shots_beside_it(measured, monkeypatch, capsys, tmp_path):

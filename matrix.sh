@@ -2,16 +2,20 @@
 # The experiment matrix: pre-train once, then every recipe from every checkpoint, evaluate, report.
 #
 #   bash matrix.sh                  the default world, 3 checkpoints x 7 recipes x 1 seed, 20 minutes on two cores
-#   SEEDS=8 bash matrix.sh          more seeds; what is finished is skipped, what was cut goes on
+#   SEEDS=8 bash matrix.sh          a whole record: 8 seeds and the arms of ALL; what is finished is skipped, what was cut goes on
+#   RECORD=2 SEEDS=8 bash matrix.sh     the same on other seeds
+#   SCALE=sweep bash matrix.sh      learning rates, on validation questions
 #   SCALE=smoke bash matrix.sh      all of it in two minutes, to see that it works
 #   SCALE=gsm8k SOURCE=FOLDER ...   real text, GSM8K and the cl100k_base vocabulary, a few steps of everything
 #   SCALE=1b bash matrix.sh         the paper's own experiment, on one node of GPUS (8) GPUs
 #   SCALE=1b bash matrix.sh --dry_run   (any SCALE) prints each command with its FLOPs, GPU hours and disk, runs nothing
 #
-# SEEDS        post-training seeds 0 .. SEEDS-1                    JOBS     cells side by side, one thread each (2)
-# PRETRAIN     pre-training seeds 0 .. PRETRAIN-1 (1; not 1b)     PYTHON   the interpreter (python)
-# OUT          checkpoints, logs (ckpt/$SCALE)                     RESULTS  rows, report.md, figures ($OUT/results)
-# DATA         prepared data, DATA-p0 ... (data/out/$SCALE)        FINAL    1: the test split, 0: validation (1)
+# RECORD       the set of seeds (1; 0 but for toy and smoke)       JOBS     cells side by side, one thread each (2)
+# SEEDS        post-training seeds from 100 x RECORD on (1)        PYTHON   the interpreter (python)
+# PRETRAIN     pre-training seeds from 10 x RECORD on (1, or 2     FINAL    1: the test split, 0: validation (1)
+#              from SEEDS=2 on; not 1b); they share the seeds      RESULTS  rows, report.md, figures ($OUT/results)
+# OUT          checkpoints, logs (ckpt/$SCALE)                     DATA     prepared data, DATA-p10 ... (data/out/$SCALE)
+# ALL          1: hard questions, data against size, 5 and 64 rollouts, shares, excursions inside pre-training (1 from SEEDS=2 on)
 # TEXT_FLAGS, PRE_FLAGS, RL_FLAGS, SFT_FLAGS, GOLD_FLAGS (SFT on all solutions), MIX_FLAGS, EVAL_FLAGS    more flags for a stage
 set -euo pipefail
 cd "$(dirname "$0")"

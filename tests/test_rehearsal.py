@@ -52,7 +52,7 @@ def commands(text):
 
 def test_plan(tmp_path, monkeypatch):
     """Every command of the paper is there, and three prices by hand: pre-training is 23,842 steps of 2,097,152 tokens at
-    9.287 GFLOP (README), RL 1000 steps x 128 questions x n answers of 200 tokens after 75, SFT 5 epochs of one solution."""
+    9.287 GFLOP (SCALE.md), RL 1000 steps x 128 questions x n answers of 200 tokens after 75, SFT 5 epochs of one solution."""
     told = matrix(tmp_path, "--dry_run")
     assert not any(tmp_path.iterdir()), "a dry run writes nothing"
     lines = commands(told)

@@ -5,6 +5,7 @@
 #   SEEDS=8 bash matrix.sh          a whole record: 8 seeds and the arms of ALL; what is finished is skipped, what was cut goes on
 #   RECORD=2 SEEDS=8 bash matrix.sh     the same on other seeds
 #   SCALE=sweep bash matrix.sh      learning rates, on validation questions
+#   SCALE=why bash matrix.sh        after a record: what may explain it, on validation questions
 #   SCALE=smoke bash matrix.sh      all of it in two minutes, to see that it works
 #   SCALE=gsm8k SOURCE=FOLDER ...   real text, GSM8K and the cl100k_base vocabulary, a few steps of everything
 #   SCALE=1b bash matrix.sh         the paper's own experiment, on one node of GPUS (8) GPUs
@@ -20,9 +21,10 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 SCALE=${SCALE:-toy} SEEDS=${SEEDS:-1} JOBS=${JOBS:-2} FINAL=${FINAL:-1} PYTHON=${PYTHON:-python}
+if [ "$SCALE" = why ]; then OUT=${OUT:-ckpt/toy} DATA=${DATA:-data/out/toy} RESULTS=${RESULTS:-$OUT/why} PRETRAIN=${PRETRAIN:-2}; fi
 OUT=${OUT:-ckpt/$SCALE} DATA=${DATA:-data/out/$SCALE} SOURCE=${SOURCE:-} DRY_RUN=${DRY_RUN:-}
 RESULTS=${RESULTS:-$OUT/results} ALL=${ALL:-$((SEEDS > 1))} PRETRAIN=${PRETRAIN:-$((SEEDS > 1 ? 2 : 1))}
-case $SCALE in toy | smoke) RECORD=${RECORD:-1} ;; *) RECORD=${RECORD:-0} PRETRAIN=1 ;; esac
+case $SCALE in toy | smoke | why) RECORD=${RECORD:-1} ;; *) RECORD=${RECORD:-0} PRETRAIN=1 ;; esac
 wrong() { echo "matrix.sh: error: $1" >&2; exit 2; }
 case ${1:-} in
   "") ;;
@@ -117,6 +119,17 @@ case $SCALE in
     for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3" "$on rl+lr=$lr,mix+lr=$lr+sft_lr=2e-3"); done
     cells+=("$on sft+lr=1e-3,sft+lr=2e-3,sft-gold+lr=2e-3,sft-gold+lr=4e-3" wait)
     for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
+  why)  # with seeds that no record has: fewer questions, more steps, a larger model; and 256 answers of what the record has made
+    FINAL=0 toy=1
+    for run in $(seq $((10 * RECORD)) $((10 * RECORD + PRETRAIN - 1))); do
+      at=$OUT/p$run/step own=$(seeds 90 94 $run)
+      models+=("p$run $DATA-p$run $run --save_steps $MIDDLE,$FIRST" "p$run-large $DATA-p$run $run $WIDER")
+      cells+=("$at$LAST.pt $own rl,sft" "$OUT/p$run-large/step$LAST.pt $own rl,sft" "$at$LAST.pt $own rl+steps=240+recipe=rl-240-steps")
+      for count in 50 100 200; do  # as many updates as with 400
+        cells+=("$at$LAST.pt $own rl+limit=$count+recipe=rl-$count-questions,sft+limit=$count+steps=125+recipe=sft-$count-questions")
+      done
+        for step in $MIDDLE $LAST; do cells+=("$at$step.pt $(seeds 0 4 $run) many"); done
+    done ;;
   smoke)
     FIRST="" MIDDLE=20 LAST=40 SPLIT_FLAGS="--levels 0,64"  # nothing is solved yet
     TEXT="--tokens 100000 --val_tokens 20000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"
@@ -177,7 +190,7 @@ EVAL+=" ${EVAL_FLAGS:-}"
 
 # One cell: the commands that have to wait for each other.
 cell_name() { echo "${1%.pt}${4:+-${4##*/}}-$2-s$3"; }  # of CHECKPOINT RECIPE SEED QUESTIONS
-cell_rows() { echo "$RESULTS${4:+/${4##*/}}/$(basename "$(dirname "$1")")"; }  # the folder of its rows
+cell_rows() { echo "$RESULTS$([ "$2" != many ] || echo -many)${4:+/${4##*/}}/$(basename "$(dirname "$1")")"; }  # the folder of its rows
 chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
   set -- "$1" "$2" "$3" "${4:-}"
   local recipe=${2%%+*} more=${2#"${2%%+*}"} questions=${4:+--questions $4} go="--seed $3 --resume" loss="" how="" to rows data sft
@@ -194,6 +207,9 @@ chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
     base) how=${toy:+--shots 0} && measure "$1" ;;
     val) how="$DRAW --final false" && measure "$1" ;;
     draw) how="$DRAW --shot_seed $3" && measure "$1" ;;
+    many)  # answers, of the base and of what its cells have made
+      how="--n 256 --k 1,32,256 --limit 100 --tasks=" loss="" && measure "$1" --shots 0,1 &&
+        measure "$(cell_name "$1" rl "$3" "").pt" "$(cell_name "$1" sft "$3" "").pt" "$(cell_name "$1" sft-rl "$3" "").pt" ;;
     split)  # 64 samples to each training question at T = 1
       local folder=${4%/*}
       run "${start[@]}" eval.py "$1" --results "$folder/samples" --questions "$4/train.jsonl" $EVAL --final false --tasks= \
@@ -227,6 +243,7 @@ finished() {  # the rows of a cell's last checkpoint exist
   case ${2%%+*} in
     split) [ -f "${4%/*}/split/world.json" ]; return ;;
     base | val) file=$(basename "${1%.pt}") ;;
+    many) file=$(basename "$(cell_name "$1" sft-rl "$3" "")") ;;
     draw) file=$(basename "${1%.pt}")-s$3 ;;
     text | rl-text) compgen -G "$rows/$file/step*.jsonl" > /dev/null; return ;;
   esac
@@ -263,7 +280,7 @@ for line in "${cells[@]}" wait; do  # all cells of the first seed come first
       [ "$seed" ] || continue
       found=1
       for recipe in ${recipes//,/ }; do
-        [[ $recipe != base && $recipe != val && $recipe != split ]] || [ $i = 1 ] || continue
+        [[ $recipe != base && $recipe != val && $recipe != split && $recipe != many ]] || [ $i = 1 ] || continue
         total=$((total + 1))
         finished "$init" "$recipe" "$seed" "$questions" || todo+=("$init $recipe $seed $questions")
       done

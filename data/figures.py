@@ -11,6 +11,9 @@ from data.report import Missing, tokens_name
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
 
+plt.rcParams.update({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
+                     "xtick.labelsize": 10, "ytick.labelsize": 10})  # fmt: skip  # readable at half width
+
 # Okabe and Ito's colours, and a marker each
 STYLES = {"base": ("#000000", "o"), "rl": ("#0072B2", "s"), "sft": ("#E69F00", "^"), "sft->rl": ("#D55E00", "v"),
           "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X"),
@@ -343,11 +346,24 @@ def draw_gone_on(r, folder):
     return save(figure, folder / "gone-on.png")
 
 
+def draw_many(r, folder):
+    """pass@k against k, as far as there are answers: a column a checkpoint."""
+    names = [name for name in r.names if tables.with_shots(name)]
+    figure, axes = plt.subplots(1, len(r.tokens), figsize=(WIDTH, 3.6), squeeze=False, sharey=True)
+    for axis, t in zip(axes[0], r.tokens, strict=True):
+        for name in names:
+            if found := r.rows("pass", name, t, r.main):
+                ks = [2**i for i in range(min(row["n"] for row in found.values()).bit_length())]
+                axis.plot(ks, [100 * r.level(name, t, f"pass@{k}").mean for k in ks], **style(name) | {"markersize": 4})
+        axis.set(xscale="log", title=tokens_name(t), xlabel="k")
+        axis.set_xticks([1, 4, 16, 64, 256], [1, 4, 16, 64, 256])
+    axes[0, 0].set_ylabel("validation pass@k (%)")
+    return save(figure, folder / "pass-k.png")
+
+
 def draw(r, folder):
     """Writes every figure the rows allow; -> their file names."""
     figures = [draw_dynamics, draw_budget, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text, draw_gone_on]
-    with plt.rc_context({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
-                         "xtick.labelsize": 10, "ytick.labelsize": 10}):  # fmt: skip  # readable at half width
-        names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
-        names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]
+    names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
+    names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]
     return [name for name in names if name]

@@ -8,7 +8,7 @@ import numpy as np
 from data import report
 from data.report import Missing, tokens_name
 
-BLOCKS = ("findings", "findings-short", "rules", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts")
+BLOCKS = ("findings", "findings-short", "rules", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts", "why", "many")
 PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
 DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
            "probability of the right choice %", "log_prob": "log-prob a token (nats)",
@@ -299,6 +299,19 @@ def beyond(r):
     return "\n".join(parts)
 
 
+# ---- explored after a record ----
+def many(r):
+    """pass@k of many answers a question, also at as many answers in format as 32 of a model that knows it."""
+    rows = []
+    for t, name in ((t, name) for t in r.tokens for name in filter(with_shots, r.names)):
+        if found := [*r.rows("pass", name, t, r.main).values()]:
+            formatted = float(np.mean([row["formatted"] for row in found]))
+            k = min(round(32 / formatted), min(row["n"] for row in found)) if formatted else 0
+            cells = [shown(r.level(name, t, f"pass@{k}")) for k in (1, 32, *[k] * bool(k))]
+            rows.append([tokens_name(t), name, len(found), f"{100 * formatted:.0f}", *cells[:2], f"{cells[2]} (k = {k})" if k else "-"])
+    return table(["tokens", "arm", "runs", "in format %", "pass@1", "pass@32", "pass@k, 32 in format"], rows) if rows else ""
+
+
 # ---- all records ----
 def spoken(name):
     return name.replace("-", " ")
@@ -372,10 +385,10 @@ def spent(r):
             for part, rows in runs.items()}  # fmt: skip
 
 
-def costs(records, sweep):
-    """Runs, seconds and FLOPs of each part, one column a record and one for the sweep."""
+def costs(records, others):
+    """Runs, seconds and FLOPs of each part, one column a record and one for each of the others {name: Results}."""
     columns = {spoken(name): spent(record.results) for name, record in records.items()}
-    columns |= {"sweep": spent(sweep)} if sweep else {}
+    columns |= {name: spent(r) for name, r in others.items() if name != "why-many"}
     order = {name: i for i, name in enumerate(("pre-training", *report.RECIPES))}
     parts = sorted({part for found in columns.values() for part in found},
                    key=lambda part: (order.get(part[0].split()[0], len(order)), part))  # fmt: skip
@@ -391,14 +404,19 @@ def costs(records, sweep):
     return f"{table(header, rows)}\nTraining alone; the seconds are those of runs side by side, evaluation is not in them.\n"
 
 
-def blocks(records, sweep):
-    """{name: text} of what stands between <!-- name --> and <!-- /name --> in README.md and RESULTS.md."""
+def blocks(records, others):
+    """{name: text} of what stands between <!-- name --> and <!-- /name --> in README.md and RESULTS.md. others: {one of
+    report.OTHERS: Results}, those that there are."""
+    none = "No rows.\n"
+
     def each(block):
         found = {name: block(record.results) for name, record in records.items()}
-        return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or "No rows.\n"
+        return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or none
 
+    sweep, why, lots = (others.get(name) for name in report.OTHERS)
     texts = (findings(records), findings(records, short=True), report.RULES + "\n", each(levels), all_secondary(records),
-             sweep_table(sweep) if sweep else "No rows.\n", costs(records, sweep), each(beyond), each(seeds), each(rollouts))
+             sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds), each(rollouts),
+             levels(why) if why else none, many(lots) if lots else none)
     return dict(zip(BLOCKS, texts, strict=True))
 
 

@@ -103,6 +103,15 @@ def sweep_rows():
     return rows
 
 
+def why_rows():
+    """rl and a recipe of one's own, on validation questions; and 256 answers a question, a fifth of the base's in format."""
+    rows = [row for unit in EVERY[::2] for recipe in ("rl", "rl-50-questions")
+            for row in cell(recipe, TOKENS[2], unit, split="val", logit=-0.5 if recipe == "rl" else -1.5)]  # fmt: skip
+    many = [row | {"n": 256, "correct": [8 * count for count in row["correct"]], "formatted": 0.2 if recipe == "base" else 1.0}
+            for recipe in ("base", "rl") for row in cell(recipe, TOKENS[1], (0, 0), split="val") if row["kind"] == "pass"]  # fmt: skip
+    return rows, many
+
+
 def write(folder, rows):
     folder.mkdir(parents=True, exist_ok=True)
     for run in sorted({row["pretrain_seed"] for row in rows}):
@@ -137,6 +146,8 @@ def made(tmp_path_factory):
     write(folder / "record-1", record())
     write(folder / "record-2", record(-1.5, everything=False))
     write(folder / "sweep", sweep_rows())
+    for name, rows in zip(("why", "why-many"), why_rows(), strict=True):
+        write(folder / name, rows)
     marks = "\n\n".join(f"<!-- {name} -->\nan old number: 12.3\n<!-- /{name} -->" for name in tables.BLOCKS)
     (folder.parent / "RESULTS.md").write_text(f"# Results\n\n{marks}\n\nThe end.\n")
     (folder.parent / "README.md").write_text("# Us\n\n<!-- findings-short -->\n<!-- /findings-short -->\n")
@@ -203,6 +214,19 @@ def test_every_figure_is_drawn_and_small(made):
     assert all(5_000 < size < 100_000 for size in drawn.values())
     page = (made[0] / "record-1/report.md").read_text()
     assert all(f"![{name}]({name})" in page for name in drawn)
+
+
+def test_what_was_explored_afterwards_has_tables_of_its_own(made):
+    text = (made[0].parent / "RESULTS.md").read_text()
+    arms = [line.split(" | ")[1:3] for line in block(text, "why").splitlines()[2:] if "rl" in line]
+    assert arms == [["rl", "4"], ["rl-50-questions", "4"]]
+    base, rl = [line.strip("| ").split(" | ") for line in block(text, "many").splitlines()[2:]]
+    assert base[:4] == ["4M", "base 0-shot", "1", "20"] and rl[:4] == ["4M", "rl", "1", "100"]
+    counts = next(row for row in why_rows()[1] if row["recipe"] == "base")["correct"]
+    at = [100 * statistics.fmean(1 - comb(256 - c, k) / comb(256, k) for c in counts) for k in (1, 32, 160)]  # 160 = 32 / 0.2
+    shown = [float(cell.split(" ")[0]) for cell in base[4:]]
+    assert shown == pytest.approx(at, abs=0.051) and base[6].endswith("(k = 160)") and rl[6].endswith("(k = 32)")
+    assert (made[0] / "why-many/pass-k.png").stat().st_size > 5000
 
 
 def test_blocks_are_replaced_and_a_second_run_changes_nothing(made, copy):
@@ -327,9 +351,9 @@ def test_validation_rows_of_the_base_name_the_middle_and_what_decides(everything
 
 def test_costs_count_each_run_once(made):
     lines = block((made[0].parent / "RESULTS.md").read_text(), "costs").splitlines()
-    assert "| pre-training |  | 2 / 80 / 4.00e+12 | 2 / 80 / 4.00e+12 | - |" in lines  # of 3 checkpoints, 8 draws, 3 shots
-    assert "| rl | easy | 40 / 1,600 / 8.00e+13 | 24 / 960 / 4.80e+13 | 3 / 120 / 6.00e+12 |" in lines
-    assert "| rl n=5 | split-hard | 8 / 320 / 1.60e+13 | - | - |" in lines
+    assert "| pre-training |  | 2 / 80 / 4.00e+12 | 2 / 80 / 4.00e+12 | - | - |" in lines  # of 3 checkpoints, 8 draws, 3 shots
+    assert "| rl | easy | 40 / 1,600 / 8.00e+13 | 24 / 960 / 4.80e+13 | 3 / 120 / 6.00e+12 | 4 / 160 / 8.00e+12 |" in lines
+    assert "| rl n=5 | split-hard | 8 / 320 / 1.60e+13 | - | - | - |" in lines
     runs = 6 + 16 + 6 * 24 + 3 * 8 + 4 * 8 + 8 * 4
     assert any(line.startswith(f"| all |  | {runs} / {40 * runs:,} / ") for line in lines)
 

@@ -141,9 +141,9 @@ class Block(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return x + self.mlp_norm(self.down(F.silu(gate) * up))
 
-    def decode(self, x, weights, keys, values, t, cos, sin, prompt, hole, group, prefix):
+    def decode(self, x, weights, keys, values, t, cos, sin, prompt, mask, group, prefix):
         """One new token a row, for the sampler, which brings its own copy of the weights. x (R, D); keys and values
-        (R, H, T, K) of the rows' own tokens, columns before t (1,) are read; prompt (2, G, H, P, K) and hole (G, 1, P), -inf
+        (R, H, T, K) of the rows' own tokens, columns before t (1,) are read; prompt (2, G, H, P, K) and mask (G, 1, P), -inf
         where a prompt is shorter, are read through group (R,); prefix (2, H, S, K), or None, is read by all.
         -> x after the block, and the token's key and value (R, H, K).
 
@@ -158,7 +158,7 @@ class Block(nn.Module):
         now = (q_wide * k).sum(-1, keepdim=True)  # (R, H, 1)
         before = torch.arange(keys.shape[2], device=x.device) < t
         own = (q_wide[:, :, None] * keys).sum(-1).masked_fill(~before, -math.inf)  # (R, H, T)
-        asked = (q_wide[:, :, None] * prompt[0][group]).sum(-1) + hole[group]  # (R, H, P)
+        asked = (q_wide[:, :, None] * prompt[0][group]).sum(-1) + mask[group]  # (R, H, P)
         top = torch.maximum(torch.maximum(own.amax(-1, keepdim=True), now), asked.amax(-1, keepdim=True))
         if prefix is not None:  # one matrix product: every row reads the same keys
             shown = (q_wide.to(x.dtype).transpose(0, 1) @ prefix[0].transpose(1, 2)).transpose(0, 1).to(now.dtype)  # (R, H, S)
@@ -639,7 +639,7 @@ class Sampler:
         prefix  S columns, once        prompts  P columns a question       own  a row an answer, T columns so far
         +------------------+           +----------+                        +--+--+--+- - - - - -+
         |                  | <- all    | q0       | <- its n answers       |k0|k1|k2|           |  all rows write column t
-        +------------------+           | q1   ----|    (- hole)            +--+--+--+- - - - - -+  and read columns 0..t
+        +------------------+           | q1   ----|    (- mask)            +--+--+--+- - - - - -+  and read columns 0..t
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys are read where they are.
     Answers begin together, so all rows are equally long and columns past t are not read, but for what rounds T up to SPAN.
@@ -761,7 +761,7 @@ class Sampler:
         self.buffers = SimpleNamespace(
             own=torch.zeros(c.layers, 2, R, H, T, K, dtype=compute, device=device),
             prompt=torch.zeros(c.layers, 2, G, H, P, K, dtype=compute, device=device),
-            hole=torch.zeros(G, 1, P, device=device), group=torch.zeros(R, **integer), t=torch.zeros(1, **integer),
+            mask=torch.zeros(G, 1, P, device=device), group=torch.zeros(R, **integer), t=torch.zeros(1, **integer),
             noise=torch.zeros(R, T, dtype=torch.float64, device=device), cos=torch.zeros(R, T, K // 2, device=device),
             sin=torch.zeros(R, T, K // 2, device=device), row=torch.zeros(R, **integer), token=torch.zeros(R, **integer),
             alive=torch.zeros(R, dtype=torch.bool, device=device), tokens=torch.zeros(R, T, **integer),
@@ -779,7 +779,7 @@ class Sampler:
         x, cache = self._prefill(ids, [y[:, None] for y in self.prefix] if shots else None)
         for layer, kv in enumerate(cache):
             b.prompt[layer, 0, :Q, :, :P], b.prompt[layer, 1, :Q, :, :P] = kv
-        b.hole[:Q, 0, :P] = torch.where(torch.arange(P, device=device) < size[:, None], 0.0, -math.inf)
+        b.mask[:Q, 0, :P] = torch.where(torch.arange(P, device=device) < size[:, None], 0.0, -math.inf)
         b.group[:R] = torch.arange(Q, device=device).repeat_interleave(n)
         position = size[b.group[:R], None] + S + torch.arange(max_new, device=device)  # (R, max_new)
         b.cos[:R, :max_new], b.sin[:R, :max_new] = rope_table(position, c.width // c.heads, c.theta)
@@ -829,7 +829,7 @@ class Sampler:
         for layer, weights in enumerate(self.layers):
             keys, values = b.own[layer, :, :R, :, :T]
             prompt, prefix = b.prompt[layer, :, :, :, :P], self.prefix[layer] if S else None
-            x, k, v = self.block(x, weights, keys, values, b.t, cos, sin, prompt, b.hole[..., :P], b.group[:R], prefix)
+            x, k, v = self.block(x, weights, keys, values, b.t, cos, sin, prompt, b.mask[..., :P], b.group[:R], prefix)
             keys[:, :, column], values[:, :, column] = k[:, :, None], v[:, :, None]
         self._draw(rms_norm(x, self.model.norm.weight, self.model.config.eps), temperature, ends)
 

@@ -147,22 +147,22 @@ def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
     mismatch (|log-prob| apart, a token: mean, largest, k3 estimate of the KL) and the entropy of the policy (nats a token).
 
     On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
-    `reference` are log-probs of the same pieces from the same forward pass."""
+    `reference` are log-probs of the same micro-batches from the same forward pass."""
     loss, gaps = 0.0, []
     count = world.sum(float(batch.mask.sum()))[0] if reference is not None else 1
-    for i, piece in enumerate(problems.pieces(batch, cfg.micro, world, idle=reference is not None)):
+    for i, micro in enumerate(problems.micro_batches(batch, cfg.micro, world, idle=reference is not None)):
         if old is None and reference is None:
-            part, logp, entropy = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)
+            part, logp, entropy = model(micro.ids, weight=micro.weight, mask=micro.mask, temperature=cfg.temperature)
         else:
-            logp, entropy = model(piece.ids, mask=piece.mask, temperature=cfg.temperature)
-            part = policy_loss(logp, logp.detach() if old is None else old[i], piece.weight, cfg.clip_ratio)
+            logp, entropy = model(micro.ids, mask=micro.mask, temperature=cfg.temperature)
+            part = policy_loss(logp, logp.detach() if old is None else old[i], micro.weight, cfg.clip_ratio)
             if reference is not None:
-                part = part + cfg.kl * (kl_to(reference[i], logp) * piece.mask).sum() / count
+                part = part + cfg.kl * (kl_to(reference[i], logp) * micro.mask).sum() / count
         with record_function("backward"):
             part.backward()
-        loss += part.detach().double()  # read once for all pieces: to read is to wait for the GPU
-        gap = torch.where(piece.mask, logp.detach() - piece.logp, 0).double()
-        told = gap.abs().sum(), (gap.exp() - gap - 1).sum(), entropy.detach().double().sum(), piece.mask.sum(), gap.abs().amax()
+        loss += part.detach().double()  # read once for all of them: to read is to wait for the GPU
+        gap = torch.where(micro.mask, logp.detach() - micro.logp, 0).double()
+        told = gap.abs().sum(), (gap.exp() - gap - 1).sum(), entropy.detach().double().sum(), micro.mask.sum(), gap.abs().amax()
         gaps.append(torch.stack([x.double() for x in told]))
     gaps = torch.stack(gaps) if gaps else torch.zeros(1, 5)  # all groups of this rank may be flat
     total, kl, entropy, count = world.sum(*gaps[:, :4].sum(0))
@@ -179,10 +179,10 @@ def check_mismatch(step: int, mismatch: dict, cfg):
 
 
 @torch.no_grad()
-def piece_log_probs(model, batch, cfg, world) -> list:
-    """Log-probs of each piece under `model`, from the same forward pass that training uses."""
-    pieces = problems.pieces(batch, cfg.micro, world, idle=cfg.kl != 0)
-    return [model(piece.ids, mask=piece.mask, temperature=cfg.temperature)[0] for piece in pieces]
+def micro_log_probs(model, batch, cfg, world) -> list:
+    """Log-probs of each micro-batch under `model`, from the same forward pass that training uses."""
+    parts = problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)
+    return [model(micro.ids, mask=micro.mask, temperature=cfg.temperature)[0] for micro in parts]
 
 
 def main(cfg):
@@ -216,8 +216,8 @@ def main(cfg):
             validate(step)
         began = time.time()
         batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
-        old = piece_log_probs(model, batch, cfg, world) if cfg.updates > 1 else None
-        reference = piece_log_probs(start, batch, cfg, world) if cfg.kl else None
+        old = micro_log_probs(model, batch, cfg, world) if cfg.updates > 1 else None
+        reference = micro_log_probs(start, batch, cfg, world) if cfg.kl else None
         for again in range(cfg.updates):
             loss, mismatch = rl_backward(model, batch, cfg, world, old, reference)
             loss = world.sum(loss)[0]

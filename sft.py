@@ -79,8 +79,8 @@ def sft_batch(pairs, pad: int, batch: int, seed: int, step: int, world) -> probl
 def sft_backward(model, batch, cfg, world):
     """Add the gradient of the batch to the model's; -> the loss of this rank's share, a tensor."""
     loss = 0.0
-    for piece in problems.pieces(batch, cfg.micro, world):
-        part, *_ = model(piece.ids, weight=piece.weight, mask=piece.mask)
+    for micro in problems.micro_batches(batch, cfg.micro, world):
+        part, *_ = model(micro.ids, weight=micro.weight, mask=micro.mask)
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read by the caller: to read here is to wait for the GPU

@@ -182,7 +182,7 @@ def text_batch(stream, batch, step, world):
     return Batch(ids, mask, mask / (batch * stream.length), None)
 
 
-def pieces(batch, micro, world, idle=False):
+def micro_batches(batch, micro, world, idle=False):
     """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row. Rows whose
     weights are all 0 (the answers of a flat group) have no gradient and are left out, unless `idle` ones are wanted. A sharded
     model needs all ranks for each pass: where some have fewer parts, theirs are filled up with rows that count for nothing."""

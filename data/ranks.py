@@ -28,18 +28,18 @@ class World(NamedTuple):
         """The largest over the ranks, of numbers and of tensors of one."""
         if self.size == 1:
             return [float(x) for x in values]  # without a GPU's taking part: numbers are no reason to wait for it
-        most = self.gather(values)
+        most = self.stack(values)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
     def sum(self, *values) -> list[float]:
         """Sums over the ranks, in fp64, of numbers and of tensors of one, which are read here, all at once."""
-        total = self.gather(values)
+        total = self.stack(values)
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, values) -> torch.Tensor:
+    def stack(self, values) -> torch.Tensor:
         return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in values])
 
 

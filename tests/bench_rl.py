@@ -46,7 +46,7 @@ def main():
         began = clock()
         batch, stats = rl.rl_batch(sampler, rows, enc, cfg, step, world)
         seconds = {"sampling": stats["sample_seconds"], "reward": stats["grade_seconds"], "forward, log-probs": 0.0, "backward": 0.0}
-        for piece in problems.pieces(batch, cfg.micro, world):
+        for piece in problems.micro_batches(batch, cfg.micro, world):
             start = clock()
             loss = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)[0]
             half = clock()

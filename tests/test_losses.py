@@ -263,7 +263,7 @@ def test_micro_batches_share_one_denominator(toy_model, stage):
         if stage == "sft":
             results.append(gradient_of(toy_model, lambda c=cfg: sft.sft_backward(toy_model, batch, c, ALONE)))
         else:
-            old = rl.piece_log_probs(toy_model, batch, cfg, ALONE) if stage == "rl clipped" else None
+            old = rl.micro_log_probs(toy_model, batch, cfg, ALONE) if stage == "rl clipped" else None
             results.append(gradient_of(toy_model, lambda c=cfg, o=old: rl.rl_backward(toy_model, batch, c, ALONE, o)[0]))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-9, rtol=1e-9)
@@ -282,7 +282,7 @@ def test_sft_weights_are_one_over_all_answer_tokens():
 def test_on_policy_gradient_is_the_policy_gradient_at_ratio_one(toy_model):
     """Weights in the primitive against PPO's loss through differentiable log-probs; also with the KL at its minimum."""
     batch, cfg = ragged_batch(), SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.5)
-    own = rl.piece_log_probs(toy_model, batch, cfg, ALONE)
+    own = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
     _, plain_gradient = gradient_of(toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE)[0])
     loss, clipped = gradient_of(toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, old=own)[0])
     _, pulled = gradient_of(toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, reference=own)[0])
@@ -309,7 +309,7 @@ def test_sampling_and_training_see_one_temperature(toy_model, temperature):
     batch, _ = rl.rl_batch(network.Sampler(toy_model), QUESTIONS, enc, cfg, 0, ALONE)
     _, told = rl.rl_backward(toy_model, batch, cfg, ALONE)
     assert told["mismatch_max"] < 1e-5
-    old = rl.piece_log_probs(toy_model, batch, cfg, ALONE)
+    old = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
     _, told = rl.rl_backward(toy_model, batch, cfg, ALONE, old)
     assert told["mismatch_max"] < 1e-5
 
@@ -320,7 +320,7 @@ def test_nothing_writes_through_a_view(toy_model):
     hidden, head, target, weight = numbers(9)
     rewards, batch = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), ragged_batch()
     cfg = SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.1)
-    own = rl.piece_log_probs(toy_model, batch, cfg, ALONE)
+    own = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
     given = [hidden, head, target, weight, rewards, *batch, *own, *toy_model.parameters()]
     before = [(x.detach().clone(), x._version) for x in given]
 

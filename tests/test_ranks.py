@@ -128,12 +128,12 @@ def test_idle_pieces_weigh_nothing():
     """A rank with one piece where another has three."""
     batch = problems.make_batch([[1, 2], [3]], [[4, 5], [6]], [0.5, 0.0], 9, [torch.ones(2), torch.ones(1)])
     world = SimpleNamespace(shard=True, device=torch.device("cpu"), max=lambda count: [3.0])
-    real, *idle = problems.pieces(batch, 1, world)
+    real, *idle = problems.micro_batches(batch, 1, world)
     assert len(real.ids) == 1 and len(idle) == 2
     for piece in idle:
         assert piece.ids.shape == (1, 8) and not piece.mask.any() and not piece.weight.any() and not piece.logp.any()
         assert [x.dtype for x in piece] == [x.dtype for x in real]
-    assert len(list(problems.pieces(batch, 1, world, idle=True))) == 3
+    assert len(list(problems.micro_batches(batch, 1, world, idle=True))) == 3
 
 
 @pytest.mark.slow

@@ -59,8 +59,8 @@ def test_rl_reads_its_sums_once(monkeypatch):
     batch = problems.make_batch(rows, rows, [0.1, -0.1] * 4, 0, [[-1.0] * 4] * 8)
     model, cfg, counts = small_model(dtype=torch.float32), SimpleNamespace(micro=0, temperature=1.0), []
     for cfg.micro in (8, 1):
-        pieces = list(problems.pieces(batch, cfg.micro, ALONE))
-        monkeypatch.setattr(problems, "pieces", lambda *_, pieces=pieces, **__: pieces)
+        pieces = list(problems.micro_batches(batch, cfg.micro, ALONE))
+        monkeypatch.setattr(problems, "micro_batches", lambda *_, pieces=pieces, **__: pieces)
         with Reads(monkeypatch) as mode:
             loss, told = rl.rl_backward(model, batch, cfg, ALONE)
         monkeypatch.undo()

@@ -450,7 +450,7 @@ def shots(r):
 Finding = namedtuple("Finding", "claim kind rule paper contrast secondary", defaults=[()])
 FINDINGS = (
     Finding("RL works early", "difference > 0", "pass@1: rl - base at the middle checkpoint",
-            "4B: 1.8 -> 15.6, 6B: 2.4 -> 19.9", difference("pass@1", "rl", "base", slice(1), low=0.3),
+            "after 4B tokens: 1.8 -> 15.6, 6B: 2.4 -> 19.9", difference("pass@1", "rl", "base", slice(1), low=0.3),
             (("pass@1", "rl", "base"), ("pass@1", "rl", "base 0-shot"), ("flexible@1", "rl", "base"),
              ("pass@1", "rl", "sft"), ("pass@1", "rl", "sft->rl"))),
     Finding("with one solution a question RL beats SFT", "difference > 0",
@@ -460,7 +460,7 @@ FINDINGS = (
              ("pass@1", "sft-gold->rl", "sft->rl"), ("pass@1", "sft-gold->rl", "rl"))),
     Finding("expansion depends on the pipeline: RL adds more pass@32 to the base than to SFT", "difference > 0",
             "pass@32: (rl - base) - (sft->rl - sft), mean of the checkpoints with base pass@32 in 30 to 80%",
-            "10B: +20.5 and -3.1, 44B: +13.1 and -3.5; the rise of rl is at its start; none of it on MATH", pipeline,
+            "10B: +20.5 and -3.1, 44B: +13.1 and -3.5; none of it on MATH", pipeline,
             tuple((metric, *arms) for metric in ("pass@32", "pass@1")
                   for arms in (("rl", "base"), ("rl", "base 0-shot"), ("sft->rl", "sft")))),
     Finding("RL leaves general capability unchanged", "equivalence", "accuracy: rl - base, mean of all checkpoints",

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from helpers import ROOT, call, refused
 
+import mix
+import rl
+import sft
 from data import figures, report, tables
 
 TOKENS = (2_000_000, 4_000_000, 6_000_000)
@@ -541,6 +544,17 @@ def test_the_command_draws_the_committed_report(repository):
     command = [sys.executable, "eval.py", "--report", repository / "results", "--json"]
     subprocess.run(command, cwd=ROOT, check=True)
     same_pages(ROOT, repository)
+
+
+def test_the_defaults_are_what_the_sweep_chose():
+    lines = [line.strip("| ").split(" | ") for line in tables.sweep_table(report.sweep(committed() / "sweep")).splitlines()]
+    chosen = {recipe: setting for recipe, _, setting, *_, last in lines if last == "chosen"}
+    matrix = (ROOT / "matrix.sh").read_text()
+    gold, after = (re.search(rf' {name}="[^"]*--lr ([\d.e-]+)', matrix)[1] for name in ("GOLD", "AFTER"))
+    rates = [rl.SIZES["toy"]["lr"], sft.SIZES["toy"]["lr"], float(gold), float(after)]
+    alone, one, many, then = (f"lr {rate:g}" for rate in rates)
+    both = f"lr {mix.SIZES['toy']['lr']:g}, SFT {mix.SIZES['toy']['sft_lr']:g}"
+    assert chosen == {"rl": alone, "sft": one, "sft->rl": alone, "sft-gold": many, "sft-gold->rl": then, "mix": both}
 
 
 def test_the_committed_sweep_has_no_test_question_and_verdicts_rest_on_8_seeds():

@@ -155,7 +155,7 @@ def out_of_memory(error: RuntimeError, cfg) -> str | None:
         if {"Q", "n", "max_new"} <= local.keys():  # Q questions, n answers to each
             half = f"--rows {local['Q'] // 2 * local['n']}" if local["Q"] > 1 else "a lower --max_new"
             return f"{what} with {local['Q'] * local['n']} answers sampled side by side: try {half}"
-        ids = getattr(local.get("piece"), "ids", local.get("ids"))
+        ids = getattr(local.get("micro"), "ids", local.get("ids"))
         if passes and torch.is_tensor(ids):
             rows, length = ids.shape
             return f"{what} in a pass over {rows} rows of {length} tokens: try {f'--micro {rows // 2}' if rows > 1 else more}"

@@ -332,7 +332,7 @@ def test_only_final_opens_the_test_split(measured, tmp_path, monkeypatch, capsys
     assert set(opened) == {"val", "shots"}
     for script, how in (("eval", dict(results=tmp_path)), ("sample", {})):
         assert "only " in refused(capsys, script, measured.trained, questions=measured.easy / "test.jsonl", **how)
-    assert "test split" in refused(capsys, "sample", measured.trained, split="test")
+    assert "--split takes train or val" in refused(capsys, "sample", measured.trained, split="test")
     opened.clear()
     call("eval", measured.trained, "--final", results=tmp_path, **FEW)
     assert opened == ["test"]

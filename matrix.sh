@@ -72,7 +72,7 @@ while [ $((ranks * 2)) -le "$JOBS" ] && [ $ranks -lt 8 ]; do ranks=$((ranks * 2)
 # --solutions 1 sees 2,000; 5 and 64 rollouts get as many answers, 20,480
 FIRST=1367 MIDDLE=2393 LAST=3418 GOLD="--epochs 1 --batch 64 --compile true --lr 4e-3" AFTER="--lr 7.5e-5"
 MORE="--tokens 2099200 --lr 1.6e-3 --warmup 20" INSIDE="--sft_lr 1.6e-3 --batch 16"
-POOL="--tokens 1000 --train_questions 1600" WIDER="--preset toy-large --lr 2e-3"
+POOL="--tokens 1000 --train_questions 4800" WIDER="--preset toy-large --lr 2e-3"
 N5="--group 5 --questions_per_step 8 --steps 512 --eval_every 64" N64="--group 64 --questions_per_step 8 --steps 40 --eval_every 5"
 prepare() { once "$1" toy --seed "$2" $TEXT; }  # prepare FOLDER SEED
 toy_world() {  # models and cells of the default world; its checkpoints M_t are the steps FIRST, MIDDLE and LAST
@@ -82,6 +82,7 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
       *) once "$1" toy --seed "$2" $TEXT && if [ "$ALL" = 1 ]; then once "$1-pool" toy --seed "$2" $TEXT $POOL; fi ;;
     esac
   }
+  SPLIT_FLAGS=${SPLIT_FLAGS:-"--levels 6,2 --held_out 0.25"}  # easy: the base solves 6 or more of 64; hard: 2 or fewer
   local p=$((10 * RECORD)) run own few at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() later=()
   for run in $(seq $p $last); do  # a world of its own for each
     at=$OUT/p$run/step data=$DATA-p$run

@@ -85,7 +85,7 @@ def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage)
     words = words_of(stage, world, out)
     killed(stage, words, out, after=3)
     state = checkpoint.load(f"{out}.resume")
-    assert 2 <= state["step"] < 6 and not out.exists()
+    assert 2 <= state["step"] <= 6 and not out.exists()  # 6 on a busy machine: its steps take milliseconds
     call(stage, *words, "--resume")
     assert same_weights(out, whole[stage]) and record(out) == record(whole[stage])
     assert not Path(f"{out}.resume").exists()

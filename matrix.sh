@@ -83,7 +83,7 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
     esac
   }
   SPLIT_FLAGS=${SPLIT_FLAGS:-"--levels 6,2 --held_out 0.25"}  # easy: the base solves 6 or more of 64; hard: 2 or fewer
-  local p=$((10 * RECORD)) run own few at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() later=()
+  local p=$((10 * RECORD)) run own few at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() rollouts=() open=()
   for run in $(seq $p $last); do  # a world of its own for each
     at=$OUT/p$run/step data=$DATA-p$run
     own=$(seeds 0 "$SEEDS" $run) few=$(seeds 0 $((SEEDS > 4 ? 4 : SEEDS)) $run)
@@ -93,17 +93,17 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
       gold+=("$at$step.pt $few sft-gold-rl")
     done
     for step in $MIDDLE $LAST; do more+=("$at$step.pt $(seeds "$SEEDS" $((2 * SEEDS)) $run) rl"); done  # twice the seeds
-    more+=("$at$LAST.pt $own base,rl $data/hard" "$at$LAST.pt $few sft-rl $data/hard" "$at$LAST.pt $own split $data-pool/easy"
+    more+=("$at$LAST.pt $own base,rl $data/hard" "$at$LAST.pt $own split $data-pool/easy"
            "$OUT/p$run-math60/step$LAST.pt $own base,rl $data/hard" "$OUT/p$run-large/step$LAST.pt $own base,rl $data/hard")
-    later+=("$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-easy" "$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-hard"
-            "$at$MIDDLE.pt $few text,rl-text,mix-text,mix+share=0+share_end=1")
-    for share in 0.1 0.25 0.75 0.9; do later+=("$at$MIDDLE.pt $few mix+share=$share"); done
+    rollouts+=("$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-easy" "$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-hard")
+    open+=("$at$LAST.pt $few sft-rl $data/hard" "$at$MIDDLE.pt $few text,rl-text,mix-text,mix+share=0+share_end=1")
+    for share in 0.1 0.25 0.75 0.9; do open+=("$at$MIDDLE.pt $few mix+share=$share"); done
   done
   if [ "$ALL" = 1 ]; then
     for run in $(seq $p $last); do
       models+=("p$run-math60 $DATA-p$run-math60 $run" "p$run-large $DATA-p$run $run $WIDER")
     done
-    cells+=("${more[@]}" wait "${gold[@]}" "${later[@]}")
+    cells+=("${more[@]}" wait "${rollouts[@]}" wait "${gold[@]}" "${open[@]}")  # what no verdict rests on comes last
   else
     cells+=("${gold[@]}")
   fi
@@ -232,7 +232,10 @@ chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
     mix-text) run "${start[@]}" mix.py --init "$1" --out "$to.pt" --text "$data" $questions $MIX $INSIDE $more $go && measure "$to.pt" ;;
     text | rl-text)  # pre-training goes on, from the base or from its RL
       local from=$1
-      [ $recipe = text ] || from=$(cell_name "$1" rl "$3" "$4").pt
+      if [ $recipe = rl-text ]; then
+        from=$(cell_name "$1" rl "$3" "$4").pt
+        [ -f "$from" ] || [ "$DRY_RUN" ] || run "${start[@]}" rl.py --init "$1" --out "$from" $questions $RL $go  # its rows may be all that was kept
+      fi
       run "${start[@]}" pretrain.py --init "$from" --data "$data" --out "$to" $MORE $more $go
       rows+=/$(basename "$to")
       measure "$to"/step*.pt ;;
@@ -259,17 +262,6 @@ trap 'end; trap end INT TERM; wait' EXIT  # trainers end their step and save; a 
 job() { trap 'exit 143' TERM; "$@"; }  # with a trap the shell of a job waits for what it runs
 trap 'exit 130' INT
 trap 'exit 143' TERM
-for model in "${models[@]}"; do
-  read -r name data seed flags <<< "$model"
-  prepare "$data" "$seed" || stop
-  [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
-  # one process a core and one thread each: on small models two ranks are faster than two threads
-  last="pretrain.py --out $OUT/$name"
-  job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
-    --resume --seed $seed $flags $PRE &
-  wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
-done
-
 todo=() total=0 wave=()
 for line in "${cells[@]}" wait; do  # all cells of the first seed come first
   if [ "$line" != wait ]; then wave+=("$line"); continue; fi
@@ -291,6 +283,18 @@ for line in "${cells[@]}" wait; do  # all cells of the first seed come first
 done
 count=0 left=$((${#todo[@]} - $(printf '%s\n' "${todo[@]}" | grep -cx wait)))
 echo "$total cells, $((total - left)) finished before, $JOBS side by side"
+
+for model in "${models[@]}"; do
+  read -r name data seed flags <<< "$model"
+  prepare "$data" "$seed" || stop
+  [[ "${todo[*]}" == *"$OUT/$name/"* ]] || continue  # all its cells have their rows
+  [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
+  # one process a core and one thread each: on small models two ranks are faster than two threads
+  last="pretrain.py --out $OUT/$name"
+  job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
+    --resume --seed $seed $flags $PRE &
+  wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
+done
 
 declare -A started
 matrix_began=$SECONDS

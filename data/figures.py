@@ -18,7 +18,7 @@ plt.rcParams.update({"font.size": 12, "axes.titlesize": 12, "axes.labelsize": 11
 STYLES = {"base": ("#000000", "o"), "rl": ("#0072B2", "s"), "sft": ("#E69F00", "^"), "sft->rl": ("#D55E00", "v"),
           "mix": ("#CC79A7", "D"), "sft-gold": ("#009E73", "P"), "sft-gold->rl": ("#56B4E9", "X"),
           "mix-text": ("#009E73", "*"), "rl->text": ("#56B4E9", "P"), "text": ("#777777", "X")}  # fmt: skip
-WIDTH = 6.4  # inches; at half of it the smallest letters are of 6 points
+WIDTH = 6.4  # inches; at half of it the smallest letters are of 5 points
 
 # paper: GSM8K and the average of five general benchmarks, %; columns are billions of pre-training tokens
 PAPER_TOKENS = (2, 4, 6, 10, 12, 14, 20, 28, 44)
@@ -42,26 +42,26 @@ accuracy mix - - 40.7 44.7 - - 47.3 48.6 49.7""".replace("\n", "; ").split("; ")
 def style(name):
     """Colour, marker and line of an arm: the recipe's, dashed and hollow for the base without shots."""
     colour, marker = STYLES.get(name.split()[0], ("#777777", "*"))
-    bare = "0-shot" in name
-    label = name if not name.endswith("-shot") else "base, no shots" if bare else "base, few shots"
+    bare, shots = "0-shot" in name, name.removeprefix("base ").removesuffix("-shot")
+    label = name if not name.endswith("-shot") else "base, no shots" if bare else f"base, {shots} shot{'s' * (shots != '1')}"
     return {"color": colour, "marker": marker, "linestyle": "--" if bare else "-", "markersize": 5.5, "linewidth": 1.5,
             "label": label, "markerfacecolor": "white" if bare else colour}  # fmt: skip
 
 
-def bars(e):
-    """Mean and half of the interval, in %."""
-    return 100 * e.mean, 100 * e.half()
+def bars(e, level=0.95):
+    """Mean and half of the interval, in %; two standard errors over questions where no pre-training run has two seeds."""
+    return 100 * e.mean, 100 * (e.half(level) if e.df else 2 * e.se)
 
 
-def plot_ours(axis, r, level, names):
+def plot_ours(axis, r, level, names, interval=0.95):
     """level(arm, tokens) -> Estimate or None. Lines are means, small points the pre-training runs."""
     for i, name in enumerate(names):  # bars a little apart
         found = [(t / 1e6 * 1.012 ** (i - 3), e) for t in r.tokens if (e := level(name, t))]
         if found:
-            mean, half = np.array([bars(e) for _, e in found]).T
+            mean, half = np.array([bars(e, interval) for _, e in found]).T
             axis.errorbar([x for x, _ in found], mean, half, capsize=2.5, elinewidth=1, **style(name) | {"markersize": 4})
             runs = [(x, 100 * mean) for x, e in found for mean in e.runs.values() if len(e.runs) > 1]
-            axis.plot(*zip(*runs, strict=True) if runs else ([], []), ".", color=style(name)["color"], markersize=3, alpha=0.6)
+            axis.plot(*zip(*runs, strict=True) if runs else ([], []), ".", color=style(name)["color"], markersize=4, alpha=0.7)
     axis.set_xscale("log")
     axis.set_xticks([t / 1e6 for t in r.tokens], [f"{t / 1e6:.2g}" for t in r.tokens])
 
@@ -79,12 +79,15 @@ def plot_paper(axis, series):
     axis.set_xticks([2, 4, 10, 20, 44], ["2", "4", "10", "20", "44"])
 
 
-def plot_band(axis, x, points, **look):
-    """A line through Estimates, in %, and its interval over seeds as a band."""
+def plot_band(axis, x, points, band=True, **look):
+    """A line through Estimates of shares, in %, and its interval over seeds as a band, or as a bar at its end."""
     mean, half = np.array([bars(e) for e in points]).T
     axis.plot(x, mean, **look)
-    if any(e.df for e in points):
-        axis.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
+    low, high = np.clip([mean - half, mean + half], 0, 100)
+    if band and any(e.df for e in points):
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+    elif points[-1].df:
+        axis.vlines(x[-1], low[-1], high[-1], color=look["color"], linewidth=0.9)
 
 
 def plot_cross(axis, x, y, scale=100, **look):
@@ -135,7 +138,7 @@ def draw_pass(r, folder, benchmark):
             axes[1, column].set(title=f"pass@{k}, paper", xlabel="tokens (B)")
     axes[0, 0].set_ylim(-2, min(axes[0, 0].get_ylim()[1], 104))
     for row in axes:
-        row[0].set_ylabel("%")
+        row[0].set_ylabel("questions solved (%)")
     return save(figure, folder / f"pass-{benchmark}.png")
 
 
@@ -148,8 +151,8 @@ def draw_general(r, folder):
     if not names:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
-    plot_ours(left, r, change, names)
-    left.axhspan(-100 * report.MARGIN, 100 * report.MARGIN, color="#000000", alpha=0.06, linewidth=0)
+    plot_ours(left, r, change, names, 0.9)  # as in the rule
+    left.axhspan(-100 * report.MARGIN, 100 * report.MARGIN, color="#000000", alpha=0.06, linewidth=0, label="±2 points")
     left.set(title=f"ours, {len(r.general)} tasks", xlabel="tokens (M)", ylabel="accuracy - base (points)")
     levels = paper("accuracy")
     base = levels.pop("base")
@@ -177,18 +180,19 @@ def draw_dynamics(r, folder):
         for axis, (name, title) in zip(row, arms.items(), strict=False):
             for k, colour, marker in zip(ks, colours, "ov^sDP", strict=True):
                 if points := r.curve(name, t, f"pass@{k}"):
-                    plot_band(axis, [*points], [*points.values()], color=colour, marker=marker, markersize=4, label=f"pass@{k}")
-            axis.set_title(f"{title}, {tokens_name(t)}")
-            for field, line, says in (("formatted", "-", "format"), ("reward", ":", "reward")):
+                    plot_band(axis, [*points], [*points.values()], band=k in (1, 32), color=colour, marker=marker, markersize=4,
+                              label=f"pass@{k}")  # fmt: skip
+            axis.set(title=f"{title}, {tokens_name(t)}", ylim=(-2, 102))
+            for field, line, says in (("formatted", "-", "in format"), ("reward", ":", "training reward")):
                 if points := r.curve(name, t, field):
                     colour, marker = STYLES[name]
                     plot_band(row[2], [*points], [*points.values()], color=colour, marker=marker, markersize=4, linestyle=line,
                               label=f"{says}, {name}")  # fmt: skip
-        row[2].set_title(f"format, reward, {tokens_name(t)}")
-        row[0].set_ylabel("validation %")
+        row[2].set_title(f"in format, {tokens_name(t)}")
+        row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:
         axis.set_xlabel("RL step")
-    return save(figure, folder / "dynamics.png", columns=5)
+    return save(figure, folder / "dynamics.png", columns=3)
 
 
 def draw_budget(r, folder):
@@ -202,9 +206,9 @@ def draw_budget(r, folder):
         for axis, t in zip(row, tokens, strict=True):
             for name in arms:
                 if points := r.curve(name, t, f"pass@{k}"):
-                    plot_band(axis, [*points], [*points.values()], **style(name) | {"markersize": 4})
+                    plot_band(axis, [*points], [*points.values()], band=False, **style(name) | {"markersize": 4})
             axis.set_title(f"pass@{k}, {tokens_name(t)}")
-        row[0].set_ylabel("validation %")
+        row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:
         axis.set_xlabel("step")
     return save(figure, folder / "budget.png")
@@ -269,34 +273,32 @@ def draw_data_size(r, folder):
             points = [(x + 0.1 * (i - (len(recipes) - 1) / 2), *bars(e)) for x, e in enumerate(levels) if e]
             x, mean, half = zip(*points, strict=True)
             axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(recipe) | {"linestyle": "", "markersize": 7})
-        axis.set_xticks(range(3), ["this world", f"more math\n{r.data[3:]}", f"larger model\n{r.size[3:]}"])
-        axis.set(title=f"hard pass@{k} (%), {tokens_name(tokens[-1])}", xlim=(-0.5, 2.5), ylim=(0, None))
+        axis.set_xticks(range(3), ["base\nworld", "more\nmath", "larger\nmodel"])
+        axis.set(title=f"hard pass@{k} (%), {tokens_name(tokens[-1])}", xlim=(-0.5, 2.5), ylim=(0, min(axis.get_ylim()[1], 100)))
     return save(figure, folder / "data-size.png")
 
 
 def draw_shares(r, folder):
-    """Parallel averaging on the plane of pass@1 and pass@32: its share of RL, and a schedule. Bars are those of the paired
-    differences to a share of 0.5."""
-    tokens = tables.mixed(r)
+    """Parallel averaging on the plane of pass@1 and pass@32: its share of RL, and a schedule. A point lies where its paired
+    difference to a share of 0.5 puts it, with the bars of that difference."""
+    tokens = [t for t in tables.mixed(r) if r.rows("pass", "mix", t, r.main)]
     if not tokens:
         return None
     figure, axes = plt.subplots(1, len(tokens), figsize=(WIDTH if len(tokens) > 1 else 4.8, 4.2), squeeze=False)
     for axis, t in zip(axes[0], tokens, strict=True):
-        def level(name, k, t=t):
-            return r.level(name, t, f"pass@{k}")
-
-        constant = [name for name in tables.shares(r, t) if "-" not in name.partition("share=")[2]]
-        axis.plot(*([100 * level(name, k).mean for name in constant] for k in (1, 32)), color=STYLES["mix"][0], linewidth=1)
+        middle, points = [r.level("mix", t, f"pass@{k}") for k in (1, 32)], {}
         for name in ("rl", "sft", "sft->rl", *tables.shares(r, t)):
-            if level(name, 1) and level(name, 32):
-                share = name.partition("share=")[2] or str(report.SHARE)
-                mark = {"label": "mix, a schedule", "markerfacecolor": "white"} if "-" in share else {"label": name.split()[0]}
-                gaps = [r.gap(f"pass@{k}", *report.minus(name, "mix", [t])) for k in (1, 32)]
-                ends = [level(name, k)._replace(se=gap.se if gap else 0) for k, gap in zip((1, 32), gaps, strict=True)]
-                plot_cross(axis, *ends, **style(name) | mark | {"linestyle": ""})
-                if name.startswith("mix"):
-                    axis.annotate(share.replace("-", " to "), (100 * level(name, 1).mean, 100 * level(name, 32).mean),
-                                  (5, 5), textcoords="offset points", fontsize=9)  # fmt: skip
+            gaps = [r.gap(f"pass@{k}", *report.minus(name, "mix", [t])) for k in (1, 32)]
+            if all(gaps):
+                points[name] = [gap._replace(mean=e.mean + gap.mean) for gap, e in zip(gaps, middle, strict=True)]
+        constant = [ends for name, ends in points.items() if name.startswith("mix") and "-" not in name]
+        axis.plot(*([100 * ends[i].mean for ends in constant] for i in (0, 1)), color=STYLES["mix"][0], linewidth=1)
+        for name, ends in points.items():
+            share = name.partition("share=")[2] or str(report.SHARE)
+            mark = {"label": "mix, a schedule", "markerfacecolor": "white"} if "-" in share else {"label": name.split()[0]}
+            plot_cross(axis, *ends, **style(name) | mark | {"linestyle": ""})
+            if name.startswith("mix"):
+                axis.annotate(share.replace("-", " to "), [100 * e.mean for e in ends], (5, 5), textcoords="offset points", fontsize=9)
         axis.set(title=f"share of RL, {tokens_name(t)}", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
     return save(figure, folder / "shares.png", columns=3)
 
@@ -335,7 +337,7 @@ def draw_gone_on(r, folder):
                 scale, levels = (1 if metric == "loss" else 100), []
                 for arm, at in zip(path, (t, v), strict=False):
                     e, gap = r.level(*arm, metric), r.gap(metric, (1, *arm), (-1, "base", at))
-                    levels.append(gap if metric == "loss" else e and e._replace(se=gap.se if gap else 0))
+                    levels.append(gap if metric == "loss" else e and e._replace(se=gap.se if gap else 0, df=gap.df if gap else 0))
                 if all(levels):
                     axis.plot(range(len(path)), [scale * e.mean for e in levels], color=STYLES[name][0], linewidth=1.5)
                     own = [(x, e) for x, (e, arm) in enumerate(zip(levels, path, strict=True)) if arm[0] == name]

@@ -15,6 +15,9 @@ DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different ans
            "flexible@1": "right in any format %", "questions": "questions seen", "sampled_tokens": "tokens sampled",
            "flops": "training FLOPs", "seconds": "training seconds"}  # fmt: skip  # a row's field -> its column
 
+PLUS_MINUS = ("±: half of the 95% interval over seeds and questions; SE: one standard error over questions, where no pre-training "
+              "run has two seeds.")  # fmt: skip
+
 
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
@@ -22,9 +25,9 @@ def table(header, rows):
 
 
 def shown(e, metric="", sign=""):
-    """An Estimate in %, or in nats for a loss, with half of its interval."""
+    """An Estimate in %, or in nats for a loss, with half of its interval, or one standard error over questions: SE."""
     scale, digits = (1, 3) if metric == "loss" else (100, 1)
-    error = f" ±{scale * e.half():.{digits}f}" if e and e.half() else ""  # none of a share of one seed
+    error = f" ±{scale * e.half():.{digits}f}{'' if e.df else ' SE'}" if e and e.half() else ""  # none of a share of one seed
     return f"{scale * e.mean:{sign}.{digits}f}{error}" if e else "-"
 
 
@@ -67,7 +70,7 @@ def secondary(r, finding):
         gaps = [r.gap(metric, *report.minus(first, second, [t])) for t in r.tokens]
         cells = [shown(e, metric, "+") + (f" ({e.seeds})" if e and e.df and e.seeds < report.SEEDS else "") for e in gaps]
         if set(cells) != {"-"}:
-            label = {"flexible@1": "right in any format", "loss": "text loss (nats a token)"}.get(metric, metric)
+            label = {"flexible@1": "right in any format (error of seeds alone)", "loss": "text loss (nats a token)"}.get(metric, metric)
             rows[f"{label}: {first} - {second}".format(data=r.data, size=r.size)] = cells
     return rows
 
@@ -109,8 +112,7 @@ def page(record):
     """The text of one record's report.md."""
     r, checkpoints = record.results, [tokens_name(t) for t in record.results.tokens]
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions; shares in %, differences in points. "
-             "±: half of the 95% interval over seeds and questions, or one standard error over questions where no "
-             "pre-training run has two seeds.\n"]
+             f"{PLUS_MINUS}\n"]
     findings = [[n, finding.claim, f"{finding.rule} ({finding.kind})", outcome(finding, v), finding.paper, word(v)]
                 for (n, v), finding in zip(record.verdicts.items(), report.FINDINGS, strict=True)]  # fmt: skip
     parts += ["## Findings\n", table(["", "finding", "primary contrast", "this run", "paper", "verdict"], findings)]
@@ -133,9 +135,8 @@ def page(record):
         columns = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
         first, *rest = zip(*columns, strict=True)
         parts += [f"## Answers, {benchmark}\n", table(first, rest)] if rest else []
-    found = {(n.split()[0], t) for n in r.names for t in r.tokens for b in r.benchmarks if r.rows("pass", n, t, b)}
     absent = [f"no rows for {name} at {tokens_name(t)}" for t in r.tokens for name in report.RECIPES
-              if (name, t) not in found]  # fmt: skip
+              if not r.level(name, t, "pass@1")]  # fmt: skip
     parts += ["## Missing\n", "\n".join(f"- {line}" for line in [*absent, *record.torn]) or "Nothing."]
     return "\n".join(parts) + "\n"
 
@@ -151,7 +152,7 @@ def levels(r):
                 shots = name.startswith("base") and " 0-shot" not in name  # the tasks have none: shown once
                 accuracy = None if shots else r.level(general_name(r, name, benchmark), t, "accuracy")
                 row = [tokens_name(t), name, max(e.seeds for e in passes if e), *map(shown, [*passes, accuracy])]
-                each = [" / ".join(f"{100 * mean:.1f}" for mean in e.runs.values()) if e else "-" for e in passes[::2]]
+                each = [", ".join(f"{run}: {100 * mean:.1f}" for run, mean in e.runs.items()) if e else "-" for e in passes[::2]]
                 rows.append([*row, *each])
         header = ["tokens", benchmark, "seeds", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 by run", "pass@32 by run"]
         parts += [table(header, rows)] if rows else []
@@ -269,12 +270,14 @@ def beyond(r):
     parts, rows = [], []
     for t in mixed(r):
         for name in ("rl", "sft", "sft->rl", *shares(r, t)):
-            cells = [shown(r.level(name, t, metric)) for metric in ("pass@1", "pass@8", "pass@32", "accuracy")]
+            each = [r.level(name, t, metric) for metric in ("pass@1", "pass@8", "pass@32", "accuracy")]
+            cells = [max(e.seeds for e in each if e), *map(shown, each)] if any(each) else ["-"] * 5
             cells += ["" if name == "mix" else shown(r.gap(metric, *report.minus(name, "mix", [t])), sign="+")
                       for metric in ("pass@1", "pass@32")]  # fmt: skip
             rows.append([tokens_name(t), f"mix share={report.SHARE}" if name == "mix" else name, *cells])
-    header = ["tokens", "arm", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 - mix 0.5", "pass@32 - mix 0.5"]
-    parts += ["Share of the RL update, and a schedule from SFT to RL.\n", table(header, rows)] if rows else []
+    header = ["tokens", "arm", "seeds", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 - mix 0.5", "pass@32 - mix 0.5"]
+    said = "Share of the RL update, and a schedule from SFT to RL. Differences are on the seeds that both have.\n"
+    parts += [said, table(header, rows)] if rows else []
 
     rows = []
     for t in (t for t in r.tokens if r.rows("pass", "mix-text", t, r.main)):
@@ -342,8 +345,8 @@ def all_secondary(records):
         for label in dict.fromkeys(label for found in each for label in found):
             cells = [found.get(label, ["-"] * n) for found, n in zip(each, width, strict=True)]
             rows[i + 1, label] = sum(cells, [])
-    said = (f"Half of the 95% interval, unadjusted; (4): of 4 seeds, where others have {report.SEEDS}. An arm with more seeds than the "
-            "other is cut to those of both, so that a difference need not be that of the levels.\n")  # fmt: skip
+    said = (f"{PLUS_MINUS} (4): of 4 seeds, where others have {report.SEEDS}. Unadjusted. An arm with more seeds than the other is cut to "
+            "those of both, so that a difference need not be that of the levels.\n")  # fmt: skip
     return f"{table(header, [[*key, *cells] for key, cells in rows.items()])}\n{said}"
 
 

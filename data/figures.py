@@ -80,14 +80,12 @@ def plot_paper(axis, series):
 
 
 def plot_band(axis, x, points, band=True, **look):
-    """A line through Estimates of shares, in %, and its interval over seeds as a band, or as a bar at its end."""
+    """A line through Estimates of shares, in %, and its interval over seeds as a band."""
     mean, half = np.array([bars(e) for e in points]).T
     axis.plot(x, mean, **look)
-    low, high = np.clip([mean - half, mean + half], 0, 100)
     if band and any(e.df for e in points):
+        low, high = np.clip([mean - half, mean + half], 0, 100)
         axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-    elif points[-1].df:
-        axis.vlines(x[-1], low[-1], high[-1], color=look["color"], linewidth=0.9)
 
 
 def plot_cross(axis, x, y, scale=100, **look):
@@ -192,7 +190,7 @@ def draw_dynamics(r, folder):
         row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:
         axis.set_xlabel("RL step")
-    return save(figure, folder / "dynamics.png", columns=3)
+    return save(figure, folder / "dynamics.png", columns=4)
 
 
 def draw_budget(r, folder):
@@ -204,9 +202,11 @@ def draw_budget(r, folder):
     figure, axes = plt.subplots(2, len(tokens), figsize=(WIDTH, 5), squeeze=False, sharex=True, sharey="row")
     for k, row in zip((1, 32), axes, strict=True):
         for axis, t in zip(row, tokens, strict=True):
-            for name in arms:
+            for i, name in enumerate(arms):
                 if points := r.curve(name, t, f"pass@{k}"):
                     plot_band(axis, [*points], [*points.values()], band=False, **style(name) | {"markersize": 4})
+                    step, (mean, half) = max(points), bars(points[max(points)])  # the interval of the end, beside it
+                    axis.vlines(step * (1.05 + 0.04 * i), max(mean - half, 0), min(mean + half, 100), color=style(name)["color"])
             axis.set_title(f"pass@{k}, {tokens_name(t)}")
         row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:

@@ -142,7 +142,7 @@ def page(record):
 
 
 def levels(r):
-    """pass@k and general capability of each arm, a table each for the main benchmark and the hard one."""
+    """pass@k and general capability of each arm, a table each for the main benchmark and the hard one, and one of the tasks."""
     parts = []
     for benchmark in [b for b in r.benchmarks if b in (r.main, "hard")]:
         rows = []
@@ -156,6 +156,12 @@ def levels(r):
                 rows.append([*row, *each])
         header = ["tokens", benchmark, "seeds", "pass@1", "pass@8", "pass@32", "general capability", "pass@1 by run", "pass@32 by run"]
         parts += [table(header, rows)] if rows else []
+    rows = []
+    for t, name in ((t, name) for t in r.tokens for name in r.names if " on " not in name):
+        each = [r.level(name, t, f"{task} accuracy") for task in r.general]
+        if any(each):
+            rows.append([tokens_name(t), name, *map(shown, each), shown(r.level(name, t, "loss"), "loss")])
+    parts += [table(["tokens", "general capability", *r.general, "text loss"], rows)] if rows else []
     return "\n".join(parts)
 
 

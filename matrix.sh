@@ -129,7 +129,7 @@ case $SCALE in
       for count in 50 100 200; do  # as many updates as with 400
         cells+=("$at$LAST.pt $own rl+limit=$count+recipe=rl-$count-questions,sft+limit=$count+steps=125+recipe=sft-$count-questions")
       done
-        for step in $MIDDLE $LAST; do cells+=("$at$step.pt $(seeds 0 4 $run) many"); done
+      for step in $MIDDLE $LAST; do cells+=("$at$step.pt $(seeds 0 4 $run) many"); done
     done ;;
   smoke)
     FIRST="" MIDDLE=20 LAST=40 SPLIT_FLAGS="--levels 0,64"  # nothing is solved yet
@@ -194,7 +194,7 @@ cell_name() { echo "${1%.pt}${4:+-${4##*/}}-$2-s$3"; }  # of CHECKPOINT RECIPE S
 cell_rows() { echo "$RESULTS$([ "$2" != many ] || echo -many)${4:+/${4##*/}}/$(basename "$(dirname "$1")")"; }  # the folder of its rows
 chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
   set -- "$1" "$2" "$3" "${4:-}"
-  local recipe=${2%%+*} more=${2#"${2%%+*}"} questions=${4:+--questions $4} go="--seed $3 --resume" loss="" how="" to rows data sft
+  local recipe=${2%%+*} more=${2#"${2%%+*}"} questions=${4:+--questions $4} go="--seed $3 --resume" loss="" how="" to rows data sft both
   more=${more//+/ --} more=${more//=/ }  # mix+share=0.1 -> --share 0.1
   to=$(cell_name "$@") rows=$(cell_rows "$@") sft=$(cell_name "$1" "${recipe%-rl}" "$3" "$4")
   data=$DATA-$(basename "$(dirname "$1")") data=${data%-large}
@@ -209,8 +209,11 @@ chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
     val) how="$DRAW --final false" && measure "$1" ;;
     draw) how="$DRAW --shot_seed $3" && measure "$1" ;;
     many)  # answers, of the base and of what its cells have made
-      how="--n 256 --k 1,32,256 --limit 100 --tasks=" loss="" && measure "$1" --shots 0,1 &&
-        measure "$(cell_name "$1" rl "$3" "").pt" "$(cell_name "$1" sft "$3" "").pt" "$(cell_name "$1" sft-rl "$3" "").pt" ;;
+      to=$(cell_name "$1" rl "$3" "").pt sft=$(cell_name "$1" sft "$3" "").pt both=$(cell_name "$1" sft-rl "$3" "").pt
+      [ -f "$to" ] || run "${start[@]}" rl.py --init "$1" --out "$to" $RL $go
+      [ -f "$sft" ] || run "${start[@]}" sft.py --init "$1" --out "$sft" $SFT $go
+      [ -f "$both" ] || run "${start[@]}" rl.py --init "$sft" --out "$both" $RL $go
+      how="--n 256 --k 1,32,256 --limit 100 --tasks=" loss="" && measure "$1" --shots 0,1 && measure "$to" "$sft" "$both" ;;
     split)  # 64 samples to each training question at T = 1
       local folder=${4%/*}
       run "${start[@]}" eval.py "$1" --results "$folder/samples" --questions "$4/train.jsonl" $EVAL --final false --tasks= \

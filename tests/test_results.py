@@ -225,7 +225,9 @@ def test_every_figure_is_drawn_and_small(made):
 
 def test_what_was_explored_afterwards_has_tables_of_its_own(made):
     text = (made[0].parent / "RESULTS.md").read_text()
-    arms = [line.split(" | ")[1:3] for line in block(text, "why").splitlines()[2:] if "rl" in line]
+    answers, tasks = block(text, "why").split("\n\n")
+    arms = [line.split(" | ")[1:3] for line in answers.splitlines()[2:] if "rl" in line]
+    assert [line.split(" | ")[1] for line in tasks.splitlines()[2:]] == ["rl", "rl-50-questions"]
     assert arms == [["rl", "4"], ["rl-50-questions", "4"]]
     base, rl = [line.strip("| ").split(" | ") for line in block(text, "many").splitlines()[2:]]
     assert base[:4] == ["4M", "base 0-shot", "1", "20"] and rl[:4] == ["4M", "rl", "1", "100"]

@@ -83,7 +83,7 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
     esac
   }
   SPLIT_FLAGS=${SPLIT_FLAGS:-"--levels 6,2 --held_out 0.25"}  # easy: the base solves 6 or more of 64; hard: 2 or fewer
-  local p=$((10 * RECORD)) run own few at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() rollouts=() open=()
+  local p=$((10 * RECORD)) run own few other at data step share last=$((10 * RECORD + PRETRAIN - 1)) gold=() more=() rollouts=() sizes=() open=()
   for run in $(seq $p $last); do  # a world of its own for each
     at=$OUT/p$run/step data=$DATA-p$run
     own=$(seeds 0 "$SEEDS" $run) few=$(seeds 0 $((SEEDS > 4 ? 4 : SEEDS)) $run)
@@ -93,9 +93,9 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
       gold+=("$at$step.pt $few sft-gold-rl")
     done
     for step in $MIDDLE $LAST; do more+=("$at$step.pt $(seeds "$SEEDS" $((2 * SEEDS)) $run) rl"); done  # twice the seeds
-    more+=("$at$LAST.pt $own base,rl $data/hard" "$at$LAST.pt $own split $data-pool/easy"
-           "$OUT/p$run-math60/step$LAST.pt $own base,rl $data/hard" "$OUT/p$run-large/step$LAST.pt $own base,rl $data/hard")
+    more+=("$at$LAST.pt $own base,rl $data/hard" "$at$LAST.pt $own split $data-pool/easy")
     rollouts+=("$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-easy" "$at$LAST.pt $own rl-n5,rl-n64 $data-pool/split/split-hard")
+    for other in math60 large; do sizes+=("$OUT/p$run-$other/step$LAST.pt $own base,rl $data/hard"); done
     open+=("$at$LAST.pt $few sft-rl $data/hard" "$at$MIDDLE.pt $few text,rl-text,mix-text,mix+share=0+share_end=1")
     for share in 0.1 0.25 0.75 0.9; do open+=("$at$MIDDLE.pt $few mix+share=$share"); done
   done
@@ -103,7 +103,7 @@ toy_world() {  # models and cells of the default world; its checkpoints M_t are 
     for run in $(seq $p $last); do
       models+=("p$run-math60 $DATA-p$run-math60 $run" "p$run-large $DATA-p$run $run $WIDER")
     done
-    cells+=("${more[@]}" wait "${rollouts[@]}" wait "${gold[@]}" "${open[@]}")  # what no verdict rests on comes last
+    cells+=("${more[@]}" wait "${rollouts[@]}" wait "${sizes[@]}" wait "${gold[@]}" "${open[@]}")  # what no verdict rests on comes last
   else
     cells+=("${gold[@]}")
   fi
@@ -290,13 +290,6 @@ echo "$total cells, $((total - left)) finished before, $JOBS side by side"
 for model in "${models[@]}"; do
   read -r name data seed flags <<< "$model"
   prepare "$data" "$seed" || stop
-  [[ "${todo[*]}" == *"$OUT/$name/"* ]] || continue  # all its cells have their rows
-  [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
-  # one process a core and one thread each: on small models two ranks are faster than two threads
-  last="pretrain.py --out $OUT/$name"
-  job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
-    --resume --seed $seed $flags $PRE &
-  wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
 done
 
 declare -A started
@@ -313,12 +306,29 @@ reap() {  # wait for one chain; stop everything if it failed
   fi
   running=$((running - 1))
   local seconds=$(((SECONDS - matrix_began) * (left - count) / count))
-  echo "$count/$left  ${started[$pid]}  $(((SECONDS - began) / 60)) min in, about $(((seconds + 59) / 60)) min left"
+  echo "$count/$left  ${started[$pid]}  $(((SECONDS - began) / 60)) min in, about $(((seconds + 59) / 60)) min of cells left"
 }
-running=0
+running=0 made=""
+need() {  # CHECKPOINT: its model is pre-trained before its first cell, alone on the machine
+  local model name data seed flags from
+  for model in "${models[@]}"; do
+    read -r name data seed flags <<< "$model"
+    if [[ $1 != "$OUT/$name/"* || "$made " == *" $name "* ]]; then continue; fi
+    while [ $running -gt 0 ]; do reap; done
+    from=$SECONDS
+    [ "$DRY_RUN" ] || mkdir -p "$OUT/$name" "$RESULTS"
+    # one process a core and one thread each: on small models two ranks are faster than two threads
+    last="pretrain.py --out $OUT/$name"
+    job run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain.py --data "$data" --out "$OUT/$name" \
+      --resume --seed $seed $flags $PRE &
+    wait $! || stop  # a trap is not run before a command ends, but in the middle of `wait`
+    made+=" $name" matrix_began=$((matrix_began + SECONDS - from))  # cells alone tell how long cells take
+  done
+}
 for job in "${todo[@]}"; do
   while [ $running -gt 0 ] && { [ "$job" = wait ] || [ $running -ge "$JOBS" ]; }; do reap; done
   [ "$job" != wait ] || continue
+  need "$job"
   if [ "$DRY_RUN" ]; then chain $job; continue; fi
   log=$(cell_name $job).log
   echo "start  $job  ($log)"

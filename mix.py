@@ -54,7 +54,7 @@ class Config:
     sft_warmup: int = 10  # SFT: steps of linear warm-up
     micro: int = 64  # rows a forward pass; never changes the result
     weight_decay: float = 0.0  # of both
-    clip: float = 1.0  # largest norm of each of the two gradients
+    clip: float = 1.0  # largest norm of each of the two gradients (0: any)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
     spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|

@@ -55,7 +55,7 @@ class Config:
     # on making the embedding heard. Try --embed_std 0.02 beside the default and compare held_out in the metrics.
     embed_std: float | None = None  # initial std of the embedding (toy 0.5; OLMo2: 0.02)
     z_loss: float = 1e-5  # OLMo2: keeps the log-normaliser near 0
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0  # largest gradient norm (0: any)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
     spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     eval_every: int = 200  # steps between losses on the held-out text

@@ -54,7 +54,7 @@ class Config:
     lr: float | None = None  # learning rate, constant after the warm-up (toy 1.5e-4: 6e-4 collapses)
     warmup: int = 5  # updates of linear warm-up
     weight_decay: float = 0.0  # off, as in veRL
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0  # largest gradient norm (0: any)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
     spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|

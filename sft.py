@@ -38,7 +38,7 @@ class Config:
     lr: float | None = None  # peak learning rate, cosine to a tenth (toy 1e-3; decides how much is forgotten)
     warmup: int = 10  # steps of linear warm-up
     weight_decay: float = 0.0  # off: a few hundred steps are not what decay is for
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0  # largest gradient norm (0: any)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
     spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
     max_new: int | None = None  # longest answer when the validation questions are answered (toy 56; its hard questions need 84)

@@ -1,5 +1,6 @@
 """The ranks of a torchrun world: who has which rows, what is summed over them."""
 
+import math
 import os
 import shutil
 import sys
@@ -78,7 +79,7 @@ def gradients(model, world: World, clip: float) -> tuple[list, float]:
         flat = torch.cat([p.grad.flatten() for p in model.parameters()])
         dist.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat, [p.grad for p in model.parameters()])
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)))
     taken = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return taken, norm

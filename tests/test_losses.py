@@ -381,12 +381,13 @@ def test_update_is_the_definition(share, weight_decay):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_gradients_are_clipped_once_and_the_norm_is_from_before():
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_gradients_are_clipped_once_and_the_norm_is_from_before(clip):
     model = small_model()
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
     count = sum(p.numel() for p in model.parameters())
-    taken, norm = ranks.gradients(model, ALONE, clip=1.0)
+    taken, norm = ranks.gradients(model, ALONE, clip)
     assert norm == pytest.approx(2 * count**0.5)
-    assert float(sum(g.square().sum() for g in taken)) == pytest.approx(1.0, rel=1e-4)
+    assert float(sum(g.square().sum() for g in taken)) == pytest.approx(1.0 if clip else 4 * count, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())

@@ -91,6 +91,8 @@ def main(cfg):
     name = cfg.recipe or {"1": "sft", "all": "sft-gold"}.get(cfg.solutions, f"sft-{cfg.solutions}")
     cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
     enc = tokens.encoding(parent["encoding"])
+    if not cfg.steps and cfg.epochs <= 0:
+        raise ValueError("--epochs must be above 0, or --steps")
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)

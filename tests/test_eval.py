@@ -440,5 +440,6 @@ def test_the_usual_group_has_no_name():
 
 def test_settings_that_make_no_sense(world, measured, tmp_path, capsys):
     assert "--temperature must be above 0" in refused(capsys, "rl", init=world.taught, out=tmp_path / "a.pt", temperature=0)
+    assert refused(capsys, "sft", init=world.taught, out=tmp_path / "a.pt", epochs=0).startswith("--epochs must be above 0")
     assert refused(capsys, "eval", measured.trained, "--json", results=tmp_path) == "--json goes with --report"
     assert not list(tmp_path.iterdir())

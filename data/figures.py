@@ -297,8 +297,10 @@ def draw_shares(r, folder):
             share = name.partition("share=")[2] or str(report.SHARE)
             mark = {"label": "mix, a schedule", "markerfacecolor": "white"} if "-" in share else {"label": name.split()[0]}
             plot_cross(axis, *ends, **style(name) | mark | {"linestyle": ""})
-            if name.startswith("mix"):
-                axis.annotate(share.replace("-", " to "), [100 * e.mean for e in ends], (5, 5), textcoords="offset points", fontsize=9)
+            if name.startswith("mix"):  # names on three sides in turn: good shares lie close together
+                right, up = [(-1, 1), (1, 1), (1, -1)][constant.index(ends) % 3] if ends in constant else (1, -1)
+                axis.annotate(share.replace("-", " to "), [100 * e.mean for e in ends], (5 * right, 5 * up), textcoords="offset points",
+                              fontsize=9, ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")  # fmt: skip
         axis.set(title=f"share of RL, {tokens_name(t)}", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
     return save(figure, folder / "shares.png", columns=3)
 
@@ -333,7 +335,7 @@ def draw_gone_on(r, folder):
         paths = {"base": [("base", t), ("base", v)], "rl": [("rl", t)], "text": [("base", t), ("text", u)],
                  "rl->text": [("rl", t), ("rl->text", u)]}  # fmt: skip
         for axis, metric in zip(row, ("pass@1", "pass@32", "loss"), strict=True):
-            for name, path in paths.items():
+            for (name, path), aside in zip(paths.items(), (0, 0, -0.04, 0.04), strict=True):
                 scale, levels = (1 if metric == "loss" else 100), []
                 for arm, at in zip(path, (t, v), strict=False):
                     e, gap = r.level(*arm, metric), r.gap(metric, (1, *arm), (-1, "base", at))
@@ -341,10 +343,10 @@ def draw_gone_on(r, folder):
                 if all(levels):
                     axis.plot(range(len(path)), [scale * e.mean for e in levels], color=STYLES[name][0], linewidth=1.5)
                     own = [(x, e) for x, (e, arm) in enumerate(zip(levels, path, strict=True)) if arm[0] == name]
-                    axis.errorbar([x for x, _ in own], [scale * e.mean for _, e in own], [scale * e.half() for _, e in own],
+                    axis.errorbar([x + aside for x, _ in own], [scale * e.mean for _, e in own], [scale * e.half() for _, e in own],
                                   capsize=2, elinewidth=0.9, **style(name) | {"linestyle": ""})  # fmt: skip
             axis.set_xticks([0, 1], [tokens_name(t), tokens_name(u)])
-            axis.set(title="text loss - base (nats)" if metric == "loss" else f"{metric} (%)", xlim=(-0.25, 1.25), xlabel="tokens")
+            axis.set(title="text loss - base" if metric == "loss" else f"{metric} (%)", xlim=(-0.25, 1.25), xlabel="tokens")
     return save(figure, folder / "gone-on.png")
 
 

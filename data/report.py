@@ -291,7 +291,7 @@ class Results:
 
     @staticmethod
     def values(row, what):
-        if what == "flexible@1":  # known as a mean alone
+        if what in ("flexible@1", "formatted"):  # known as a mean alone
             if what not in row:
                 raise Missing(f"no {what}")
             return {what: row[what]}

@@ -290,21 +290,23 @@ def beyond(r):
         for name in ("rl", "sft", "mix", "mix-text"):
             cells = ["" if name == other else shown(r.gap(metric, *report.minus(name, other, [t])), metric, "+")
                      for other in ("base", "rl") for metric in ("pass@1", "pass@32", "accuracy", "loss")]  # fmt: skip
-            rows.append([tokens_name(t), name, *cells])
-    header = ["tokens", "arm"] + [f"{metric} - {other}" for other in ("base", "rl")
+            rows.append([tokens_name(t), name, shown(r.level(name, t, "formatted")), *cells])
+    header = ["tokens", "arm", "in format"] + [f"{metric} - {other}" for other in ("base", "rl")
                                   for metric in ("pass@1", "pass@32", "general capability", "text loss")]  # fmt: skip
     said = "Pre-training text as the second stream (mix-text); text loss in nats a token.\n"
     parts += [said, table(header, rows)] if rows else []
 
-    rows, metrics = [], ("pass@1", "pass@32", "accuracy", "loss")
+    rows, metrics = [], ("pass@1", "flexible@1", "formatted", "pass@32", "accuracy", "loss")
     for t, u, v in gone_on(r):
         for name, at in (("base", t), ("rl", t), ("base", v), ("text", u), ("rl->text", u)):
             rows.append([f"{name} at {tokens_name(at)}", *(shown(r.level(name, at, metric), metric) for metric in metrics)])
         for first, second in ((("rl->text", u), ("text", u)), (("rl->text", u), ("rl", t)), (("text", u), ("base", v))):
             label = " - ".join(f"{name} at {tokens_name(at)}" for name, at in (first, second))
             rows.append([label, *(shown(r.gap(metric, (1, *first), (-1, *second)), metric, "+") for metric in metrics)])
-    said = "Pre-training goes on after RL (rl->text) and without it (text), both with a fresh optimizer.\n"
-    parts += [said, table(["arm", "pass@1", "pass@32", "general capability", "text loss"], rows)] if rows else []
+    said = ("Pre-training goes on after RL (rl->text) and without it (text), both with a fresh optimizer; text is one run a model. "
+            "Right in any format and in format: the error is of seeds alone.\n")  # fmt: skip
+    header = ["arm", "pass@1", "right in any format", "in format", "pass@32", "general capability", "text loss"]
+    parts += [said, table(header, rows)] if rows else []
     return "\n".join(parts)
 
 

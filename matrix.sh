@@ -183,7 +183,7 @@ case $SCALE in
       cells+=("$OUT/$MODEL/step$LAST.pt $(seeds 0 "$SEEDS") rl-n5,rl-n64 $DATA/split/split-$level")
     done
     reports=("$RESULTS"/{gsm8k,math,split-easy,split-hard}) ;;
-  *) wrong "no SCALE=$SCALE: toy, sweep, smoke, gsm8k or 1b" ;;
+  *) wrong "no SCALE=$SCALE: toy, sweep, why, smoke, gsm8k or 1b" ;;
 esac
 TEXT+=" ${TEXT_FLAGS:-}" PRE+=" ${PRE_FLAGS:-}" RL+=" ${RL_FLAGS:-}" SFT+=" ${SFT_FLAGS:-}" GOLD+=" ${GOLD_FLAGS:-}" MIX+=" ${MIX_FLAGS:-}"
 if [ "$FINAL" = 1 ]; then EVAL="$EVAL --final"; fi

@@ -56,7 +56,7 @@ def bars(e, level=0.95):
 def plot_ours(axis, r, level, names, interval=0.95):
     """level(arm, tokens) -> Estimate or None. Lines are means, small points the pre-training runs."""
     for i, name in enumerate(names):  # bars a little apart
-        found = [(t / 1e6 * 1.012 ** (i - 3), e) for t in r.tokens if (e := level(name, t))]
+        found = [(t / 1e6 * 1.025 ** (i - 3), e) for t in r.tokens if (e := level(name, t))]
         if found:
             mean, half = np.array([bars(e, interval) for _, e in found]).T
             axis.errorbar([x for x, _ in found], mean, half, capsize=2.5, elinewidth=1, **style(name) | {"markersize": 4})
@@ -186,32 +186,54 @@ def draw_dynamics(r, folder):
                     colour, marker = STYLES[name]
                     plot_band(row[2], [*points], [*points.values()], color=colour, marker=marker, markersize=4, linestyle=line,
                               label=f"{says}, {name}")  # fmt: skip
-        row[2].set_title(f"in format, {tokens_name(t)}")
+        row[2].set_title(f"format, reward; {tokens_name(t)}")
         row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:
         axis.set_xlabel("RL step")
     return save(figure, folder / "dynamics.png", columns=4)
 
 
-def draw_budget(r, folder):
-    """The one RL budget: validation along every recipe that contains RL, a column a checkpoint."""
-    arms = [name for name in ("rl", "sft->rl", "mix", "sft-gold->rl") if name in r.names]
-    tokens = [t for t in r.tokens if any(r.curve(name, t, "pass@1") for name in arms)]
-    if not tokens:
+def plot_steps(r, columns, path):
+    """Validation pass@1 and pass@32 along training; columns [(title, tokens, benchmark, {arm: look})]."""
+    columns = [(*place, {name: look for name, look in arms.items() if r.curve(name, *place[1:2], "pass@1", place[2])})
+               for *place, arms in columns]  # fmt: skip
+    columns = [column for column in columns if column[3]]
+    if not columns:
         return None
-    figure, axes = plt.subplots(2, len(tokens), figsize=(WIDTH, 5), squeeze=False, sharex=True, sharey="row")
+    figure, axes = plt.subplots(2, len(columns), figsize=(WIDTH, 5), squeeze=False, sharex=True, sharey="row")
     for k, row in zip((1, 32), axes, strict=True):
-        for axis, t in zip(row, tokens, strict=True):
-            for i, name in enumerate(arms):
-                if points := r.curve(name, t, f"pass@{k}"):
-                    plot_band(axis, [*points], [*points.values()], band=False, **style(name) | {"markersize": 4})
-                    step, (mean, half) = max(points), bars(points[max(points)])  # the interval of the end, beside it
-                    axis.vlines(step * (1.05 + 0.04 * i), max(mean - half, 0), min(mean + half, 100), color=style(name)["color"])
-            axis.set_title(f"pass@{k}, {tokens_name(t)}")
+        for axis, (title, t, benchmark, arms) in zip(row, columns, strict=True):
+            for i, (name, look) in enumerate(arms.items()):
+                points = r.curve(name, t, f"pass@{k}", benchmark)
+                plot_band(axis, [*points], [*points.values()], band=False, **look | {"markersize": 4})
+                step, (mean, half) = max(points), bars(points[max(points)])  # the interval of the end, beside it
+                axis.vlines(step * (1.05 + 0.04 * i), max(mean - half, 0), min(mean + half, 100), color=look["color"])
+            axis.set_title(f"pass@{k}, {title}")
         row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    return save(figure, folder / "budget.png")
+    return save(figure, path)
+
+
+def draw_budget(r, folder):
+    """The one RL budget: validation along every recipe that contains RL, a column a checkpoint."""
+    arms = {name: style(name) for name in ("rl", "sft->rl", "mix", "sft-gold->rl")}
+    return plot_steps(r, [(tokens_name(t), t, r.main, arms) for t in r.tokens], folder / "budget.png")
+
+
+def draw_budget_more(r, folder):
+    """The same for hard questions, with more math and as the larger model, and for the shares of parallel averaging."""
+    lines = {"": "-", f" {r.data}": "--", f" {r.size}": ":"}
+    hard = {name + more: style(name) | {"linestyle": line, "label": name + more, "fillstyle": "none" if more else "full"}
+            for name in ("rl", "sft->rl") for more, line in lines.items()}  # fmt: skip
+    columns = [(f"hard, {tokens_name(t)}", t, "hard", hard) for t in r.tokens] if "hard" in r.benchmarks and r.main != "hard" else []
+    for t in tables.mixed(r):
+        names = ["rl", *tables.shares(r, t), "mix-text"]
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(names)))
+        looks = {name: {"color": colour, "marker": marker, "label": {"mix": f"mix share={report.SHARE}"}.get(name, name)}
+                 for name, colour, marker in zip(names, colours, "so^vDPX*<>"[: len(names)], strict=False)}  # fmt: skip
+        columns.append((f"shares, {tokens_name(t)}", t, r.main, looks | {"rl": style("rl"), "mix-text": style("mix-text")}))
+    return plot_steps(r, columns, folder / "budget-more.png")
 
 
 def draw_rollouts(r, folder):
@@ -238,29 +260,32 @@ def draw_rollouts(r, folder):
 
 
 def draw_seeds(r, folder):
-    """Where 8 or more seeds of `rl` end, by their training reward, at the early and the late checkpoint."""
+    """Where 8 or more seeds of `rl` end, by their training reward: a row for the early and for the late checkpoint."""
     try:
         found = tables.ends(r)
     except Missing:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8))
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.2), sharex="row")
     runs = sorted({run for at in found.values() for run, _ in at})
-    for axis, (column, k) in zip(axes, ((1, 1), (2, 32)), strict=True):
-        for (t, at), colour in zip(found.items(), ("#D55E00", "#0072B2"), strict=True):
-            for run, marker in zip(runs, "osD^vPX*<>"):  # noqa: B905  more runs than markers are not told apart
+    for row, (t, at) in zip(axes, found.items(), strict=True):
+        for axis, (column, k) in zip(row, ((1, 1), (2, 32)), strict=True):
+            for i, run in enumerate(runs):  # more runs than colours are not told apart
+                colour, marker = [*STYLES.values()][1 + i % 6]
                 points = 100 * np.array([values for unit, values in at.items() if unit[0] == run])
                 axis.plot(points[:, 0], points[:, column], marker, color=colour, markersize=5.5, linestyle="", fillstyle="none",
-                          label=f"{tokens_name(t)}, run {run}")  # fmt: skip
+                          label=f"run {run}")  # fmt: skip
                 for value, line, label in ((points[:, column].mean(), "-", "mean"),
                                            (report.best_of_4(points[:, column], points[:, 1]), ":", "best of 4")):  # fmt: skip
                     span = [points[:, 0].min() - 1, points[:, 0].max() + 1]
-                    axis.plot(span, [value] * 2, color=colour, linewidth=1.2, linestyle=line, label=f"{tokens_name(t)}, {label}")
-        axis.set(title=f"test pass@{k} (%)", xlabel="training reward at the end (%)")
+                    axis.plot(span, [value] * 2, color=colour, linewidth=1.2, linestyle=line, label=f"run {run}, {label}")
+            axis.set(title=f"test pass@{k} (%), {tokens_name(t)}")
+    for axis in axes[-1]:
+        axis.set_xlabel("training reward at the end (%)")
     return save(figure, folder / "seeds.png")
 
 
 def draw_data_size(r, folder):
-    """Hard questions, last checkpoint: the base world, the one with more math, the larger model."""
+    """Hard questions, last checkpoint: the main model, the one on a text with more math, the larger one."""
     names = ["", f" {r.data}", f" {r.size}"]
     tokens = [t for t in r.tokens if all(r.level(f"rl{more}", t, "hard pass@1") for more in names)]
     if "hard" not in r.benchmarks or not tokens:
@@ -273,7 +298,7 @@ def draw_data_size(r, folder):
             points = [(x + 0.1 * (i - (len(recipes) - 1) / 2), *bars(e)) for x, e in enumerate(levels) if e]
             x, mean, half = zip(*points, strict=True)
             axis.errorbar(x, mean, half, capsize=2, elinewidth=0.9, **style(recipe) | {"linestyle": "", "markersize": 7})
-        axis.set_xticks(range(3), ["base\nworld", "more\nmath", "larger\nmodel"])
+        axis.set_xticks(range(3), ["main\nmodel", "more\nmath", "larger\nmodel"])
         axis.set(title=f"hard pass@{k} (%), {tokens_name(tokens[-1])}", xlim=(-0.5, 2.5), ylim=(0, min(axis.get_ylim()[1], 100)))
     return save(figure, folder / "data-size.png")
 
@@ -320,7 +345,7 @@ def draw_text(r, folder):
         for name, (loss, gain) in points.items():
             plot_cross(axis, loss, gain, scale=1, **style(name) | {"linestyle": "", "markersize": 7})
         axis.axvline(0, color="#000000", linewidth=0.8)
-        axis.set(title=f"against the base, {tokens_name(t)}", xlabel="text loss (nats a token)", ylabel="pass@1 (points)")
+        axis.set(title=f"against the base, {tokens_name(t)}", xlabel="text loss - base (nats a token)", ylabel="pass@1 - base (points)")
     return save(figure, folder / "text.png")
 
 
@@ -337,8 +362,9 @@ def draw_gone_on(r, folder):
         for axis, metric in zip(row, ("pass@1", "pass@32", "loss"), strict=True):
             for (name, path), aside in zip(paths.items(), (0, 0, -0.04, 0.04), strict=True):
                 scale, levels = (1 if metric == "loss" else 100), []
-                for arm, at in zip(path, (t, v), strict=False):
-                    e, gap = r.level(*arm, metric), r.gap(metric, (1, *arm), (-1, "base", at))
+                for (arm, measured), at in zip(path, (t, v), strict=False):
+                    arm, base = tables.bare(arm, metric), tables.bare("base", metric)
+                    e, gap = r.level(arm, measured, metric), r.gap(metric, (1, arm, measured), (-1, base, at))
                     levels.append(gap if metric == "loss" else e and e._replace(se=gap.se if gap else 0, df=gap.df if gap else 0))
                 if all(levels):
                     axis.plot(range(len(path)), [scale * e.mean for e in levels], color=STYLES[name][0], linewidth=1.5)
@@ -367,7 +393,8 @@ def draw_many(r, folder):
 
 def draw(r, folder):
     """Writes every figure the rows allow; -> their file names."""
-    figures = [draw_dynamics, draw_budget, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text, draw_gone_on]
+    figures = [draw_dynamics, draw_budget, draw_budget_more, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text,
+               draw_gone_on]  # fmt: skip
     names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
     names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]
     return [name for name in names if name]

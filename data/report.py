@@ -108,13 +108,13 @@ def asked(cells):
     return {run: sorted(questions, key=str) for run, questions in sets.items()}
 
 
-def estimate(cells):
+def estimate(cells, pooled=False):
     """{(pre-training seed, seed): {question: value}} -> Estimate of the mean, on the questions that the seeds of a run share.
 
     With value = mean + seed + question + noise, the seed means vary by var(seed) + var(noise)/Q and the question means by
     var(question) + var(noise)/S: the two parts of SE^2 add up to the variance of the mean and once more var(noise)/(S Q).
     Runs with other questions under the same names: the mean over the runs of one name has the variance of the mean. Runs
-    with other names: each has the variance of its own questions.
+    with other names: each has the variance of its own questions. pooled: the seeds of 2 or 3 runs are taken as those of one.
     """
     questions = asked(cells)
     runs = {r: np.stack([column(cells[u], names) for u in sorted(cells) if u[0] == r]) for r, names in questions.items()}  # (S, Q)
@@ -125,7 +125,7 @@ def estimate(cells):
     sets = [np.concatenate([*runs.values()])] if same else [*runs.values()]
     groups = [values.mean(1) for values in runs.values()]
     means = np.concatenate(groups)
-    groups = [means] if replicates else groups
+    groups = [means] if replicates or pooled else groups
     S, Q, df = len(means), sum(len(values[0]) for values in sets), len(means) - len(groups)
     spread = sum(((group - group.mean()) ** 2).sum() for group in groups)
     se = sqrt((spread / df / S if df else 0) + sum((len(values) / S * standard_error(values.mean(0))) ** 2 for values in sets))
@@ -493,13 +493,17 @@ FINDINGS = (
 Verdict = namedtuple("Verdict", "verdict reason text estimate p holm")
 
 
-def decide(r, findings=FINDINGS, seeds=SEEDS):
-    """-> {"1": Verdict, ...}: holds, contradicted, not resolved, or not tested and the reason: no rows, fewer than `seeds`."""
+def decide(r, findings=FINDINGS, seeds=SEEDS, pooled=False):
+    """-> {"1": Verdict, ...}: holds, contradicted, not resolved, or not tested and the reason: no rows, fewer than `seeds`.
+
+    pooled: what would be said with S - 1 degrees of freedom over all seeds, where the difference between pre-training runs
+    is in the interval.
+    """
     outcomes = []
     for finding in findings:
         try:
             text, cells = finding.contrast(r)
-            e = estimate(cells)
+            e = estimate(cells, pooled)
             few = f"{e.seeds} seed{'s' * (e.seeds != 1)}, needs {seeds}" if e.seeds < seeds or not e.df else ""
             outcomes.append((few, text, e, 1.0 if few else p_value(finding.kind, e)))
         except Missing as missing:

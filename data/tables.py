@@ -8,7 +8,8 @@ import numpy as np
 from data import report
 from data.report import Missing, tokens_name
 
-BLOCKS = ("findings", "findings-short", "rules", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts", "why", "many")
+BLOCKS = ("findings", "findings-short", "rules", "pooled", "room", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts",
+          "why", "many")  # fmt: skip
 PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
 DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
            "probability of the right choice %", "log_prob": "log-prob a token (nats)",
@@ -166,11 +167,14 @@ def levels(r):
 
 
 def reached(x, y, level):
-    """The first x at which the line through the points reaches the level; None if it does not."""
+    """The first x at which the line through the points reaches the level, in words; "< x" if that is before the first point
+    after the start, where nothing was measured."""
     for i, value in enumerate(y):
         if value >= level:
-            return x[i] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (value - y[i - 1])
-    return None
+            if i < 2:
+                return f"< {number([x[i]])}" if i else number([x[0]])
+            return number([x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (value - y[i - 1])])
+    return "-"
 
 
 def along(r, name, tokens, benchmark, cost):
@@ -186,6 +190,7 @@ def rollouts(r):
     for benchmark, t in ((b, t) for b in report.splits(r) for t in r.tokens if r.rows("pass", names[0], t, b)):
         curves = [[*r.curve(name, t, "pass@1", benchmark).values()] for name in names]
         goal = 0.9 * min(points[-1].mean for points in curves) if all(curves) else 1.0
+        updates = min((max(r.curve(name, t, "pass@1", benchmark), default=0) for name in names), default=0)
         for name in names:
             passes = [r.level(name, t, f"{benchmark} pass@{k}") for k in (1, 8, 32)]
             row = [benchmark, tokens_name(t), name, *map(shown, passes)]
@@ -193,12 +198,14 @@ def rollouts(r):
                 row.append(number([x[cost] for x in r.rows("pass", name, t, benchmark).values() if cost in x]))
             for cost in ("questions", "flops"):
                 x, points = along(r, name, t, benchmark, cost)
-                there = reached(x, [e.mean for e in points], goal)
-                row.append("-" if there is None else number([there]))
-            rows.append(row)
-    header = ["questions", "tokens", "arm", "pass@1", "pass@8", "pass@32", "questions seen", "tokens sampled", "FLOPs",
-              "seconds", "questions to 90%", "FLOPs to 90%"]  # fmt: skip
-    said = "To 90%: until validation pass@1, mean over seeds, is 90% of the lower of the two ends.\n"
+                row.append(reached(x, [e.mean for e in points], goal))
+            points = r.curve(name, t, "pass@1", benchmark)
+            near = min((step for step in points if step >= updates), default=None)
+            rows.append([*row, "-" if near is None else f"{shown(points[near])} ({near})"])
+    header = ["questions", "tokens", "arm", "pass@1", "pass@8", "pass@32", "questions seen", "tokens sampled", "FLOPs", "seconds",
+              "questions to 90%", "FLOPs to 90%", "validation pass@1 (after updates)"]  # fmt: skip
+    said = ("To 90%: until validation pass@1, mean over seeds, is 90% of the lower of the two ends, on a straight line between "
+            "validations; <: before the first of them. Last column: at the first validation after as many updates as n = 64 has.\n")
     return f"{table(header, rows)}\n{said}" if rows else ""
 
 
@@ -245,7 +252,24 @@ def seeds(r):
                  row(run, "best of 4 by pass@1", [[report.best_of_4(end, at[:, 1]) for end in at.T] for at in own])]  # fmt: skip
     told = [["", *(correlation(at[:, 0], at[:, i]) for i in (1, 2))] for at in values]
     said = "Best of 4: what is expected of the best of 4 seeds, chosen by its test pass@1. Correlation: within the pre-training runs.\n"
-    return f"{table(header, [*rows, ['all', 'correlation with the reward', *told[0], *told[1]]])}\n{said}"
+    return f"{table(header, [*rows, ['all', 'correlation with the reward', *told[0], *told[1]]])}\n{said}\n{spread(r)}"
+
+
+def spread(r):
+    """How far the seeds of `rl` lie apart, wherever a pre-training run has two, on the main questions and the hard ones."""
+    rows = []
+    for benchmark, t in ((b, t) for b in r.benchmarks if b in (r.main, "hard") for t in r.tokens):
+        ends = [{unit: 100 * np.mean([*r.values(row, f"pass@{k}").values()]) for unit, row in r.rows("pass", "rl", t, benchmark).items()}
+                for k in (1, 32)]  # fmt: skip
+        for run in sorted({run for run, _ in ends[0]}):
+            one, many = ([value for unit, value in end.items() if unit[0] == run] for end in ends)
+            if len(one) > 1:
+                cells = [f"{min(x):.1f} to {max(x):.1f}" for x in (one, many)]
+                deviations = [f"{np.std(x, ddof=1):.1f}" for x in (one, many)]
+                relative = f"{100 * np.std(one, ddof=1) / np.mean(one):.0f}%" if np.mean(one) else "-"
+                rows.append([benchmark, tokens_name(t), run, len(one), cells[0], deviations[0], relative, cells[1], deviations[1]])
+    header = ["questions", "tokens", "pre-training seed", "seeds", "pass@1", "standard deviation", "of the mean", "pass@32", "standard deviation"]
+    return table(header, rows) if rows else ""
 
 
 # ---- beyond the paper ----
@@ -259,6 +283,11 @@ def shares(r, tokens):
 def mixed(r):
     """Checkpoints with more than one share."""
     return [t for t in r.tokens if len(shares(r, t)) > 1]
+
+
+def bare(name, metric):
+    """The base without shots, as what is compared with it has none; the tasks and the loss never have any."""
+    return "base 0-shot" if name == "base" and metric not in ("accuracy", "loss") else name
 
 
 def gone_on(r):
@@ -299,12 +328,13 @@ def beyond(r):
     rows, metrics = [], ("pass@1", "flexible@1", "formatted", "pass@32", "accuracy", "loss")
     for t, u, v in gone_on(r):
         for name, at in (("base", t), ("rl", t), ("base", v), ("text", u), ("rl->text", u)):
-            rows.append([f"{name} at {tokens_name(at)}", *(shown(r.level(name, at, metric), metric) for metric in metrics)])
+            rows.append([f"{name} at {tokens_name(at)}", *(shown(r.level(bare(name, metric), at, metric), metric) for metric in metrics)])
         for first, second in ((("rl->text", u), ("text", u)), (("rl->text", u), ("rl", t)), (("text", u), ("base", v))):
             label = " - ".join(f"{name} at {tokens_name(at)}" for name, at in (first, second))
-            rows.append([label, *(shown(r.gap(metric, (1, *first), (-1, *second)), metric, "+") for metric in metrics)])
-    said = ("Pre-training goes on after RL (rl->text) and without it (text), both with a fresh optimizer; text is one run a model. "
-            "Right in any format and in format: the error is of seeds alone.\n")  # fmt: skip
+            pairs = [[(sign, bare(name, metric), at) for sign, (name, at) in ((1, first), (-1, second))] for metric in metrics]
+            rows.append([label, *(shown(r.gap(metric, *pair), metric, "+") for metric, pair in zip(metrics, pairs, strict=True))])
+    said = ("Pre-training goes on after RL (rl->text) and without it (text), both with a fresh optimizer; text is one run a model, listed "
+            "once a seed. All without shots. Right in any format and in format: the error is of seeds alone.\n")  # fmt: skip
     header = ["arm", "pass@1", "right in any format", "in format", "pass@32", "general capability", "text loss"]
     parts += [said, table(header, rows)] if rows else []
     return "\n".join(parts)
@@ -340,6 +370,29 @@ def findings(records, short=False):
             told = [f"{word(v)} {outcome(finding, v)}".strip() for v in verdicts]
             rows.append([i + 1, finding.claim, f"{finding.rule} ({finding.kind})", finding.paper, *told])
     return table(["", "finding", *["primary contrast"] * (not short), "paper", *map(spoken, records)], rows)
+
+
+def pooled(records):
+    """The verdicts by the rules, and with the seeds of a record's pre-training runs pooled."""
+    rows = []
+    for name, record in records.items():
+        others = report.decide(record.results, pooled=True)
+        for (n, v), finding in zip(record.verdicts.items(), report.FINDINGS, strict=True):
+            told = [f"{span(finding, x.estimate)}, Holm {x.holm:.2g}: {x.verdict}" if x.estimate and not x.reason else "not tested"
+                    for x in (v, others[n])]  # fmt: skip
+            rows.append([spoken(name), n, *told, "" if v.verdict == others[n].verdict else "another verdict"])
+    header = ["", "finding", "within the pre-training runs (the rule)", "pooled, S - 1 degrees of freedom", ""]
+    return table(header, rows)
+
+
+def room(r):
+    """Where pass@32 of the base lies on validation questions, by pre-training run: is there room both ways?"""
+    rows = []
+    for t in r.tokens:
+        if e := r.level("base", t, "pass@32", "val"):
+            runs = [f"{run}: {100 * mean:.0f}" for run, mean in e.runs.items()]
+            rows.append([tokens_name(t), f"{100 * e.mean:.0f}", ", ".join(runs)])
+    return table(["tokens", "base pass@32, validation", "by run"], rows) if rows else ""
 
 
 def all_secondary(records):
@@ -425,8 +478,8 @@ def blocks(records, others):
         return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or none
 
     sweep, why, lots = (others.get(name) for name in report.OTHERS)
-    texts = (findings(records), findings(records, short=True), report.RULES + "\n", each(levels), all_secondary(records),
-             sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds), each(rollouts),
+    texts = (findings(records), findings(records, short=True), report.RULES + "\n", pooled(records), each(room), each(levels),
+             all_secondary(records), sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds), each(rollouts),
              levels(why) if why else none, many(lots) if lots else none)
     return dict(zip(BLOCKS, texts, strict=True))
 

@@ -148,6 +148,8 @@ def test_standard_error_by_hand():
     two_runs = {(run, seed): {"a": 10.0 * run + seed, "b": 10.0 * run + seed} for run in (0, 1) for seed in (0, 1)}
     e = report.estimate(two_runs)  # the 10 points between two pre-training runs are shown and in no interval
     assert e.df == 2 and e.se == pytest.approx(math.sqrt(0.5 / 4)) and e.runs == {0: 0.5, 1: 10.5}
+    e = report.estimate(two_runs, pooled=True)  # of 0, 1, 10, 11: variance 101 / 3
+    assert e.df == 3 and e.se == pytest.approx(math.sqrt(101 / 3 / 4)) and e.runs == {0: 0.5, 1: 10.5}
     e = report.estimate({(run, seed): {"a": run + seed} for run in range(4) for seed in (0, 1)})
     assert e.df == 3 and e.se == pytest.approx(math.sqrt(statistics.variance(range(4)) / 4))  # four are the replicates
 

@@ -217,7 +217,7 @@ def test_each_record_is_decided_on_its_own_rows(made, copy):
 def test_every_figure_is_drawn_and_small(made):
     drawn = {path.name: path.stat().st_size for path in (made[0] / "record-1").glob("*.png")}
     assert set(drawn) == {"pass-easy.png", "dynamics.png", "general.png", "rollouts.png", "seeds.png", "data-size.png",
-                          "budget.png", "shares.png", "text.png", "gone-on.png"}  # fmt: skip
+                          "budget.png", "budget-more.png", "shares.png", "text.png", "gone-on.png"}  # fmt: skip
     assert all(5_000 < size < 100_000 for size in drawn.values())
     page = (made[0] / "record-1/report.md").read_text()
     assert all(f"![{name}]({name})" in page for name in drawn)
@@ -379,6 +379,10 @@ def test_seeds_have_the_reward_of_the_last_10_steps_and_the_best_of_4(everything
     fours = [max(four, key=lambda values: values[1]) for four in itertools.combinations(ends, 4)]  # chosen by pass@1
     best = [statistics.mean(values[i] for values in fours) for i in (1, 2)]
     assert report.best_of_4([values[1] for values in ends]) == pytest.approx(best[0]) and report.best_of_4([0.2, 0.1]) == 0.2
+    spread = [line.strip(" |").split(" | ") for line in tables.spread(r).splitlines() if line.startswith("| easy | 6M | 1 | 8 |")]
+    ones, lots = ([100 * values[i] for values in ends] for i in (1, 2))
+    assert spread[0][4] == f"{min(ones):.1f} to {max(ones):.1f}" and spread[0][6] == f"{100 * statistics.stdev(ones) / statistics.mean(ones):.0f}%"
+    assert [float(spread[0][i]) for i in (5, 8)] == pytest.approx([statistics.stdev(x) for x in (ones, lots)], abs=0.051)
     line = [line for line in tables.seeds(r).splitlines() if line.startswith("| 1 | best of 4 by pass@1 |")][0]
     assert [float(cell) for cell in line.strip(" |").split(" | ")[6:]] == pytest.approx([100 * x for x in best], abs=0.051)
 
@@ -396,8 +400,8 @@ def test_curves_have_the_error_of_their_questions(everything):
 
 
 def test_what_64_answers_need_to_come_near(everything):
-    assert tables.reached([0, 10, 20], [0.0, 0.4, 0.8], 0.6) == pytest.approx(15)
-    assert tables.reached([5, 10], [0.7, 0.9], 0.6) == 5 and tables.reached([0, 10], [0.0, 0.5], 0.6) is None
+    assert tables.reached([0, 10, 20], [0.0, 0.4, 0.8], 0.6) == "15.0" and tables.reached([0, 10], [0.0, 0.5], 0.6) == "-"
+    assert tables.reached([5, 10], [0.7, 0.9], 0.6) == "5.0" and tables.reached([0, 10, 20], [0.0, 0.7, 0.8], 0.6) == "< 10.0"
     lines = [line.split(" | ") for line in tables.rollouts(report.Results(everything)).splitlines()[2:6]]
     assert [line[0][2:] + line[2] for line in lines] == [f"split-{level}rl n={n}" for level in ("easy", "hard") for n in (5, 64)]
     for five, many in (lines[:2], lines[2:]):  # the curves are straight lines from 0: 90% of the lower end is their way to it
@@ -406,7 +410,8 @@ def test_what_64_answers_need_to_come_near(everything):
                                  and row["on"] == five[0][2:] and row["group"] == n) for n in (5, 64)]  # fmt: skip
         for line, end in zip((five, many), ends, strict=True):
             way = [0.9 * min(ends) / end * float(line[i]) for i in (6, 8)]
-            assert [float(line[10]), float(line[11].strip("| "))] == pytest.approx(way, rel=0.005)
+            assert [float(line[10]), float(line[11])] == pytest.approx(way, rel=0.005)
+            assert float(line[12].split(" ±")[0]) == pytest.approx(100 * end, abs=0.051) and line[12].endswith("(50) |")
 
 
 def test_text_losses_are_paired_with_the_base(everything):
@@ -562,6 +567,23 @@ def test_a_row_of_the_table_from_raw_counts(results, number, finding, level):
         if eight:
             printed = [float(x) for x in re.search(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", cell).groups()]
             assert printed == pytest.approx(interval(arms, level), abs=0.0501), name
+
+
+def test_verdicts_follow_from_the_p_values(results):
+    """Holm over the nine by hand, and the word that belongs to it, from what is printed."""
+    lines = [line.strip("| ").split(" | ") for line in (results / "report.md").read_text().splitlines() if re.match(r"\| [1-9] \| ", line)]
+    lines = lines[:9]
+    for column in range(4, 4 + len([*results.glob("record-*")])):
+        cells = [line[column] for line in lines]
+        tested = {i: [float(x) for x in re.search(r"p ([\d.e-]+) \(Holm ([\d.e-]+)\)", cell).groups()]
+                  for i, cell in enumerate(cells) if "not tested" not in cell}  # fmt: skip
+        highest = 0.0
+        for rank, i in enumerate(sorted(tested, key=lambda i: tested[i][0])):
+            highest = max(highest, min(1.0, (9 - rank) * tested[i][0]))
+            assert tested[i][1] == pytest.approx(highest, rel=0.06), cells[i]  # p has two digits
+            mean = float(re.search(r"\*\* ([+-][\d.]+)", cells[i])[1])
+            right = abs(mean) < 2 if "equivalence" in lines[i][2] else mean > 0
+            assert cells[i].startswith("**not resolved**" if tested[i][1] >= 0.05 else "**holds**" if right else "**contradicted**")
 
 
 # ---- the committed results

@@ -120,17 +120,22 @@ case $SCALE in
     for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3" "$on rl+lr=$lr,mix+lr=$lr+sft_lr=2e-3"); done
     cells+=("$on sft+lr=1e-3,sft+lr=2e-3,sft-gold+lr=2e-3,sft-gold+lr=4e-3" wait)
     for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
-  why)  # with seeds that no record has: fewer questions, more steps, a larger model; and 256 answers of what the record has made
-    FINAL=0 toy=1
+  why)  # with seeds that no record has: fewer questions, more steps, a larger model, other rates; and 256 answers of what the
+    # record has made
+    FINAL=0 toy=1 rates=() sizes=()
     for run in $(seq $((10 * RECORD)) $((10 * RECORD + PRETRAIN - 1))); do
       at=$OUT/p$run/step own=$(seeds 90 94 $run)
       models+=("p$run $DATA-p$run $run --save_steps $MIDDLE,$FIRST" "p$run-large $DATA-p$run $run $WIDER")
-      cells+=("$at$LAST.pt $own rl,sft" "$OUT/p$run-large/step$LAST.pt $own rl,sft" "$at$LAST.pt $own rl+steps=240+recipe=rl-240-steps")
+      cells+=("$at$LAST.pt $own rl,sft,mix")
       for count in 50 100 200; do  # as many updates as with 400
-        cells+=("$at$LAST.pt $own rl+limit=$count+recipe=rl-$count-questions,sft+limit=$count+steps=125+recipe=sft-$count-questions")
+        few="+limit=$count" name=$count-questions
+        cells+=("$at$LAST.pt $own rl$few+recipe=rl-$name,sft$few+steps=125+recipe=sft-$name,mix$few+recipe=mix-$name")
       done
+      cells+=("$at$LAST.pt $own rl+steps=240+recipe=rl-240-steps,mix+lr=6e-4+recipe=mix-lr-6e-4,mix+sft_lr=4e-3+recipe=mix-sft_lr-4e-3")
       for step in $MIDDLE $LAST; do cells+=("$at$step.pt $(seeds 0 4 $run) many"); done
-    done ;;
+      rates+=("$at$LAST.pt $own rl-n5,rl-n64,rl-n64+lr=3e-4+recipe=rl-lr-3e-4") sizes+=("$OUT/p$run-large/step$LAST.pt $own rl,sft")
+    done
+    cells+=(wait "${rates[@]}" wait "${sizes[@]}") ;;
   smoke)
     FIRST="" MIDDLE=20 LAST=40 SPLIT_FLAGS="--levels 0,64"  # nothing is solved yet
     TEXT="--tokens 100000 --val_tokens 20000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"

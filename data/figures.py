@@ -393,8 +393,8 @@ def draw_many(r, folder):
 
 def draw(r, folder):
     """Writes every figure the rows allow; -> their file names."""
-    figures = [draw_dynamics, draw_budget, draw_budget_more, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares, draw_text,
-               draw_gone_on]  # fmt: skip
+    figures = [draw_dynamics, draw_budget, draw_budget_more, draw_general, draw_rollouts, draw_seeds, draw_data_size, draw_shares]
+    figures += [draw_text, draw_gone_on]
     names = [draw_pass(r, folder, benchmark) for benchmark in r.benchmarks]
     names += [figure(r, folder) for figure in tqdm(figures, desc=f"{folder.name}: figures", delay=5, leave=False)]
     return [name for name in names if name]

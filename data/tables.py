@@ -268,7 +268,8 @@ def spread(r):
                 deviations = [f"{np.std(x, ddof=1):.1f}" for x in (one, many)]
                 relative = f"{100 * np.std(one, ddof=1) / np.mean(one):.0f}%" if np.mean(one) else "-"
                 rows.append([benchmark, tokens_name(t), run, len(one), cells[0], deviations[0], relative, cells[1], deviations[1]])
-    header = ["questions", "tokens", "pre-training seed", "seeds", "pass@1", "standard deviation", "of the mean", "pass@32", "standard deviation"]
+    header = ["questions", "tokens", "pre-training seed", "seeds", "pass@1", "standard deviation", "of the mean"]
+    header += ["pass@32", "standard deviation"]
     return table(header, rows) if rows else ""
 
 
@@ -341,6 +342,26 @@ def beyond(r):
 
 
 # ---- explored after a record ----
+def rival(name, names):
+    """What an arm that was tried afterwards is compared with: SFT under the same change, or else as it is; 5 answers for 64."""
+    if name.endswith(" n=64"):
+        return "rl n=5"
+    recipe, _, where = name.partition(" ")
+    change = recipe.partition("-")[2]
+    found = [" ".join(filter(None, (peer, where))) for peer in (f"sft-{change}", "sft")]
+    return next((peer for peer in found if peer in names), None)
+
+
+def why(r):
+    """Levels, and differences to each arm's rival."""
+    rows = []
+    for t, name in ((t, name) for t in r.tokens for name in r.names if re.match("(rl|mix)\\b", name)):
+        if (peer := rival(name, r.names)) and any(gaps := [r.gap(f"pass@{k}", *report.minus(name, peer, [t])) for k in (1, 8, 32)]):
+            rows.append([tokens_name(t), f"{name} - {peer}", gaps[0].seeds, *(shown(e, sign="+") for e in gaps)])
+    differences = table(["tokens", "difference", "seeds", "pass@1", "pass@8", "pass@32"], rows) if rows else ""
+    return "\n".join(filter(None, (differences, levels(r))))
+
+
 def many(r):
     """pass@k of many answers a question, also at as many answers in format as 32 of a model that knows it."""
     rows = []
@@ -477,10 +498,10 @@ def blocks(records, others):
         found = {name: block(record.results) for name, record in records.items()}
         return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or none
 
-    sweep, why, lots = (others.get(name) for name in report.OTHERS)
+    sweep, tried, lots = (others.get(name) for name in report.OTHERS)
     texts = (findings(records), findings(records, short=True), report.RULES + "\n", pooled(records), each(room), each(levels),
-             all_secondary(records), sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds), each(rollouts),
-             levels(why) if why else none, many(lots) if lots else none)
+             all_secondary(records), sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds),
+             each(rollouts), why(tried) if tried else none, many(lots) if lots else none)
     return dict(zip(BLOCKS, texts, strict=True))
 
 

@@ -111,9 +111,9 @@ def sweep_rows():
 
 
 def why_rows():
-    """rl and a recipe of one's own, on validation questions; and 256 answers a question, a fifth of the base's in format."""
-    rows = [row for unit in EVERY[::2] for recipe in ("rl", "rl-50-questions")
-            for row in cell(recipe, TOKENS[2], unit, split="val", logit=-0.5 if recipe == "rl" else -1.5)]  # fmt: skip
+    """rl, sft and recipes of one's own, on validation questions; and 256 answers a question, a fifth of the base's in format."""
+    arms = {"rl": -0.5, "sft": -0.7, "rl-50-questions": -1.5, "sft-50-questions": -2.5, "rl-240-steps": -0.2}
+    rows = [row for unit in EVERY[::2] for recipe, logit in arms.items() for row in cell(recipe, TOKENS[2], unit, split="val", logit=logit)]
     many = [row | {"n": 256, "correct": [8 * count for count in row["correct"]], "formatted": 0.2 if recipe == "base" else 1.0}
             for recipe in ("base", "rl") for row in cell(recipe, TOKENS[1], (0, 0), split="val") if row["kind"] == "pass"]  # fmt: skip
     return rows, many
@@ -225,10 +225,18 @@ def test_every_figure_is_drawn_and_small(made):
 
 def test_what_was_explored_afterwards_has_tables_of_its_own(made):
     text = (made[0].parent / "RESULTS.md").read_text()
-    answers, tasks = block(text, "why").split("\n\n")
-    arms = [line.split(" | ")[1:3] for line in answers.splitlines()[2:] if "rl" in line]
-    assert [line.split(" | ")[1] for line in tasks.splitlines()[2:]] == ["rl", "rl-50-questions"]
-    assert arms == [["rl", "4"], ["rl-50-questions", "4"]]
+    differences, answers, tasks = block(text, "why").split("\n\n")
+    arms = [line.split(" | ")[1:3] for line in answers.splitlines()[2:]]
+    assert arms == [[name, "4"] for name in ("rl", "sft", "rl-240-steps", "rl-50-questions", "sft-50-questions")]
+    assert [line.split(" | ")[1] for line in tasks.splitlines()[2:]] == [name for name, _ in arms]
+    differences = [line.strip("| ").split(" | ") for line in differences.splitlines()[2:]]
+    assert [line[1] for line in differences] == ["rl - sft", "rl-240-steps - sft", "rl-50-questions - sft-50-questions"]
+    ones = {name: [statistics.fmean(row["correct"]) / 0.32 for row in why_rows()[0] if (row["kind"], row["recipe"]) == ("pass", name)]
+            for name, _ in arms}  # fmt: skip
+    for _, name, seeds, one, *_ in differences:
+        first, second = (statistics.fmean(ones[arm]) for arm in name.split(" - "))
+        assert seeds == "4" and float(one.split(" ±")[0]) == pytest.approx(first - second, abs=0.051)
+    assert tables.rival("rl-lr-3e-4 n=64", ["sft"]) == "rl n=5" and tables.rival("mix as wide", ["sft", "sft as wide"]) == "sft as wide"
     base, rl = [line.strip("| ").split(" | ") for line in block(text, "many").splitlines()[2:]]
     assert base[:4] == ["4M", "base 0-shot", "1", "20"] and rl[:4] == ["4M", "rl", "1", "100"]
     counts = next(row for row in why_rows()[1] if row["recipe"] == "base")["correct"]
@@ -381,7 +389,8 @@ def test_seeds_have_the_reward_of_the_last_10_steps_and_the_best_of_4(everything
     assert report.best_of_4([values[1] for values in ends]) == pytest.approx(best[0]) and report.best_of_4([0.2, 0.1]) == 0.2
     spread = [line.strip(" |").split(" | ") for line in tables.spread(r).splitlines() if line.startswith("| easy | 6M | 1 | 8 |")]
     ones, lots = ([100 * values[i] for values in ends] for i in (1, 2))
-    assert spread[0][4] == f"{min(ones):.1f} to {max(ones):.1f}" and spread[0][6] == f"{100 * statistics.stdev(ones) / statistics.mean(ones):.0f}%"
+    assert spread[0][4] == f"{min(ones):.1f} to {max(ones):.1f}"
+    assert spread[0][6] == f"{100 * statistics.stdev(ones) / statistics.mean(ones):.0f}%"
     assert [float(spread[0][i]) for i in (5, 8)] == pytest.approx([statistics.stdev(x) for x in (ones, lots)], abs=0.051)
     line = [line for line in tables.seeds(r).splitlines() if line.startswith("| 1 | best of 4 by pass@1 |")][0]
     assert [float(cell) for cell in line.strip(" |").split(" | ")[6:]] == pytest.approx([100 * x for x in best], abs=0.051)

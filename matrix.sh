@@ -119,7 +119,8 @@ case $SCALE in
     for lr in 2e-3 5e-4 1e-3 4e-3; do cells+=("$at sft+lr=$lr,sft-gold+lr=$lr"); done
     for lr in 1.5e-4 3e-4; do cells+=("$at mix+lr=$lr+sft_lr=1e-3,mix+lr=$lr+sft_lr=2e-3" "$on rl+lr=$lr,mix+lr=$lr+sft_lr=2e-3"); done
     cells+=("$on sft+lr=1e-3,sft+lr=2e-3,sft-gold+lr=2e-3,sft-gold+lr=4e-3" wait)
-    for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
+    for lr in 1.5e-4 7.5e-5 3e-4 6e-4; do cells+=("$at sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done
+    for lr in 1.5e-4 7.5e-5; do cells+=("$on sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
   why)  # with seeds that no record has: fewer questions, more steps, a larger model, other rates; and 256 answers of what the
     # record has made
     FINAL=0 toy=1 rates=() sizes=()

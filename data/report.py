@@ -22,17 +22,18 @@ OTHERS = ("sweep", "why", "why-many")  # folders of rows beside the records: on 
 SEEDS = 8  # what a verdict rests on
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)  # for the tail of Student's t
 MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
-RULES = """Fixed before the run: one primary contrast a finding, paired on the same questions and seeds. SE^2 =
-var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or 3 pre-training seeds the variance
-is taken within each (S - 2 or S - 3) and the interval is about these runs; from 4 on they are the replicates. p:
-two-sided for a difference, of two one-sided tests for an equivalence; Holm over the nine, not tested (no rows, or fewer
-than 8 seeds) is p = 1. A difference holds if p (Holm) < 0.05 with the claim's sign, is contradicted with the other. An
-equivalence holds if its 90% interval lies inside +-2 points, contradicted if outside (either is a one-sided p < 0.05), and
-Holm agrees. Brackets: 95%, or 90% for an equivalence, before Holm. `base`: the better of its shots, and the mean of its
-draws of shots and noise; against itself the draws are the seeds. The better shots and the best rival are those on the
-questions of the contrast. An arm is the end of its run. Middle checkpoint: the first with base pass@32 >= 30%, on
-validation if it has rows. A checkpoint with fewer than 8 seeds of an arm is left out where others have 8. Runs with
-question sets of their own (finding 7) each have their mean on them, with the variance of their questions."""
+RULES = """Fixed before the run (RESULTS.md lists what changed since): one primary contrast a finding, paired on the
+same questions and seeds. SE^2 = var(seed means)/S + var(question means)/Q; t with S - 1 degrees of freedom. With 2 or
+3 pre-training seeds the variance is taken within each (S - 2 or S - 3) and the interval is about these runs; from 4
+on they are the replicates. p: two-sided for a difference, of two one-sided tests for an equivalence; Holm over the
+nine, not tested (no rows, or fewer than 8 seeds) is p = 1. A difference holds if p (Holm) < 0.05 with the claim's
+sign, is contradicted with the other. An equivalence holds if its 90% interval lies inside +-2 points, contradicted if
+outside (either is a one-sided p < 0.05), and Holm agrees. Brackets: 95%, or 90% for an equivalence, before Holm.
+`base`: the better of its shots, and the mean of its draws of shots and noise; against itself the draws are the seeds.
+The better shots and the best rival are those on the questions of the contrast. An arm is the end of its run. Middle
+checkpoint: the first with base pass@32 >= 30%, on validation if it has rows. A checkpoint with fewer than 8 seeds of
+an arm is left out where others have 8. Runs with question sets of their own (finding 7) each have their mean on them,
+with the variance of their questions."""
 
 
 # ---- statistics ----

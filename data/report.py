@@ -29,11 +29,11 @@ on they are the replicates. p: two-sided for a difference, of two one-sided test
 nine, not tested (no rows, or fewer than 8 seeds) is p = 1. A difference holds if p (Holm) < 0.05 with the claim's
 sign, is contradicted with the other. An equivalence holds if its 90% interval lies inside +-2 points, contradicted if
 outside (either is a one-sided p < 0.05), and Holm agrees. Brackets: 95%, or 90% for an equivalence, before Holm.
-`base`: the better of its shots, and the mean of its draws of shots and noise; against itself the draws are the seeds.
-The better shots and the best rival are those on the questions of the contrast. An arm is the end of its run. Middle
-checkpoint: the first with base pass@32 >= 30%, on validation if it has rows. A checkpoint with fewer than 8 seeds of
-an arm is left out where others have 8. Runs with question sets of their own (finding 7) each have their mean on them,
-with the variance of their questions."""
+`base` is the number of shots that scores best on the questions of the contrast, averaged over its draws of shots and
+noise; against itself each draw is a replicate. The best rival is chosen on the same questions. An arm is the end of
+its run. Middle checkpoint: the first with base pass@32 >= 30%, on validation if it has rows. A checkpoint with fewer
+than 8 seeds of an arm is left out where others have 8. In finding 7 each pre-training run has questions of its own:
+means are taken within a run, with the variance of its questions, then over the runs."""
 
 
 # ---- statistics ----

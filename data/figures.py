@@ -204,10 +204,10 @@ def plot_steps(r, columns, path):
     for k, row in zip((1, 32), axes, strict=True):
         for axis, (title, t, benchmark, arms) in zip(row, columns, strict=True):
             for i, (name, look) in enumerate(arms.items()):
-                points = r.curve(name, t, f"pass@{k}", benchmark)
-                plot_band(axis, [*points], [*points.values()], band=False, **look | {"markersize": 4})
-                step, (mean, half) = max(points), bars(points[max(points)])  # the interval of the end, beside it
-                axis.vlines(step * (1.05 + 0.04 * i), max(mean - half, 0), min(mean + half, 100), color=look["color"])
+                if points := r.curve(name, t, f"pass@{k}", benchmark):
+                    plot_band(axis, [*points], [*points.values()], band=False, **look | {"markersize": 4})
+                    step, (mean, half) = max(points), bars(points[max(points)])  # the interval of the end, beside it
+                    axis.vlines(step * (1.05 + 0.04 * i), max(mean - half, 0), min(mean + half, 100), color=look["color"])
             axis.set_title(f"pass@{k}, {title}")
         row[0].set_ylabel("% (validation)")
     for axis in axes[-1]:

@@ -621,6 +621,21 @@ def test_the_committed_pages_are_what_the_report_writes(repository, monkeypatch,
     same_pages(ROOT, repository)
 
 
+def test_numbers_in_the_prose_are_in_the_tables():
+    """What is written by hand about the records has no decimal that the report does not print; whole numbers are rounded ones."""
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.md")}
+    written = {name: re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", "", text, flags=re.S) for name, text in pages.items()}
+    drawn = "".join(re.findall(r"<!-- [\w-]+ -->\n(.*?)<!-- /", "".join(pages.values()), re.S))
+    drawn += "".join(path.read_text() for path in sorted(committed().rglob("report.md")))
+    printed = set(re.findall(r"\d+\.\d+", drawn))
+    results = [written["RESULTS.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+               for title in ("Finding by finding", "Beyond the paper", "Explored afterwards")]  # fmt: skip
+    intro = written["README.md"].partition("\n![")[2].partition("\n## ")[0]
+    assert all(len(text) > 300 for text in (*results, intro))
+    unknown = [x for text in (*results, intro) for x in re.findall(r"(?<![v/.])\b\d+\.\d+", text) if x not in printed]
+    assert not unknown, unknown
+
+
 @pytest.mark.slow
 def test_the_command_draws_the_committed_report(repository):
     command = [sys.executable, "eval.py", "--report", repository / "results", "--json"]

@@ -15,7 +15,8 @@ from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics
 
 from data import checkpoint, problems
 
-STAGES = {stage: stage for stage in ("pretrain", "sft", "rl", "mix")} | {"text": "pretrain", "mix-text": "mix", "rl-flat": "rl"}  # -> its script
+STAGES = {stage: stage for stage in ("pretrain", "sft", "rl", "mix")}  # -> its script
+STAGES |= {"text": "pretrain", "mix-text": "mix", "rl-flat": "rl"}
 MICRO = 4  # rows a pass: so few that ranks have different numbers of passes
 
 

@@ -1,5 +1,7 @@
 """Figures, from what data/report.py has read: each is drawn if its rows are there."""
 
+from itertools import cycle
+
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -175,7 +177,7 @@ def draw_dynamics(r, folder):
     ks = (1, 2, 4, 8, 16, 32)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.8, 0.0, len(ks)))
     for row, t in zip(axes, tokens, strict=True):
-        for axis, (name, title) in zip(row, arms.items(), strict=False):
+        for axis, (name, title) in zip(row[:2], arms.items(), strict=True):
             for k, colour, marker in zip(ks, colours, "ov^sDP", strict=True):
                 if points := r.curve(name, t, f"pass@{k}"):
                     plot_band(axis, [*points], [*points.values()], band=k in (1, 32), color=colour, marker=marker, markersize=4,
@@ -195,9 +197,8 @@ def draw_dynamics(r, folder):
 
 def plot_steps(r, columns, path):
     """Validation pass@1 and pass@32 along training; columns [(title, tokens, benchmark, {arm: look})]."""
-    columns = [(*place, {name: look for name, look in arms.items() if r.curve(name, *place[1:2], "pass@1", place[2])})
-               for *place, arms in columns]  # fmt: skip
-    columns = [column for column in columns if column[3]]
+    drawn = [{name: look for name, look in arms.items() if r.curve(name, t, "pass@1", benchmark)} for _, t, benchmark, arms in columns]
+    columns = [(title, t, benchmark, arms) for (title, t, benchmark, _), arms in zip(columns, drawn, strict=True) if arms]
     if not columns:
         return None
     figure, axes = plt.subplots(2, len(columns), figsize=(WIDTH, 5), squeeze=False, sharex=True, sharey="row")
@@ -231,7 +232,7 @@ def draw_budget_more(r, folder):
         names = ["rl", *tables.shares(r, t), "mix-text"]
         colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(names)))
         looks = {name: {"color": colour, "marker": marker, "label": {"mix": f"mix share={report.SHARE}"}.get(name, name)}
-                 for name, colour, marker in zip(names, colours, "so^vDPX*<>"[: len(names)], strict=False)}  # fmt: skip
+                 for name, colour, marker in zip(names, colours, cycle("so^vDPX*<>"))}  # noqa: B905
         columns.append((f"shares, {tokens_name(t)}", t, r.main, looks | {"rl": style("rl"), "mix-text": style("mix-text")}))
     return plot_steps(r, columns, folder / "budget-more.png")
 
@@ -269,8 +270,7 @@ def draw_seeds(r, folder):
     runs = sorted({run for at in found.values() for run, _ in at})
     for row, (t, at) in zip(axes, found.items(), strict=True):
         for axis, (column, k) in zip(row, ((1, 1), (2, 32)), strict=True):
-            for i, run in enumerate(runs):  # more runs than colours are not told apart
-                colour, marker = [*STYLES.values()][1 + i % 6]
+            for run, (colour, marker) in zip(runs, cycle([*STYLES.values()][1:7])):  # noqa: B905  only six are told apart
                 points = 100 * np.array([values for unit, values in at.items() if unit[0] == run])
                 axis.plot(points[:, 0], points[:, column], marker, color=colour, markersize=5.5, linestyle="", fillstyle="none",
                           label=f"run {run}")  # fmt: skip
@@ -362,7 +362,7 @@ def draw_gone_on(r, folder):
         for axis, metric in zip(row, ("pass@1", "pass@32", "loss"), strict=True):
             for (name, path), aside in zip(paths.items(), (0, 0, -0.04, 0.04), strict=True):
                 scale, levels = (1 if metric == "loss" else 100), []
-                for (arm, measured), at in zip(path, (t, v), strict=False):
+                for (arm, measured), at in zip(path, (t, v)[: len(path)], strict=True):
                     arm, base = tables.bare(arm, metric), tables.bare("base", metric)
                     e, gap = r.level(arm, measured, metric), r.gap(metric, (1, arm, measured), (-1, base, at))
                     levels.append(gap if metric == "loss" else e and e._replace(se=gap.se if gap else 0, df=gap.df if gap else 0))

@@ -1,5 +1,6 @@
 """Figures, from what data/report.py has read: each is drawn if its rows are there."""
 
+import re
 from itertools import cycle
 
 import matplotlib
@@ -389,6 +390,28 @@ def draw_many(r, folder):
         axis.set_xticks([1, 4, 16, 64, 256], [1, 4, 16, 64, 256])
     axes[0, 0].set_ylabel("validation pass@k (%)")
     return save(figure, folder / "pass-k.png")
+
+
+def draw_questions(r, folder):
+    """pass@1 and pass@32 against the number of questions that an arm trains on, at the last checkpoint that has several."""
+    found = {}  # (questions, or inf for all of them; arm) -> its name, for each checkpoint
+    for t in r.tokens:
+        named = [re.fullmatch(r"(rl|sft|mix)(?:-(\d+)-questions)?", name) for name in r.names if r.rows("pass", name, t, r.main)]
+        found[t] = {(float(few[2] or "inf"), few[1]): few[0] for few in named if few}
+    t = max((t for t in found if len({few for few, _ in found[t]}) > 1), default=None)
+    if t is None:
+        return None
+    counts = sorted({few for few, _ in found[t]})
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
+    for axis, k in zip(axes, (1, 32), strict=True):
+        for i, arm in enumerate(dict.fromkeys(arm for _, arm in found[t])):
+            points = [(x, r.level(found[t][few, arm], t, f"pass@{k}")) for x, few in enumerate(counts) if (few, arm) in found[t]]
+            mean, half = np.array([bars(e) for _, e in points]).T
+            at = np.array([x for x, _ in points])
+            axis.errorbar(at + 0.06 * (i - 1), mean, half, capsize=2.5, elinewidth=1, **style(arm))
+        axis.set_xticks(range(len(counts)), ["all" if few == float("inf") else f"{few:.0f}" for few in counts])
+        axis.set(title=f"validation pass@{k} (%), {tokens_name(t)}", xlabel="training questions", ylim=(0, 100))
+    return save(figure, folder / "questions.png")
 
 
 def draw(r, folder):

@@ -18,7 +18,7 @@ RECIPES = ("base", "rl", "sft", "sft->rl", "mix", "sft-gold", "sft-gold->rl")  #
 ROLLOUTS = (5, 64)  # rows with one of these as "group" are arms of their own (finding 7); any other is the usual one
 SHARE = 0.5  # so are rows with a "share" that is not this one
 RATES = ("lr", "sft_lr")  # these make arms in the sweep only
-OTHERS = ("sweep", "why", "why-many")  # folders of rows beside the records: on validation questions, with tables of their own
+OTHERS = ("sweep", "sweep-again", "why", "why-many")  # rows beside the records: validation questions, tables of their own
 SEEDS = 8  # what a verdict rests on
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)  # for the tail of Student's t
 MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
@@ -550,7 +550,7 @@ def report(folder, json=False):
 
     A folder of rows is one record, or a sweep, which has a table and no findings. A folder with record-1, record-2, ... has as
     many, each with a report of its own by its own rows, and report.md beside them has them side by side, and what is in
-    sweep/, why/ and why-many/ (OTHERS); so have the marked blocks of README.md and RESULTS.md in the folder above.
+    sweep/, sweep-again/, why/ and why-many/ (OTHERS); so have the marked blocks of README.md and RESULTS.md in the folder above.
     ValueError: rows that cannot be read, a block that nobody knows.
     """
     from data import figures, tables  # here: matplotlib takes a second that no trainer should wait for
@@ -571,9 +571,11 @@ def report(folder, json=False):
         print("\n".join([path.name] * bool(found) + torn + tables.lines(record.verdicts)))
     if found:
         there = [name for name in OTHERS if (folder / name).is_dir()]
-        others = {name: sweep(folder / name) if name == "sweep" else Results(read(folder / name)[0]) for name in there}
+        others = {name: sweep(folder / name) if name.startswith("sweep") else Results(read(folder / name)[0]) for name in there}
         if "why-many" in others:
             figures.draw_many(others["why-many"], folder / "why-many")
+        if "why" in others:
+            figures.draw_questions(others["why"], folder / "why")
         blocks = tables.blocks(records, others)
         (folder / "report.md").write_text(tables.side_by_side(records, blocks))
         for path, text in marked.items():

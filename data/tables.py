@@ -8,8 +8,8 @@ import numpy as np
 from data import report
 from data.report import Missing, tokens_name
 
-BLOCKS = ("findings", "findings-short", "rules", "pooled", "room", "levels", "secondary", "sweep", "costs", "beyond", "seeds", "rollouts",
-          "why", "many")  # fmt: skip
+BLOCKS = ("findings", "findings-short", "rules", "pooled", "room", "levels", "secondary", "sweep", "sweep-again", "costs", "beyond",
+          "seeds", "rollouts", "why", "many")  # fmt: skip
 PARENT = {"rl": "base", "sft": "base", "sft->rl": "sft", "mix": "base", "sft-gold": "base", "sft-gold->rl": "sft-gold"}
 DETAILS = {"formatted": "in format %", "cut": "cut %", "answers": "different answers a question", "probability":
            "probability of the right choice %", "log_prob": "log-prob a token (nats)",
@@ -498,10 +498,11 @@ def blocks(records, others):
         found = {name: block(record.results) for name, record in records.items()}
         return "\n".join(f"{spoken(name).capitalize()}:\n\n{text}" for name, text in found.items() if text) or none
 
-    sweep, tried, lots = (others.get(name) for name in report.OTHERS)
+    sweep, again, tried, lots = (others.get(name) for name in report.OTHERS)
+    sweeps = [sweep_table(rows) if rows else none for rows in (sweep, again)]
     texts = (findings(records), findings(records, short=True), report.RULES + "\n", pooled(records), each(room), each(levels),
-             all_secondary(records), sweep_table(sweep) if sweep else none, costs(records, others), each(beyond), each(seeds),
-             each(rollouts), why(tried) if tried else none, many(lots) if lots else none)
+             all_secondary(records), *sweeps, costs(records, others), each(beyond), each(seeds), each(rollouts),
+             why(tried) if tried else none, many(lots) if lots else none)
     return dict(zip(BLOCKS, texts, strict=True))
 
 

@@ -153,6 +153,7 @@ def made(tmp_path_factory):
     write(folder / "record-1", record())
     write(folder / "record-2", record(-1.5, everything=False))
     write(folder / "sweep", sweep_rows())
+    write(folder / "sweep-again", [row for row in sweep_rows() if row["recipe"] != "mix"])
     for name, rows in zip(("why", "why-many"), why_rows(), strict=True):
         write(folder / name, rows)
     marks = "\n\n".join(f"<!-- {name} -->\nan old number: 12.3\n<!-- /{name} -->" for name in tables.BLOCKS)
@@ -243,7 +244,7 @@ def test_what_was_explored_afterwards_has_tables_of_its_own(made):
     at = [100 * statistics.fmean(1 - comb(256 - c, k) / comb(256, k) for c in counts) for k in (1, 32, 160)]  # 160 = 32 / 0.2
     shown = [float(cell.split(" ")[0]) for cell in base[4:]]
     assert shown == pytest.approx(at, abs=0.051) and base[6].endswith("(k = 160)") and rl[6].endswith("(k = 32)")
-    assert (made[0] / "why-many/pass-k.png").stat().st_size > 5000
+    assert (made[0] / "why-many/pass-k.png").stat().st_size > 5000 and (made[0] / "why/questions.png").stat().st_size > 5000
 
 
 def test_blocks_are_replaced_and_a_second_run_changes_nothing(made, copy):
@@ -284,6 +285,7 @@ def test_the_sweep_has_an_arm_a_rate_and_marks_the_highest_pass_at_1(made, tmp_p
     for line, rate in zip(lines, counts, strict=False):
         assert f"| {100 * statistics.mean(counts[rate]) / 32:.1f} / " in line
         assert line.endswith("| chosen |") == (rate == 3e-4)
+    assert block((made[0].parent / "RESULTS.md").read_text(), "sweep-again").splitlines()[2:] == lines[:3]
 
 
 def test_a_setting_that_was_tried_at_more_checkpoints_is_chosen(tmp_path):
@@ -368,9 +370,10 @@ def test_validation_rows_of_the_base_name_the_middle_and_what_decides(everything
 
 def test_costs_count_each_run_once(made):
     lines = block((made[0].parent / "RESULTS.md").read_text(), "costs").splitlines()
-    assert "| pre-training |  | 2 / 80 / 4.00e+12 | 2 / 80 / 4.00e+12 | - | - |" in lines  # of 3 checkpoints, 8 draws, 3 shots
-    assert "| rl | easy | 40 / 1,600 / 8.00e+13 | 24 / 960 / 4.80e+13 | 3 / 120 / 6.00e+12 | 4 / 160 / 8.00e+12 |" in lines
-    assert "| rl n=5 | split-hard | 8 / 320 / 1.60e+13 | - | - | - |" in lines
+    assert "| pre-training |  | 2 / 80 / 4.00e+12 | 2 / 80 / 4.00e+12 | - | - | - |" in lines  # of 3 checkpoints, 8 draws, 3 shots
+    sweeps = "3 / 120 / 6.00e+12 | 3 / 120 / 6.00e+12"
+    assert f"| rl | easy | 40 / 1,600 / 8.00e+13 | 24 / 960 / 4.80e+13 | {sweeps} | 4 / 160 / 8.00e+12 |" in lines
+    assert "| rl n=5 | split-hard | 8 / 320 / 1.60e+13 | - | - | - | - |" in lines
     runs = 6 + 16 + 6 * 24 + 3 * 8 + 4 * 8 + 8 * 4
     assert any(line.startswith(f"| all |  | {runs} / {40 * runs:,} / ") for line in lines)
 

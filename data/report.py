@@ -262,8 +262,9 @@ class Results:
     def arm(self, name, tokens, metric, split=None):
         """-> {(pre-training seed, seed): {(benchmark, question): value}}; of `base` also its mean, at seed None.
 
-        metric: "pass@8", "accuracy", "loss" (of text), "solved" (any of n right), or "easy+hard pass@1": benchmarks of the
-        same weight. name: "rl {data}" and "rl {size}" are rl in the other world and as the other model.
+        metric: "pass@8", "accuracy", "loss" (of text), "solved" (any of n right), "in-format@32" (pass@k at the k of which, by
+        the row's share, 32 have the format), or "easy+hard pass@1": benchmarks of the same weight. name: "rl {data}" and
+        "rl {size}" are rl in the other world and as the other model.
         """
         name = name.format(data=self.data, size=self.size)
         *chosen, what = metric.split()
@@ -298,7 +299,10 @@ class Results:
             return {what: row[what]}
         if what in ("accuracy", "loss"):
             return dict(enumerate(map(float, row["right" if what == "accuracy" else "losses"])))
-        k = row["n"] if what == "solved" else int(what.removeprefix("pass@"))
+        if what.startswith("in-format@"):  # pass@k at the k of which so many have the format, on average
+            k = round(int(what.removeprefix("in-format@")) / max(row["formatted"], 1 / row["n"]))
+        else:
+            k = row["n"] if what == "solved" else int(what.removeprefix("pass@"))
         if row["n"] < k:
             raise Missing(f"no {what} from {row['n']} answers a question")
         return dict(zip(row["ids"], pass_at_k(row["n"], row["correct"], k).tolist(), strict=True))

@@ -364,14 +364,16 @@ def why(r):
 
 def many(r):
     """pass@k of many answers a question, also at as many answers in format as 32 of a model that knows it."""
-    rows = []
+    rows, most = [], min(row["n"] for row in r.all if row["kind"] == "pass")
     for t, name in ((t, name) for t in r.tokens for name in filter(with_shots, r.names)):
-        if found := [*r.rows("pass", name, t, r.main).values()]:
-            formatted = float(np.mean([row["formatted"] for row in found]))
-            k = min(round(32 / formatted), min(row["n"] for row in found)) if formatted else 0
-            cells = [shown(r.level(name, t, f"pass@{k}")) for k in (1, 32, *[k] * bool(k))]
-            rows.append([tokens_name(t), name, len(found), f"{100 * formatted:.0f}", *cells[:2], f"{cells[2]} (k = {k})" if k else "-"])
-    return table(["tokens", "arm", "runs", "in format %", "pass@1", "pass@32", "pass@k, 32 in format"], rows) if rows else ""
+        if found := r.rows("pass", name, t, r.main):
+            share = 100 * float(np.mean([row["formatted"] for row in found.values()]))
+            fair, less = r.level(name, t, "in-format@32"), r.gap("in-format@32", *report.minus("rl", name, [t])) if name != "rl" else None
+            runs = [f"{run}: {100 * mean:.1f}" for run, mean in fair.runs.items()] if fair else []
+            rows.append([tokens_name(t), name, len(found), f"{share:.0f}", *(shown(r.level(name, t, f"pass@{k}")) for k in (1, 32, most)),
+                         shown(fair), ", ".join(runs), shown(less, sign="+") if name != "rl" else ""])  # fmt: skip
+    header = ["in format %", "pass@1", "pass@32", f"pass@{most}", "32 in format: pass@k", "by run", "rl - it"]
+    return table(["tokens", "arm", "runs", *header], rows) if rows else ""
 
 
 # ---- all records ----

@@ -241,9 +241,10 @@ def test_what_was_explored_afterwards_has_tables_of_its_own(made):
     base, rl = [line.strip("| ").split(" | ") for line in block(text, "many").splitlines()[2:]]
     assert base[:4] == ["4M", "base 0-shot", "1", "20"] and rl[:4] == ["4M", "rl", "1", "100"]
     counts = next(row for row in why_rows()[1] if row["recipe"] == "base")["correct"]
-    at = [100 * statistics.fmean(1 - comb(256 - c, k) / comb(256, k) for c in counts) for k in (1, 32, 160)]  # 160 = 32 / 0.2
-    shown = [float(cell.split(" ")[0]) for cell in base[4:]]
-    assert shown == pytest.approx(at, abs=0.051) and base[6].endswith("(k = 160)") and rl[6].endswith("(k = 32)")
+    at = [100 * statistics.fmean(1 - comb(256 - c, k) / comb(256, k) for c in counts) for k in (1, 32, 256, 160)]  # 160 = 32 / 0.2
+    assert [float(cell.split(" ")[0]) for cell in base[4:8]] == pytest.approx(at, abs=0.051)
+    assert base[8] == f"0: {base[7].split(' ')[0]}" and rl[7] == rl[5] and len(rl) == 9  # itself: no difference
+    assert float(base[9].split(" ")[0]) == pytest.approx(float(rl[7].split(" ")[0]) - at[3], abs=0.11)
     assert (made[0] / "why-many/pass-k.png").stat().st_size > 5000 and (made[0] / "why/questions.png").stat().st_size > 5000
 
 

@@ -123,20 +123,23 @@ case $SCALE in
     for lr in 1.5e-4 7.5e-5; do cells+=("$on sft-rl+lr=$lr,sft-gold-rl+lr=$lr"); done ;;
   why)  # with seeds that no record has: fewer questions, more steps, a larger model, other rates; and 256 answers of what the
     # record has made
-    FINAL=0 toy=1 rates=() sizes=()
+    FINAL=0 toy=1 rates=() sizes=() longer=()
     for run in $(seq $((10 * RECORD)) $((10 * RECORD + PRETRAIN - 1))); do
       at=$OUT/p$run/step own=$(seeds 90 94 $run)
       models+=("p$run $DATA-p$run $run --save_steps $MIDDLE,$FIRST" "p$run-large $DATA-p$run $run $WIDER")
-      cells+=("$at$LAST.pt $own rl,sft,mix")
-      for count in 50 100 200; do  # as many updates as with 400
-        few="+limit=$count" name=$count-questions
-        cells+=("$at$LAST.pt $own rl$few+recipe=rl-$name,sft$few+steps=125+recipe=sft-$name,mix$few+recipe=mix-$name")
+      for step in $LAST $MIDDLE; do
+        cells+=("$at$step.pt $own rl,sft,mix,rl+steps=240+recipe=rl-240-steps")
+        for count in 50 100 200; do  # as many updates as with 400
+          few="+limit=$count" name=$count-questions
+          cells+=("$at$step.pt $own rl$few+recipe=rl-$name,sft$few+steps=125+recipe=sft-$name,mix$few+recipe=mix-$name")
+        done
       done
-      cells+=("$at$LAST.pt $own rl+steps=240+recipe=rl-240-steps,mix+lr=6e-4+recipe=mix-lr-6e-4,mix+sft_lr=4e-3+recipe=mix-sft_lr-4e-3")
+      cells+=("$at$LAST.pt $own mix+lr=6e-4+recipe=mix-lr-6e-4,mix+sft_lr=4e-3+recipe=mix-sft_lr-4e-3")
       for step in $MIDDLE $LAST; do cells+=("$at$step.pt $(seeds 0 4 $run) many"); done
-      rates+=("$at$LAST.pt $own rl-n5,rl-n64,rl-n64+lr=3e-4+recipe=rl-lr-3e-4") sizes+=("$OUT/p$run-large/step$LAST.pt $own rl,sft")
+      rates+=("$at$LAST.pt $own rl-n5,rl-n64,rl-n64+lr=3e-4+recipe=rl-lr-3e-4")
+      longer+=("$at$LAST.pt $own rl-n64+steps=512+eval_every=64+recipe=rl-512-steps") sizes+=("$OUT/p$run-large/step$LAST.pt $own rl,sft")
     done
-    cells+=(wait "${rates[@]}" wait "${sizes[@]}") ;;
+    cells+=(wait "${rates[@]}" wait "${sizes[@]}" wait "${longer[@]}") ;;
   smoke)
     FIRST="" MIDDLE=20 LAST=40 SPLIT_FLAGS="--levels 0,64"  # nothing is solved yet
     TEXT="--tokens 100000 --val_tokens 20000 --train_questions 64 --val_questions 16 --test_questions 16 --task_items 50"

@@ -254,7 +254,8 @@ def test_matrix_that_is_stopped_goes_on(tmp_path):
     env = os.environ | {"SCALE": "smoke", "OUT": str(tmp_path / "ckpt"), "DATA": str(tmp_path / "data"), "PYTHON": sys.executable}
 
     def matrix():
-        return subprocess.Popen(["bash", "matrix.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(["bash", "matrix.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests in the background ignore it
 
     for number, metrics in ((signal.SIGTERM, "step40.pt"), (signal.SIGINT, "step20-*.pt")):
         process = matrix()

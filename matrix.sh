@@ -230,7 +230,7 @@ chain() {  # CHECKPOINT RECIPE SEED [QUESTIONS]
       run "$PYTHON" data/prepare.py split --questions "$4" --samples "$folder/samples/$(basename "${1%.pt}").jsonl" \
         --out "$folder/split" $SPLIT_FLAGS ;;
     rl | rl-n5 | rl-n64)
-      case $recipe in rl-n5) more+=" $N5" ;; rl-n64) more+=" $N64" ;; esac
+      case $recipe in rl-n5) more="$N5$more" ;; rl-n64) more="$N64$more" ;; esac
       run "${start[@]}" rl.py --init "$1" --out "$to.pt" $questions $RL $more $go && measure "$to.pt" ;;
     sft) run "${start[@]}" sft.py --init "$1" --out "$to.pt" $questions $SFT $more $go && measure "$to.pt" ;;
     sft-gold) run "${start[@]}" sft.py --init "$1" --out "$to.pt" --solutions all $questions $GOLD $more $go && measure "$to.pt" ;;

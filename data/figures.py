@@ -393,24 +393,28 @@ def draw_many(r, folder):
 
 
 def draw_questions(r, folder):
-    """pass@1 and pass@32 against the number of questions that an arm trains on, at the last checkpoint that has several."""
-    found = {}  # (questions, or inf for all of them; arm) -> its name, for each checkpoint
+    """pass@1 and pass@32 against the number of questions that an arm trains on, a row a checkpoint that has several."""
+    found = {}  # tokens -> {(questions, or inf for all of them; arm): its name}
     for t in r.tokens:
         named = [re.fullmatch(r"(rl|sft|mix)(?:-(\d+)-questions)?", name) for name in r.names if r.rows("pass", name, t, r.main)]
-        found[t] = {(float(few[2] or "inf"), few[1]): few[0] for few in named if few}
-    t = max((t for t in found if len({few for few, _ in found[t]}) > 1), default=None)
-    if t is None:
+        arms = {(float(few[2] or "inf"), few[1]): few[0] for few in named if few}
+        if len({few for few, _ in arms}) > 1:
+            found[t] = arms
+    if not found:
         return None
-    counts = sorted({few for few, _ in found[t]})
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
-    for axis, k in zip(axes, (1, 32), strict=True):
-        for i, arm in enumerate(dict.fromkeys(arm for _, arm in found[t])):
-            points = [(x, r.level(found[t][few, arm], t, f"pass@{k}")) for x, few in enumerate(counts) if (few, arm) in found[t]]
-            mean, half = np.array([bars(e) for _, e in points]).T
-            at = np.array([x for x, _ in points])
-            axis.errorbar(at + 0.06 * (i - 1), mean, half, capsize=2.5, elinewidth=1, **style(arm))
-        axis.set_xticks(range(len(counts)), ["all" if few == float("inf") else f"{few:.0f}" for few in counts])
-        axis.set(title=f"validation pass@{k} (%), {tokens_name(t)}", xlabel="training questions", ylim=(0, 100))
+    figure, axes = plt.subplots(len(found), 2, figsize=(WIDTH, 0.8 + 2.6 * len(found)), squeeze=False)
+    for row, (t, names) in zip(axes, found.items(), strict=True):
+        counts = sorted({few for few, _ in names})
+        for axis, k in zip(row, (1, 32), strict=True):
+            for i, arm in enumerate(dict.fromkeys(arm for _, arm in names)):
+                points = [(x, r.level(names[few, arm], t, f"pass@{k}")) for x, few in enumerate(counts) if (few, arm) in names]
+                mean, half = np.array([bars(e) for _, e in points]).T
+                at = np.array([x for x, _ in points])
+                axis.errorbar(at + 0.06 * (i - 1), mean, half, capsize=2.5, elinewidth=1, **style(arm))
+            axis.set_xticks(range(len(counts)), ["all" if few == float("inf") else f"{few:.0f}" for few in counts])
+            axis.set(title=f"validation pass@{k} (%), {tokens_name(t)}", ylim=(0, 100))
+    for axis in axes[-1]:
+        axis.set_xlabel("training questions")
     return save(figure, folder / "questions.png")
 
 

@@ -132,6 +132,7 @@ case $SCALE in
         for count in 50 100 200; do  # as many updates as with 400
           few="+limit=$count" name=$count-questions
           cells+=("$at$step.pt $own rl$few+recipe=rl-$name,sft$few+steps=125+recipe=sft-$name,mix$few+recipe=mix-$name")
+          cells+=("$at$step.pt $own sft$few+recipe=sft-$name-5-epochs")
         done
       done
       cells+=("$at$LAST.pt $own mix+lr=6e-4+recipe=mix-lr-6e-4,mix+sft_lr=4e-3+recipe=mix-sft_lr-4e-3")

@@ -396,8 +396,11 @@ def draw_questions(r, folder):
     """pass@1 and pass@32 against the number of questions that an arm trains on, a row a checkpoint that has several."""
     found = {}  # tokens -> {(questions, or inf for all of them; arm): its name}
     for t in r.tokens:
-        named = [re.fullmatch(r"(rl|sft|mix)(?:-(\d+)-questions)?", name) for name in r.names if r.rows("pass", name, t, r.main)]
-        arms = {(float(few[2] or "inf"), few[1]): few[0] for few in named if few}
+        there = [name for name in r.names if r.rows("pass", name, t, r.main)]
+        named = [re.fullmatch(r"(rl|sft|mix)(?:-(\d+)-questions(-5-epochs)?)?", name) for name in there]
+        arms = {(float(few[2] or "inf"), few[1] + (few[3] or "")): few[0] for few in named if few}
+        if any(arm == "sft-5-epochs" for _, arm in arms):  # all of the questions are seen five times
+            arms[float("inf"), "sft-5-epochs"] = "sft"
         if len({few for few, _ in arms}) > 1:
             found[t] = arms
     if not found:
@@ -410,7 +413,10 @@ def draw_questions(r, folder):
                 points = [(x, r.level(names[few, arm], t, f"pass@{k}")) for x, few in enumerate(counts) if (few, arm) in names]
                 mean, half = np.array([bars(e) for _, e in points]).T
                 at = np.array([x for x, _ in points])
-                axis.errorbar(at + 0.06 * (i - 1), mean, half, capsize=2.5, elinewidth=1, **style(arm))
+                look = style(arm.partition("-")[0])
+                if arm == "sft-5-epochs":
+                    look |= {"label": "sft, 5 epochs", "linestyle": "--", "markerfacecolor": "white"}
+                axis.errorbar(at + 0.06 * (i - 1.5), mean, half, capsize=2.5, elinewidth=1, **look)
             axis.set_xticks(range(len(counts)), ["all" if few == float("inf") else f"{few:.0f}" for few in counts])
             axis.set(title=f"validation pass@{k} (%), {tokens_name(t)}", ylim=(0, 100))
     for axis in axes[-1]:

@@ -342,22 +342,23 @@ def beyond(r):
 
 
 # ---- explored after a record ----
-def rival(name, names):
+def rivals(name, names):
     """What an arm that was tried afterwards is compared with: SFT under the same change, or else as it is; 5 answers for 64."""
     if name.endswith(" n=64"):
-        return "rl n=5"
+        return ["rl n=5"]
     recipe, _, where = name.partition(" ")
     change = recipe.partition("-")[2]
-    found = [" ".join(filter(None, (peer, where))) for peer in (f"sft-{change}", "sft")]
-    return next((peer for peer in found if peer in names), None)
+    same = [peer for peer in names if change and re.fullmatch(rf"sft-{change}(-\d+-epochs)?", peer)]
+    return same or [peer for peer in names if peer == " ".join(filter(None, ("sft", where)))]
 
 
 def why(r):
-    """Levels, and differences to each arm's rival."""
+    """Levels, and differences to each arm's rivals."""
     rows = []
     for t, name in ((t, name) for t in r.tokens for name in r.names if re.match("(rl|mix)\\b", name)):
-        if (peer := rival(name, r.names)) and any(gaps := [r.gap(f"pass@{k}", *report.minus(name, peer, [t])) for k in (1, 8, 32)]):
-            rows.append([tokens_name(t), f"{name} - {peer}", gaps[0].seeds, *(shown(e, sign="+") for e in gaps)])
+        for peer in rivals(name, r.names):
+            if any(gaps := [r.gap(f"pass@{k}", *report.minus(name, peer, [t])) for k in (1, 8, 32)]):
+                rows.append([tokens_name(t), f"{name} - {peer}", gaps[0].seeds, *(shown(e, sign="+") for e in gaps)])
     differences = table(["tokens", "difference", "seeds", "pass@1", "pass@8", "pass@32"], rows) if rows else ""
     return "\n".join(filter(None, (differences, levels(r))))
 

@@ -237,7 +237,10 @@ def test_what_was_explored_afterwards_has_tables_of_its_own(made):
     for _, name, seeds, one, *_ in differences:
         first, second = (statistics.fmean(ones[arm]) for arm in name.split(" - "))
         assert seeds == "4" and float(one.split(" ±")[0]) == pytest.approx(first - second, abs=0.051)
-    assert tables.rival("rl-lr-3e-4 n=64", ["sft"]) == "rl n=5" and tables.rival("mix as wide", ["sft", "sft as wide"]) == "sft as wide"
+    assert tables.rivals("rl-lr-3e-4 n=64", ["sft"]) == ["rl n=5"]
+    assert tables.rivals("mix as wide", ["sft", "sft as wide"]) == ["sft as wide"]
+    few = ["sft", "sft-5-questions", "sft-5-questions-9-epochs", "sft-50-questions"]
+    assert tables.rivals("rl-5-questions", few) == few[1:3] and tables.rivals("mix-lr-6e-4", few) == ["sft"]
     base, rl = [line.strip("| ").split(" | ") for line in block(text, "many").splitlines()[2:]]
     assert base[:4] == ["4M", "base 0-shot", "1", "20"] and rl[:4] == ["4M", "rl", "1", "100"]
     counts = next(row for row in why_rows()[1] if row["recipe"] == "base")["correct"]

@@ -369,10 +369,11 @@ def many(r):
     for t, name in ((t, name) for t in r.tokens for name in filter(with_shots, r.names)):
         if found := r.rows("pass", name, t, r.main):
             share = 100 * float(np.mean([row["formatted"] for row in found.values()]))
-            fair, less = r.level(name, t, "in-format@32"), r.gap("in-format@32", *report.minus("rl", name, [t])) if name != "rl" else None
+            fair = r.level(name, t, "in-format@32")
+            less = "" if name == "rl" else shown(r.gap("in-format@32", *report.minus("rl", name, [t])), sign="+")
             runs = [f"{run}: {100 * mean:.1f}" for run, mean in fair.runs.items()] if fair else []
             rows.append([tokens_name(t), name, len(found), f"{share:.0f}", *(shown(r.level(name, t, f"pass@{k}")) for k in (1, 32, most)),
-                         shown(fair), ", ".join(runs), shown(less, sign="+") if name != "rl" else ""])  # fmt: skip
+                         shown(fair), ", ".join(runs), less])  # fmt: skip
     header = ["in format %", "pass@1", "pass@32", f"pass@{most}", "32 in format: pass@k", "by run", "rl - it"]
     return table(["tokens", "arm", "runs", *header], rows) if rows else ""
 

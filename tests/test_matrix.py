@@ -71,6 +71,19 @@ def test_wrong_flag():
     assert done.returncode == 2 and "no flag --dryrun, there is --dry_run" in done.stderr
 
 
+def test_flags_of_a_variant_come_last():
+    """argparse takes the last one: rl-n64+steps=7 is 7 steps, not the 40 that 64 rollouts have. Seen to fail in the other order."""
+    script = """source <(sed -n '/^chain()/,/^}/p' matrix.sh)
+        run() { echo "$@"; }; cell_name() { echo cell; }; cell_rows() { echo rows; }
+        start=(python) toy="" DATA=d RL="--steps 60" N64="--group 64 --steps 40" EVAL=""
+        chain ckpt/p0/step1.pt rl-n64+steps=7+lr=1e-4 0"""
+    done = subprocess.run(["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    words = done.stdout.splitlines()[0].split()
+    assert done.returncode == 0 and words[:2] == ["python", "rl.py"]
+    assert {name: words[len(words) - words[::-1].index(name)] for name in ("--steps", "--group", "--lr")} == {
+        "--steps": "7", "--group": "64", "--lr": "1e-4"}  # fmt: skip
+
+
 @pytest.mark.parametrize("scale, count", [("smoke", 27), ("gsm8k", 26)])
 def test_dry_run_prices_every_command_and_runs_none(tmp_path, scale, count):
     (tmp_path / "gsm8k").mkdir()

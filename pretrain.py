@@ -1,209 +1,293 @@
-"""Pre-train OLMo2 from scratch on token shards and keep the checkpoints M_t that everything else starts from.
+"""Pre-train OLMo2 from scratch on token shards; keep the checkpoints M_t that all else starts from.
 
     python pretrain.py --data data/out/toy --out ckpt/toy
     torchrun --nproc_per_node 8 pretrain.py --preset 1b --data data/out/dolmino --out ckpt/1b
-    python pretrain.py --data data/out/toy --init ckpt/toy/step1367-rl.pt --tokens 1.4M       # -> ckpt/toy/step1367-rl-text/
+    python pretrain.py --data data/out/toy --init ckpt/toy/step1367-rl.pt --tokens 1.4M
 
-Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt. With --init the text goes on
-where the pre-training of that checkpoint stopped, whatever came after it; the optimizer and its schedule begin anew.
+Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt. With
+--init the text goes on where the pre-training of that checkpoint stopped, whatever came after it;
+the optimizer and its schedule begin anew.
 """
 
+import functools
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.profiler import record_function
 
-from data import checkpoint, ranks, run, tokens
+import common
+from common import Count, NonNegative, Positive, Whole
+from data import tokens
 from eval import held_out_losses
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
-# what depends on the size of the model; a flag overrides it
-SIZES = {
-    "toy": dict(tokens=7_000_000, batch_tokens=2048, length=128, lr=4e-3, weight_decay=0.05, warmup=100, embed_std=0.5),
-    "paper": dict(tokens=50_000_000_000, batch_tokens=2_097_152, length=4096, lr=4e-4, weight_decay=0.1, warmup=2000, embed_std=0.02),
+
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Shared):
+    data: str = "data/out/toy"  # folder of token shards, train_*.bin and val_*.bin
+    out: str = ""  # folder for step*.pt (default: ckpt/toy, with --init INIT-text)
+    init: str = ""  # checkpoint whose weights to go on with (default: new weights)
+    recipe: str = "text"  # with --init: name in rows and reports
+    questions: str = ""  # questions that later stages take (default: DATA/easy if it is there)
+    tasks: str = ""  # general-capability tasks that eval.py takes (default: DATA/tasks)
+    preset: str = "toy"  # toy, toy-large, 190m, 1b or 4b; with --init what that is
+    tokens: Count = 7_000_000  # length of the run, without what --init has read
+    save_tokens: tuple[Count, ...] = ()  # keep a checkpoint at these token counts, besides the last
+    save_steps: tuple[Count, ...] = ()  # the same, in steps
+    batch_tokens: Count = 2048  # tokens per step over all ranks
+    length: Count = 128  # tokens per row; with --init as before: another one is another order
+    doc_mask: bool = False  # attention and positions stay inside a document; paper: not given
+    micro: Count = 32
+    lr: Positive = 4e-3  # peak learning rate, cosine to a tenth
+    warmup: Whole = 100  # steps of linear warm-up
+    weight_decay: NonNegative = 0.05  # on everything but the embedding
+    # Initial std of the embedding. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS
+    # 0.02: a short run spends its first half on making the embedding heard.
+    embed_std: Positive = 0.5  # compare held_out in the metrics with --embed_std 0.02, OLMo2's
+    z_loss: NonNegative = 1e-5  # OLMo2: keeps the log-normaliser near 0
+    clip: NonNegative = 1.0  # largest norm of the gradient (0: any)
+    eval_every: Whole = 200  # steps between losses on the held-out text
+    eval_rows: Count = 64  # rows of held-out text
+    save_every: Count = 200
+    verify: bool = True  # read all the text once and compare its checksums (1 GB/s per rank)
+    seed: Whole = 0  # initial weights and order of the text; with --init the name of the run
+    # TFLOP/s of one device in bf16, for the mfu in the metrics
+    peak_tflops: NonNegative = 0.0  # 0: known for the cards in PEAK, else no mfu
+
+
+# What the paper's sizes get instead.
+PAPER = dict(
+    tokens=50_000_000_000,  # paper: 50B
+    batch_tokens=2_097_152,  # paper: 512 x 4096
+    length=4096,
+    lr=4e-4,  # paper: peak 4e-4, cosine
+    warmup=2000,  # OLMo2; the paper does not say
+    weight_decay=0.1,  # OLMo2
+    embed_std=0.02,  # OLMo2
+)
+
+# TFLOP/s of dense bf16 products, NVIDIA's data sheets; the first name that occurs in the GPU's
+PEAK = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
 }
 
 
-# TFLOP/s of dense bf16 products, NVIDIA's data sheets; the first name that occurs in the GPU's
-PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
+# -------------------------------------------------------------------------------- before the run
 
 
-@dataclass(frozen=True)
-class Config:
-    data: str = "data/out/toy"  # folder of token shards, train_*.bin and val_*.bin
-    out: str | None = None  # folder for step*.pt (ckpt/toy, with --init INIT-text)
-    init: str | None = None  # checkpoint whose weights to go on with (default: new weights)
-    questions: str = ""  # questions that later stages take by default (default: DATA/easy if it is there)
-    tasks: str = ""  # general-capability tasks that eval.py takes by default (default: DATA/tasks if it is there)
-    preset: str | None = None  # toy, toy-large, 190m, 1b or 4b (toy; with --init what that is)
-    tokens: int | None = None  # length of the run, without what --init has read (toy 7M; paper: 50B)
-    save_tokens: tuple[int, ...] = ()  # keep a checkpoint at these token counts, besides the last
-    save_steps: tuple[int, ...] = ()  # the same, in steps
-    batch_tokens: int | None = None  # tokens a step over all ranks (toy 2048; paper: 512 x 4096)
-    length: int | None = None  # tokens a row (toy 128; paper: 4096; with --init as before: another length is another order)
-    doc_mask: bool = False  # attention and positions stay inside a document (the end-of-text id ends one); paper: not given
-    micro: int = 32  # rows a forward pass; never changes the result
-    lr: float | None = None  # peak learning rate (toy 4e-3; paper: 4e-4, cosine)
-    warmup: int | None = None  # steps of linear warm-up (toy 100; paper: not given, OLMo2: 2000)
-    weight_decay: float | None = None  # on everything but the embedding (toy 0.05; OLMo2: 0.1)
-    # OLMo2: 0.02. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS 0.02: a short run spends its first half
-    # on making the embedding heard. Try --embed_std 0.02 beside the default and compare held_out in the metrics.
-    embed_std: float | None = None  # initial std of the embedding (toy 0.5; OLMo2: 0.02)
-    z_loss: float = 1e-5  # OLMo2: keeps the log-normaliser near 0
-    clip: float = 1.0  # largest gradient norm (0: any)
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
-    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
-    eval_every: int = 200  # steps between losses on the held-out text
-    eval_rows: int = 64  # rows of held-out text
-    save_every: int = 200  # steps between states for --resume
-    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
-    verify: bool = True  # read all the text once and compare its checksums (1 GB/s a rank)
-    compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
-    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
-    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
-    seed: int | None = None  # initial weights and order of the text (0); with --init only the run's name (default: that of INIT)
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
-    peak_tflops: float = 0.0  # TFLOP/s of one device, for the mfu in the metrics (0: known for A100, H100 and H200, else no mfu)
-    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
-    resume: bool = False  # go on from the last saved state; starts afresh if there is none
-    overwrite: bool = False  # replace what is there
+def configure(given: dict):
+    """The Config, and the checkpoint of --init (None without).
 
-
-def ready(rows, cfg, world, end):
-    """Rows (B, length + 1) for the model: ids, and with --doc_mask where documents start; in memory that a GPU reads on its own."""
-    both = torch.from_numpy(rows), torch.from_numpy(tokens.document_starts(rows, end)) if cfg.doc_mask else None
-    return [x.pin_memory() if x is not None and world.device.type == "cuda" else x for x in both]
-
-
-def here(part, world):
-    return [x if x is None else x.to(world.device, non_blocking=True) for x in part]
-
-
-def peak_flops(cfg, world) -> float:
-    """FLOP/s that the devices of all ranks could do together; 0 if that is not known."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    return world.size * 1e12 * (cfg.peak_tflops or next((peak for part, peak in PEAK.items() if part in name), 0))
-
-
-def defaults(cfg, parent: dict) -> dict:
-    """What the flags leave open, by the size of the model and, with --init, by the meta of that checkpoint."""
-    preset = parent.get("preset", cfg.preset or "toy")
-    sizes = SIZES["toy" if preset.startswith("toy") else "paper"] | {"preset": preset, "out": "ckpt/toy", "seed": 0}
+    What was not given follows from the size of the model and, with --init, from that checkpoint.
+    """
+    before = common.load(given["init"]) if given.get("init") else None
+    parent = before["meta"] if before else {}
+    preset = given.get("plan") or given.get("preset", parent.get("preset", Config.preset))
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+    if parent and (preset != parent["preset"] or "embed_std" in given):
+        raise ValueError(
+            f"{given['init']} has weights, of preset {parent['preset']}: "
+            "--preset and --embed_std are for new ones"
+        )
+    defaults = dict(PAPER) if common.paper_size(preset) else {}
+    defaults |= {"preset": preset, "out": "ckpt/toy"}
     if parent:
-        sizes |= {"length": parent["length"], "seed": parent["seed"], "out": f"{Path(cfg.init).with_suffix('')}-text", "embed_std": None}
-    return sizes
+        out = f"{Path(given['init']).with_suffix('')}-text"
+        defaults |= {"length": parent["length"], "seed": parent["seed"], "out": out}
+    return Config(**(defaults | given)), before
 
 
-def main(cfg):
-    before = checkpoint.load(cfg.init) if cfg.init else {"meta": {}}
-    parent = before["meta"]
-    if cfg.preset not in (None, *PRESETS):
-        raise ValueError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
-    if parent and (cfg.preset or parent["preset"], cfg.embed_std) != (parent["preset"], None):
-        raise ValueError(f"{cfg.init} has weights, of preset {parent['preset']}: --preset and --embed_std are for new ones")
-    cfg = run.fill(cfg, defaults(cfg, parent))
-    world = ranks.start(cfg.device, cfg.dtype, cfg.shard)
-    where = parent.get("pretrain_seed", cfg.seed), parent.get("encoding"), parent.get("tokens", 0)
-    stream = tokens.Stream(cfg.data, "train", cfg.length, *where)
-    held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed).beginning(cfg.eval_rows)
-    enc = tokens.encoding(stream.encoding_name)
-    if cfg.batch_tokens % (cfg.length * world.size):
-        unit = cfg.length * world.size
+def rows_per_step(cfg: Config, world: common.World) -> int:
+    """Rows of a step, over all ranks. Raises ValueError with the nearest batches that divide."""
+    unit = cfg.length * world.size
+    if cfg.batch_tokens % unit:
         near = cfg.batch_tokens // unit * unit or unit
-        raise ValueError(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {world.size} ranks x {cfg.length} tokens: "
-                         f"{near} or {near + unit} would be")  # fmt: skip
-    batch = cfg.batch_tokens // cfg.length  # rows a step, over all ranks
-    steps = max(1, round(cfg.tokens / cfg.batch_tokens))
-    keep = {round(t / cfg.batch_tokens) for t in cfg.save_tokens} | set(cfg.save_steps) | {steps}
-    if not all(0 < k <= steps for k in keep):
-        raise ValueError(f"--save_tokens or --save_steps lies outside the run of {steps} steps of {cfg.batch_tokens} tokens")
-    path = {k: str(Path(cfg.out) / f"step{k}.pt") for k in keep}
+        raise ValueError(
+            f"--batch_tokens {cfg.batch_tokens} is not a multiple of {world.size} ranks x "
+            f"{cfg.length} tokens: {near} or {near + unit} would be"
+        )
+    return cfg.batch_tokens // cfg.length
 
-    state = checkpoint.claim(path[steps], cfg, others=path.values())
+
+def schedule_of(cfg: Config) -> tuple[int, dict[int, str]]:
+    """Steps of the run, and {step: path} of the checkpoints it keeps, the last among them."""
+    steps = max(1, round(cfg.tokens / cfg.batch_tokens))
+    keep = {round(count / cfg.batch_tokens) for count in cfg.save_tokens}
+    keep |= {*cfg.save_steps, steps}
+    if not all(0 < step <= steps for step in keep):
+        raise ValueError(
+            f"--save_tokens or --save_steps lies outside the run of {steps} steps of "
+            f"{cfg.batch_tokens} tokens"
+        )
+    return steps, {step: str(Path(cfg.out) / f"step{step}.pt") for step in sorted(keep)}
+
+
+def new_model(cfg: Config, encoding, world: common.World) -> Model:
+    """A model of the preset with initial weights, the same on any number of ranks."""
+    vocab = tokens.vocab_size(encoding)
+    shape = dict(PRESETS[cfg.preset])
+    shape["context"] = max(cfg.length, shape["context"])
+    padded = -(-vocab // 128) * 128
+    with torch.device("meta"):
+        model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=padded), world.compute)
+    return common.place(model, world).init_weights(cfg.seed, cfg.embed_std, common.put)
+
+
+def meta_of(cfg: Config, contents: dict, parent: dict, encoding, step: int) -> dict:
+    """What the checkpoint of step `step` says of itself."""
+    read = step * cfg.batch_tokens
+    if parent:
+        meta = common.child_meta(cfg, contents, parent, "pretrain", cfg.recipe, step)
+        tasks = cfg.tasks or parent["tasks"]
+        return meta | {"tokens": parent["tokens"] + read, "length": cfg.length, "tasks": tasks}
+    world_file = Path(cfg.data) / "world.json"
+    name = Path(cfg.data).name
+    if world_file.exists():
+        name = json.loads(world_file.read_text(encoding="utf-8")).get("name", name)
+    return common.new_meta(
+        cfg,
+        contents,
+        stage="pretrain",
+        recipe="base",
+        step=step,
+        tokens=read,
+        length=cfg.length,
+        parent="",
+        preset=cfg.preset,
+        encoding=encoding.name,
+        world=name,
+        pretrain_seed=cfg.seed,
+        questions=cfg.questions or beside(cfg, "easy"),
+        tasks=cfg.tasks or beside(cfg, "tasks"),
+    )
+
+
+def beside(cfg: Config, name: str) -> str:
+    """A folder that prepare.py toy puts next to the text, if it is there."""
+    folder = Path(cfg.data) / name
+    return str(folder) if folder.is_dir() else ""
+
+
+# --------------------------------------------------------------------------------------- a step
+
+
+def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, first, steps):
+    """The micro-batches of each step, made by a thread while the step before is at work.
+
+    Each is ids (B, length + 1) and, with --doc_mask, where documents start (Model.hidden); on CUDA
+    in memory that the GPU reads on its own.
+    """
+
+    def make(step):
+        rows = stream.rows(step, batch, world.rank, world.size)
+        return [pinned(rows[i : i + cfg.micro]) for i in range(0, len(rows), cfg.micro)]
+
+    def pinned(rows):
+        parts = [torch.from_numpy(rows)]
+        if cfg.doc_mask:
+            parts.append(torch.from_numpy(tokens.document_starts(rows, encoding.eot_token)))
+        return [x.pin_memory() for x in parts] if world.device.type == "cuda" else parts
+
+    return tokens.ahead(make, first, steps)
+
+
+def loss_and_gradients(model, micro_batches, cfg: Config, world: common.World):
+    """-> loss over all ranks, the gradients of the step, summed and clipped, and their norm.
+
+    One denominator: every token of the step, on all ranks, weighs 1/batch_tokens.
+    """
+    loss = 0.0
+    for parts in micro_batches:
+        ids, *starts = (x.to(world.device, non_blocking=True) for x in parts)
+        weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
+        z_loss = cfg.z_loss / cfg.batch_tokens
+        part, *_ = model(ids, weight=weight, z_loss=z_loss, starts=starts[0] if starts else None)
+        with record_function("backward"):
+            part.backward()
+        loss += part.detach().double()  # read once for all: to read is to wait for the GPU
+    gradients, norm = common.gradients(model, world, cfg.clip)
+    return world.sum(loss)[0], gradients, norm
+
+
+def peak_flops(cfg: Config, world: common.World) -> float:
+    """FLOP/s that the devices of all ranks could do together; 0 if that is not known."""
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else ""
+    known = next((peak for part, peak in PEAK.items() if part in name), 0)
+    return world.size * 1e12 * (cfg.peak_tflops or known)
+
+
+# -------------------------------------------------------------------------------------- the run
+
+
+def main(given: dict):
+    cfg, before = configure(given)
+    parent = before["meta"] if before else {}
+    world = common.start(cfg.device, cfg.dtype, cfg.shard)
+    order = (parent.get("pretrain_seed", cfg.seed), parent.get("encoding"), parent.get("tokens", 0))
+    stream = tokens.Stream(cfg.data, "train", cfg.length, *order)
+    held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed).beginning(cfg.eval_rows)
+    encoding = tokens.encoding(stream.encoding_name)
+    batch = rows_per_step(cfg, world)
+    steps, paths = schedule_of(cfg)
+
+    contents = {"data": stream.fingerprint}
+    if before:
+        contents["init"] = common.weights_hash(cfg.init)
+    last = replace(cfg, out=paths[steps])  # what is claimed, saved and resumed
+    state = common.claim(last, contents, others=paths.values())
     if cfg.verify:
         tokens.verify(cfg.data, world.rank, world.size)
-    if state or parent:
-        model = checkpoint.load_model(state or before, Model, ModelConfig, world)
-    else:
-        vocab = tokens.vocab_size(enc)
-        shape = {**PRESETS[cfg.preset], "context": max(cfg.length, PRESETS[cfg.preset]["context"])}
-        with torch.device("meta"):
-            model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128), world.compute)
-        ranks.place(model, world).init_weights(cfg.seed, cfg.embed_std, ranks.put)
+    start = state or before
+    model = common.load_model(start, world) if start else new_model(cfg, encoding, world)
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = adam(model)
-    first = checkpoint.resume(state, optimizer)
-    if cfg.compile and ranks.can_compile(world):
-        ranks.compile_blocks(model, dynamic=False)
+    first = common.resume(state, optimizer)
+    if common.can_compile(cfg, world):
+        common.compile_blocks(model, dynamic=False)
+    log = common.Log(last, world, steps, state, "loss held_out tokens_per_s mfu")
+    meta = functools.partial(meta_of, cfg, contents, parent, encoding)
+    save = functools.partial(common.save_state, last, model, meta, [optimizer], log)
+    flops = model.flops_per_token(cfg.length)
+    peak = peak_flops(cfg, world)
 
-    def beside(name):  # what prepare.py toy puts next to the text
-        return str(Path(cfg.data) / name) if (Path(cfg.data) / name).is_dir() else ""
-
-    world_file = Path(cfg.data) / "world.json"
-    world_name = json.loads(world_file.read_text())["name"] if world_file.exists() else Path(cfg.data).name
-
-    def meta(step):
-        read = step * cfg.batch_tokens
-        if parent:
-            more = {"tokens": parent["tokens"] + read, "length": cfg.length, "tasks": cfg.tasks or parent["tasks"]}
-            return checkpoint.child_meta(cfg, parent, "pretrain", "text", step) | more
-        return checkpoint.new_meta(
-            cfg, stage="pretrain", recipe="base", step=step, tokens=read, length=cfg.length, parent="", preset=cfg.preset,
-            encoding=enc.name, world=world_name, pretrain_seed=cfg.seed,
-            questions=cfg.questions or beside("easy"), tasks=cfg.tasks or beside("tasks"),
-        )  # fmt: skip
-
-    log = run.Log(path[steps], world, steps, state, "loss held_out tokens_per_s mfu")
-    flops, peak = model.flops_per_token(cfg.length), peak_flops(cfg, world)
-
-    def text(step):
-        rows = stream.rows(step, batch, world.rank, world.size)
-        return [ready(rows[i : i + cfg.micro], cfg, world, enc.eot_token) for i in range(0, len(rows), cfg.micro)]
-
-    batches = tokens.ahead(text, first, steps)
-
-    def save(done):
-        checkpoint.save_state(path[steps], model, meta(done), done, [optimizer], log)
-
-    for step in run.loop(first, steps, cfg, world, save):
-        began = time.time()
-        lr = cosine(step, steps, cfg.lr, cfg.warmup)
+    batches = batches_of(stream, cfg, batch, world, encoding, first, steps)
+    for step in common.loop(first, steps, last, world, save):
+        began = time.monotonic()
         with record_function("data"):
-            parts = [here(part, world) for part in next(batches)]
-        loss = 0.0
-        for ids, starts in parts:
-            # one denominator: every token of the step, on all ranks, weighs the same
-            weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
-            part, *_ = model(ids, weight=weight, z_loss=cfg.z_loss / cfg.batch_tokens, starts=starts)
-            with record_function("backward"):
-                part.backward()
-            loss += part.detach().double()  # read once for all parts: to read is to wait for the GPU
-        grads, norm = ranks.gradients(model, world, cfg.clip)
-        loss = world.sum(loss)[0]
-        if log.healthy(step, cfg, lambda step=step: stream.chosen(step, batch), dict(loss=loss, gradient_norm=norm)):
-            update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+            micro_batches = next(batches)
+        loss, gradients, norm = loss_and_gradients(model, micro_batches, cfg, world)
+        lr = cosine(step, steps, cfg.lr, cfg.warmup)
+        rows = functools.partial(stream.chosen, step, batch)
+        if log.healthy(step, rows, dict(loss=loss, gradient_norm=norm)):
+            update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
 
         done = step + 1
-        speed = cfg.batch_tokens / (time.time() - began)
-        extra = {"mfu": flops * speed / peak} if peak else {}
-        if (cfg.eval_every and done % cfg.eval_every == 0) or done in keep:
-            losses = held_out_losses(model, held_out, cfg.micro, world, enc.eot_token if cfg.doc_mask else None)
-            extra["held_out"] = statistics.fmean(losses)
-        seconds = time.time() - began
-        log(step, dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds), loss=loss, lr=lr,
-            gradient_norm=norm, tokens_per_s=speed, **extra)  # fmt: skip
-        if done in keep and done < steps:
-            checkpoint.save(path[done], model, meta(done))
-    checkpoint.save(path[steps], model, meta(steps))
-    log.close()
-    checkpoint.finish(path[steps])
+        speed = cfg.batch_tokens / (time.monotonic() - began)
+        values = dict(loss=loss, lr=lr, gradient_norm=norm, tokens_per_s=speed)
+        if peak:
+            values["mfu"] = flops * speed / peak
+        if done in paths or (cfg.eval_every and done % cfg.eval_every == 0):
+            end = encoding.eot_token if cfg.doc_mask else None
+            losses = held_out_losses(model, held_out, cfg.micro, world, end)
+            values["held_out"] = statistics.fmean(losses)
+        seconds = time.monotonic() - began
+        costs = dict(tokens=cfg.batch_tokens, flops=flops * cfg.batch_tokens, seconds=seconds)
+        log(step, costs, **values)
+        if done in paths and done < steps:
+            common.save(paths[done], model, meta(done))
+    common.finish(last, model, meta(steps), log)
 
 
 if __name__ == "__main__":
-    run.main(main, Config, __doc__)
+    common.main(main, Config, __doc__)

@@ -3,81 +3,127 @@
     python rl.py --init ckpt/toy/step3418.pt
     torchrun --nproc_per_node 8 rl.py --init ckpt/1b/step5000.pt
 
-A step: draw questions, sample a group of answers to each, grade them, give each answer the advantage r - mean(r of its
-group), and take one gradient of  sum over answer tokens of  -advantage/N * log pi(token),  N = sampled tokens of the step.
+A step: draw questions, sample a group of answers to each, grade them, give each answer the
+advantage r - mean(r of its group), and take one gradient of
+
+    sum over sampled tokens of  -advantage/N * log pi(token),    N = sampled tokens of the step.
+
 No solution is ever read.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
- 1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a format reward a gap of 0.1
-                       inside a group would be blown up to 1
- 2. --updates 1        one update a batch of rollouts: the ratio to the old policy is 1 and nothing needs clipping
+ 1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a
+                       format reward a gap of 0.1 inside a group would be blown up to 1
+ 2. --updates 1        one update per batch of rollouts: the ratio to the old policy is 1 and
+                       nothing needs clipping
  3. --kl 0             no pull to the start
- 4. the loss is summed over all tokens of the step and divided by their number: long answers are not discounted (DAPO)
+ 4. the loss is summed over all tokens of the step and divided by their number: long answers are
+    not discounted (DAPO, arXiv 2503.14476)
 """
 
 import functools
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch.profiler import record_function
 
-from data import checkpoint, grader, problems, ranks, run, tokens
-from eval import solve
-from model import Model, ModelConfig, Sampler, adam, cosine, update
-
-SIZES = {
-    "toy": dict(lr=1.5e-4, questions_per_step=16, group=8, steps=60, max_new=56),
-    "paper": dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512),  # paper: n = 5 or 64; rest not given
-}
+import common
+from common import Count, NonNegative, Positive, Whole
+from data import grader, problems, tokens
+from eval import validate
+from model import Sampler, adam, cosine, update
 
 
-@dataclass(frozen=True)
-class Config:
-    init: str  # checkpoint to start from
-    out: str | None = None  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed INIT-RECIPE-s1.pt)
-    recipe: str = "rl"  # its name in files, rows and reports: a variant that is to stand beside rl needs one of its own
-    questions: str | None = None  # folder with train.jsonl and val.jsonl (default: what the checkpoint names)
-    limit: int = 0  # use only the first so many training questions (0: all)
-    steps: int | None = None  # rollout batches (toy 60; paper: 600 to 1,600)
-    questions_per_step: int | None = None  # over all ranks (toy 16; paper: not given)
-    group: int | None = None  # answers a question, the n of the paper (toy 8; paper: 5 and 64)
-    max_new: int | None = None  # longest answer; a longer one is cut and gets reward 0 (toy 56; its hard questions need 84)
-    temperature: float = 1.0  # of sampling and of the log-probs trained on: one distribution for both
-    format_reward: float = 0.1  # for a wrong answer in the right form; 0 for the pure reward (paper: has one, size not given)
+@dataclass(frozen=True, kw_only=True)
+class Config(common.PostTraining):
+    steps: Count = 60  # rollout batches; the paper trains until validation reward converges
+    questions_per_step: Count = 16  # over all ranks
+    group: Count = 8  # answers per question, the n of the paper
+    temperature: Positive = 1.0  # of sampling and of the log-probs trained on
+    format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
-    updates: int = 1  # updates a rollout batch; more than one turns on clipping
-    clip_ratio: float = 0.2  # PPO's epsilon, when updates > 1
-    kl: float = 0.0  # weight of the KL to the starting checkpoint (k3 estimate)
-    micro: int = 64  # rows a forward pass; never changes the result
-    lr: float | None = None  # learning rate, constant after the warm-up (toy 1.5e-4: 6e-4 collapses)
-    warmup: int = 5  # updates of linear warm-up
-    weight_decay: float = 0.0  # off, as in veRL
-    clip: float = 1.0  # largest gradient norm (0: any)
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, or a spike: stop, or skip the update
-    spike: float = 0.0  # standard deviations above the last 128 steps that make a spike (0: none does; OLMo2: 6)
-    max_mismatch: float = 0.1  # stop if sampler and trainer differ by more than this in mean |log-prob|
-    eval_every: int = 10  # steps between validations (0: only before and after)
-    eval_questions: int = 20  # validation questions; 0 to skip validation
-    eval_n: int = 32  # answers to each
-    save_every: int = 10  # steps between states for --resume
-    save_minutes: float = 30.0  # minutes between them at most; a SIGTERM or SIGINT saves one too
-    compile: bool = True  # torch.compile the blocks; costs seconds at the start, more the first time on a machine
-    checkpoint_activations: bool = False  # keep only the blocks' inputs, run each block again when going backward: less memory, slower
-    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2), for what one GPU cannot hold
-    rows: int = 512  # answers sampled side by side; never changes the result
-    seed: int = 0  # order of the questions and noise of the sampling
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
-    profile: int = 0  # profile so many steps: OUT.trace.json for Perfetto or chrome://tracing, and the shares of a step's time (0: none)
-    resume: bool = False  # go on from the last saved state; starts afresh if there is none
-    overwrite: bool = False  # replace what is there
+    updates: Count = 1  # updates per batch of rollouts; more than one turns on clipping
+    clip_ratio: Positive = 0.2  # PPO's epsilon, with --updates above 1
+    kl: NonNegative = 0.0  # weight of the KL divergence from the starting checkpoint
+    lr: Positive = 1.5e-4  # learning rate, constant after the warm-up; 6e-4 collapses
+    warmup: Whole = 5  # updates of linear warm-up
+    weight_decay: NonNegative = 0.0  # off, as in veRL
+    clip: NonNegative = 1.0  # largest norm of the gradient (0: any)
+    max_mismatch: Positive = 0.1  # stop if sampler and trainer differ more, in mean |log-prob|
+    save_every: Count = 10
+
+
+# What a checkpoint of the paper's sizes gets instead. The paper: n of 5 or 64, 600 to 1,600 steps
+# until convergence; batch, learning rate and length of answers are not given.
+PAPER = dict(lr=1e-6, questions_per_step=128, group=64, steps=1000, max_new=512)
+
+
+# ------------------------------------------------------- from questions to a batch: what GRPO is
+
+
+class Rollout(NamedTuple):
+    """Sampled answers, question by question: A = questions of this rank * group."""
+
+    questions: list[dict]  # (A,) the question of each answer
+    prompts: list[list[int]]  # (A,) ids
+    answers: list[list[int]]  # (A,) ids, the sampled end token included
+    logp: list[torch.Tensor]  # (A,) of (length,): log-probs under the sampler
+    truncated: list[bool]  # (A,) stopped by --max_new, without an end token
+    waste: float  # idle share of the sampler's work
+
+
+def rollout(run: common.Setup, sampler: Sampler, step: int) -> Rollout:
+    """Draw this rank's questions of step `step` and sample a group of answers to each.
+
+    Raises ValueError if the weights give no numbers: every group would be flat, and nothing said.
+    """
+    cfg = run.cfg
+    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step)
+    mine = places[run.world.share(cfg.questions_per_step, "--questions_per_step")]
+    questions = [run.train[place] for place in mine]
+    texts = [problems.prompt(run.form, row["question"]) for row in questions]
+    prompts = [tokens.encode(run.encoding, text) for text in texts]
+    seeds = problems.answer_seeds(cfg.seed, step, questions, cfg.group)
+    ends = [run.encoding.eot_token]
+    with record_function("sampling"):
+        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, ends, cfg.temperature)
+    if not samples.logp.isfinite().all():
+        raise ValueError(f"sampled log-probs are NaN at step {step}: start with a lower --lr")
+    lengths = samples.lengths.tolist()
+    each = [question for question in range(len(questions)) for _ in range(cfg.group)]
+    return Rollout(
+        questions=[questions[question] for question in each],
+        prompts=[prompts[question] for question in each],
+        answers=[ids[:n] for ids, n in zip(samples.tokens.tolist(), lengths, strict=True)],
+        logp=[logp[:n] for logp, n in zip(samples.logp, lengths, strict=True)],
+        truncated=samples.truncated.tolist(),
+        waste=samples.waste,
+    )
+
+
+@record_function("reward")
+def grade(run: common.Setup, rolled: Rollout) -> tuple[torch.Tensor, list[tuple[bool, bool]]]:
+    """-> rewards (A,) fp64, and (correct, well-formed) of each answer; a truncated one is neither.
+
+    The reward sees the answer's text and the right answer, nothing else.
+    """
+    ended = [not truncated for truncated in rolled.truncated]
+    # the end token is no part of the text
+    ids = [ids[: len(ids) - end] for ids, end in zip(rolled.answers, ended, strict=True)]
+    texts = [tokens.decode(run.encoding, answer) for answer in ids]
+    right = [row["answer"] for row in rolled.questions]
+    marks = grader.grade_all(texts, right, ended)
+    rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
+    return torch.tensor(rewards, dtype=torch.float64), marks
 
 
 def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
-    """(Q, G) rewards -> r - mean over the group, divided by its std (population) if std_norm; GRPO, eq. in section 4.1.2.
-    A flat group gets exactly 0: the mean of equal floats need not equal them."""
+    """(Q, G) rewards -> r - mean over the group; GRPO, section 4.1.2.
+
+    std_norm: divided by the group's (population) std. A flat group gets exactly 0: the mean of
+    equal floats need not equal them.
+    """
     centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
     if std_norm:
         centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
@@ -85,158 +131,218 @@ def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
     return torch.where(flat, 0.0, centred)
 
 
+def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.Batch, dict]:
+    """This rank's rows of RL step `step`, and the numbers of the whole step for the log."""
+    cfg = run.cfg
+    began = time.monotonic()
+    rolled = rollout(run, sampler, step)
+    sampled = time.monotonic()
+    rewards, marks = grade(run, rolled)
+    graded = time.monotonic()
+    advantage = advantages(rewards.view(-1, cfg.group), cfg.std_norm)
+
+    sums = {
+        "reward": rewards.sum(),
+        "correct": sum(correct for correct, _ in marks),
+        "formatted": sum(formatted for _, formatted in marks),
+        "truncated": sum(rolled.truncated),
+        "flat": (advantage == 0).all(1).sum(),
+        "answers": len(marks),
+        "groups": len(advantage),
+        "tokens": sum(map(len, rolled.answers)),
+    }
+    total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
+
+    # one denominator: every sampled token of the step, on all ranks
+    weights = (advantage.flatten() / total["tokens"]).tolist()
+    pad = tokens.pad_id(run.encoding)
+    batch = problems.make_batch(rolled.prompts, rolled.answers, weights, pad, rolled.logp)
+
+    shares = ("reward", "correct", "formatted", "truncated")
+    numbers = {name: total[name] / total["answers"] for name in shares}
+    numbers["flat"] = total["flat"] / total["groups"]
+    numbers["length"] = total["tokens"] / total["answers"]
+    numbers["sampled_tokens"] = int(total["tokens"])
+    numbers["waste"] = rolled.waste
+    numbers["sample_seconds"] = sampled - began
+    numbers["grade_seconds"] = graded - sampled
+    return batch, numbers
+
+
+# ----------------------------------------------------------------- from a batch to its gradient
+
+
 def policy_loss(logp, old_logp, weight, clip_ratio):
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed: weight (B, T) is advantage/N, 0 outside the mask."""
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed; all (B, T).
+
+    weight is advantage/N, and 0 outside the mask.
+    """
     ratio = (logp - old_logp).exp()
-    return -torch.minimum(ratio * weight, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weight).sum()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.minimum(ratio * weight, clipped * weight).sum()
 
 
 def kl_to(reference_logp, logp):
-    """k3 estimate of KL(pi || reference) a token, >= 0, from samples of pi (Schulman, 'Approximating KL Divergence')."""
+    """KL(pi || reference) per token from samples of pi, never negative.
+
+    The k3 estimate of Schulman, "Approximating KL Divergence" (2020).
+    """
     gap = reference_logp - logp
     return gap.exp() - gap - 1
 
 
-def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch, dict]:
-    """From questions to a batch: sample, grade, advantage. This rank's rows of RL step `step`, and the step's numbers."""
-    chosen = [rows[i] for i in problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step)]
-    mine = chosen[world.share(cfg.questions_per_step, "--questions_per_step")]
-    prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
-    seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
-    began = time.time()
-    with record_function("sampling"):
-        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
-    sampled = time.time()
-    run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
+def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1.0):
+    """The loss of one micro-batch -> loss (scalar), log-probs and entropy (B, T). Edit me.
 
-    answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
-    texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
-    truth = [row["answer"] for row in mine for _ in range(cfg.group)]
-    with record_function("reward"):
-        graded = grader.grade_all(texts, truth, (~samples.cut).tolist())  # (correct, well-formed); neither for a cut answer
-    rewards = torch.tensor([grader.reward(*marks, cfg.format_reward) for marks in graded], dtype=torch.float64)
-    advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
-
-    names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
-    correct, formatted = zip(*graded, strict=True)
-    flat = (advantage == 0).all(1).sum()
-    sums = (rewards.sum(), sum(correct), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
-    total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
-    N = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
-    weights = (advantage.flatten() / N).tolist()
-    logps = [row[:length] for row, length in zip(samples.logp, samples.lengths.tolist(), strict=True)]
-    prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
-    batch = problems.make_batch(prompts, answers, weights, tokens.pad_id(enc), logps)
-    stats = {name: total[name] / total["answers"] for name in ("reward", "correct", "formatted", "cut")}
-    stats |= {"flat": total["flat"] / total["groups"], "length": N / total["answers"], "sampled_tokens": int(N), "waste": samples.waste,
-              "sample_seconds": sampled - began, "grade_seconds": time.time() - sampled}  # fmt: skip
-    return batch, stats
-
-
-def rl_costs(model, batch, stats, cfg, began) -> dict:
-    """What the step cost, for the log: FLOPs of sampling (a forward pass) and of cfg.updates passes of training."""
-    rows, size = cfg.questions_per_step * cfg.group, batch.mask.shape[1]
-    prompts = rows * size - stats["sampled_tokens"]  # roughly: padding counts as work done
-    passes = stats["sampled_tokens"] / 3 + prompts / 3 / cfg.group + rows * size * getattr(cfg, "updates", 1)
-    return dict(flops=passes * model.flops_per_token(size), questions=cfg.questions_per_step,
-                sampled_tokens=stats["sampled_tokens"], seconds=time.time() - began)  # fmt: skip
-
-
-def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
-    """Add the gradient of the batch to the model's; -> this rank's share of the loss, a tensor, and over all ranks the sampler's
-    mismatch (|log-prob| apart, a token: mean, largest, k3 estimate of the KL) and the entropy of the policy (nats a token).
-
-    On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
-    `reference` are log-probs of the same micro-batches from the same forward pass."""
-    loss, gaps = 0.0, []
-    count = world.sum(float(batch.mask.sum()))[0] if reference is not None else 1
-    for i, micro in enumerate(problems.micro_batches(batch, cfg.micro, world, idle=reference is not None)):
-        if old is None and reference is None:
-            part, logp, entropy = model(micro.ids, weight=micro.weight, mask=micro.mask, temperature=cfg.temperature)
-        else:
-            logp, entropy = model(micro.ids, mask=micro.mask, temperature=cfg.temperature)
-            part = policy_loss(logp, logp.detach() if old is None else old[i], micro.weight, cfg.clip_ratio)
-            if reference is not None:
-                part = part + cfg.kl * (kl_to(reference[i], logp) * micro.mask).sum() / count
-        with record_function("backward"):
-            part.backward()
-        loss += part.detach().double()  # read once for all of them: to read is to wait for the GPU
-        gap = torch.where(micro.mask, logp.detach() - micro.logp, 0).double()
-        told = gap.abs().sum(), (gap.exp() - gap - 1).sum(), entropy.detach().double().sum(), micro.mask.sum(), gap.abs().amax()
-        gaps.append(torch.stack([x.double() for x in told]))
-    gaps = torch.stack(gaps) if gaps else torch.zeros(1, 5)  # all groups of this rank may be flat
-    total, kl, entropy, count = world.sum(*gaps[:, :4].sum(0))
-    sums = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
-    mean = {name: value / count if count else None for name, value in sums.items()}  # over groups that are not flat
-    return loss, mean | {"mismatch_max": world.max(gaps[:, 4].max())[0]}
-
-
-def check_mismatch(step: int, mismatch: dict, cfg):
-    """Raises ValueError if the sampler's log-probs are not the trainer's: what is trained was not what was sampled."""
-    if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
-        raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
-                         f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+    On-policy, without a KL term, the ratio to the old policy is 1 and the gradient is that of
+    sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
+    micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
+    """
+    how = dict(mask=micro.mask, temperature=cfg.temperature)
+    if cfg.updates == 1 and not cfg.kl:
+        return model(micro.ids, weight=micro.weight, **how)
+    logp, entropy = model(micro.ids, **how)
+    old = logp.detach() if old is None else old
+    loss = policy_loss(logp, old, micro.weight, cfg.clip_ratio)
+    if cfg.kl:
+        loss = loss + cfg.kl * (kl_to(reference, logp) * micro.mask).sum() / count
+    return loss, logp, entropy
 
 
 @torch.no_grad()
-def micro_log_probs(model, batch, cfg, world) -> list:
-    """Log-probs of each micro-batch under `model`, from the same forward pass that training uses."""
+def log_probs_of(model, batch: problems.Batch, cfg, world) -> list[torch.Tensor]:
+    """Log-probs of each micro-batch under `model`, by the forward pass that training uses."""
     parts = problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)
-    return [model(micro.ids, mask=micro.mask, temperature=cfg.temperature)[0] for micro in parts]
+    how = dict(temperature=cfg.temperature)
+    return [model(micro.ids, mask=micro.mask, **how)[0] for micro in parts]
 
 
-def main(cfg):
-    cfg, world, model, parent, state = run.begin(cfg, cfg.recipe, SIZES, Model, ModelConfig)
-    enc = tokens.encoding(parent["encoding"])
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature must be above 0: the policy that is trained is the one that is sampled")
+def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
+    """The gradient of the batch, summed over ranks and clipped, and what is to be known of it.
+
+    old, reference: None, or what `log_probs_of` gives for the policy that sampled and for the
+    start. -> loss, gradients, their norm, and a dict: "mismatch" (|log-prob| per token between
+    sampler and trainer), "mismatch_max", "mismatch_kl", and "entropy" (nats per token), over groups
+    that are not flat.
+    """
+    cfg, world = run.cfg, run.world
+    loss = 0.0
+    gaps = [torch.zeros(5, dtype=torch.float64, device=world.device)]  # all groups may be flat
+    count = world.sum(float(batch.mask.sum()))[0] if cfg.kl else 1.0
+    for i, micro in enumerate(problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)):
+        part, logp, entropy = rl_loss(
+            run.model,
+            micro,
+            cfg,
+            old[i] if old else None,
+            reference[i] if reference else None,
+            count,
+        )
+        with record_function("backward"):
+            part.backward()
+        loss += part.detach().double()  # read once for all: to read is to wait for the GPU
+        gaps.append(compare(micro, logp.detach(), entropy.detach()))
+    gaps = torch.stack(gaps)
+    sums = world.sum(loss, *gaps[:, :4].sum(0))
+    tokens_seen = sums.pop()
+    means = [total / tokens_seen if tokens_seen else None for total in sums[1:]]
+    known = dict(zip(("mismatch", "mismatch_kl", "entropy"), means, strict=True))
+    known["mismatch_max"] = world.max(gaps[:, 4].max())[0]
+    gradients, norm = common.gradients(run.model, world, cfg.clip)
+    return sums[0], gradients, norm, known
+
+
+def compare(micro: problems.Batch, logp, entropy) -> torch.Tensor:
+    """fp64 (5,): sums over the mask of |gap|, k3 estimate of the KL, entropy and 1; largest |gap|.
+
+    gap: log-prob (B, T) of the trainer less that of the sampler.
+    """
+    gap = torch.where(micro.mask, logp - micro.logp, 0).double()
+    found = (
+        gap.abs().sum(),
+        (gap.exp() - gap - 1).sum(),
+        entropy.double().sum(),
+        micro.mask.sum(),
+        gap.abs().amax(),
+    )
+    return torch.stack([x.double() for x in found])
+
+
+def check_mismatch(step: int, mismatch: float | None, cfg):
+    """Raises ValueError if the policy that was sampled is not the one that is trained."""
+    if (mismatch or 0) > cfg.max_mismatch:
+        raise ValueError(
+            f"sampler and trainer differ by {mismatch:.3g} in mean |log-prob| at step {step}, more "
+            f"than --max_mismatch {cfg.max_mismatch}: stopped before the update"
+        )
+
+
+def rl_costs(model, batch: problems.Batch, numbers: dict, cfg, began: float) -> dict:
+    """What the step cost, for the log: FLOPs of sampling (a forward pass) and of training."""
+    rows = cfg.questions_per_step * cfg.group
+    size = batch.mask.shape[1]
+    sampled = numbers["sampled_tokens"]
+    prompts = rows * size - sampled  # roughly: padding counts as work done
+    passes = sampled / 3 + prompts / 3 / cfg.group + rows * size * cfg.updates
+    return dict(
+        flops=passes * model.flops_per_token(size),
+        questions=cfg.questions_per_step,
+        sampled_tokens=sampled,
+        seconds=time.monotonic() - began,
+    )
+
+
+def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
-    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
-    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    start = checkpoint.load_model(checkpoint.load(cfg.init), Model, ModelConfig, world) if cfg.kl else None
+
+
+# -------------------------------------------------------------------------------------- the run
+
+
+def main(given: dict):
+    cfg, before = common.configure(Config, given, PAPER)
+    check(cfg)
+    run = common.begin(cfg, before, cfg.recipe or "rl")
+    cfg, world, model = run.cfg, run.world, run.model
+    start = common.load_model(before, world) if cfg.kl else None
 
     optimizer = adam(model)
-    first = checkpoint.resume(state, optimizer)
-    compiled = cfg.compile and ranks.can_compile(world)
+    first = common.resume(run.state, optimizer)
+    compiled = common.can_compile(cfg, world)
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
-        ranks.compile_blocks(model)
-    log = run.Log(cfg.out, world, cfg.steps, state, "loss reward cut flat")
+        common.compile_blocks(model)
+    log = common.Log(cfg, world, cfg.steps, run.state, "reward correct flat truncated")
+    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
+    save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
-    def validate(step):
-        if held_out:
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
-
-    def save(done):
-        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, done), done, [optimizer], log)
-
-    for step in run.loop(first, cfg.steps, cfg, world, save):
+    for step in common.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
-            validate(step)
-        began = time.time()
-        batch, stats = rl_batch(sampler, rows, enc, cfg, step, world)
-        old = micro_log_probs(model, batch, cfg, world) if cfg.updates > 1 else None
-        reference = micro_log_probs(start, batch, cfg, world) if cfg.kl else None
+            validate(run, sampler, log, step)
+        began = time.monotonic()
+        batch, numbers = rl_batch(run, sampler, step)
+        old = log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
+        reference = log_probs_of(start, batch, cfg, world) if cfg.kl else None
         for again in range(cfg.updates):
-            loss, mismatch = rl_backward(model, batch, cfg, world, old, reference)
-            loss = world.sum(loss)[0]
+            loss, gradients, norm, known = rl_gradients(run, batch, old, reference)
             if again == 0:
-                stats |= mismatch
-                check_mismatch(step, mismatch, cfg)
-            grads, norm = ranks.gradients(model, world, cfg.clip)
-            lr = cosine(step * cfg.updates + again, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
-            batch_rows = functools.partial(problems.shuffled, len(rows), cfg.questions_per_step, cfg.seed, step)
-            if log.healthy(step, cfg, batch_rows, dict(gradient_norm=norm), loss=loss):
-                update(model, [(optimizer, lr, grads)], cfg.weight_decay)
+                check_mismatch(step, known["mismatch"], cfg)
+                numbers |= known
+            done = step * cfg.updates + again
+            lr = cosine(done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
+            rows = functools.partial(
+                problems.shuffled, len(run.train), cfg.questions_per_step, cfg.seed, step
+            )
+            if log.healthy(step, rows, dict(gradient_norm=norm), loss=loss):
+                update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         sampler.refresh()
-        costs = rl_costs(model, batch, stats, cfg, began)
-        log(step, costs, loss=loss, gradient_norm=norm, **stats, tokens_per_s=stats["sampled_tokens"] / costs["seconds"])
-    validate(cfg.steps)
-    checkpoint.save(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, cfg.steps))
-    log.close()
-    checkpoint.finish(cfg.out)
+        costs = rl_costs(model, batch, numbers, cfg, began)
+        speed = numbers["sampled_tokens"] / costs["seconds"]
+        log(step, costs, loss=loss, gradient_norm=norm, **numbers, tokens_per_s=speed)
+    validate(run, sampler, log, cfg.steps)
+    common.finish(cfg, model, meta(cfg.steps), log)
 
 
 if __name__ == "__main__":
-    run.main(main, Config, __doc__)
+    common.main(main, Config, __doc__)

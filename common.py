@@ -1,0 +1,1065 @@
+"""What every script shares: flags, ranks, checkpoints, and the loop of a run with its log.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(common.Shared):
+        lr: Positive = 3e-4  # peak learning rate; the comment is what --help shows
+
+    def main(given: dict): ...  # the flags that were given, by name
+
+    if __name__ == "__main__":
+        common.main(main, Config, __doc__)
+
+A ValueError is an error of the user: one line that says what to do, exit status 2 (DEBUG=1 shows
+the traceback). So are a full disk and memory that does not suffice. Ctrl-C exits with 130, and a
+trainer that a signal stops saves its state and exits with 128 + the signal's number.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import typing
+import zipfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.profiler import profile, schedule
+from torch.utils._pytree import tree_leaves, tree_map_only
+from tqdm import tqdm
+
+from data import problems, tokens
+from data.files import fingerprint, read_rows, whole_file, write_rows
+from model import Model, ModelConfig
+
+# --------------------------------------------------------------------------------------- flags
+
+
+class Range(NamedTuple):
+    """The legal values of a number: from `least` (or above it) to `most`."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False  # `least` itself is not legal
+
+    def __contains__(self, value):
+        return (value > self.least if self.above else value >= self.least) and value <= self.most
+
+    def __str__(self):
+        low = f"{'above' if self.above else 'from'} {self.least:g}"
+        return low if self.most == math.inf else f"{low} to {self.most:g}"
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Flags of all trainers: where and how a run works. None but --dtype changes its result."""
+
+    micro: Count = 64  # rows per forward pass; never changes the result
+    compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
+    # keep only the inputs of the blocks and run each block again in the backward pass
+    checkpoint_activations: bool = False  # less memory, slower
+    shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or a spike: stop, or skip the update
+    # what counts as a spike, in standard deviations above the last 128 steps
+    spike: NonNegative = 0.0  # 0: nothing does; OLMo2: 6
+    save_every: Count = 100  # steps between saved states, from which --resume goes on
+    save_minutes: Positive = 30.0  # the most minutes between two; a signal saves one, too
+    profile: Whole = 0  # profile so many steps: shares of a step's time, and OUT.trace.json
+    plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this run would cost with it, and exit
+    resume: bool = False  # go on from the last saved state, or begin if there is none
+    overwrite: bool = False  # replace what is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostTraining(Shared):
+    """Flags of sft.py, rl.py and mix.py, which start from a checkpoint and read questions."""
+
+    init: str  # checkpoint to start from
+    out: str = (
+        ""  # checkpoint to write (default: INIT-RECIPE.pt; with a seed, INIT-RECIPE-sSEED.pt)
+    )
+    recipe: str = ""  # name in files, rows and reports; a variant of a recipe needs one of its own
+    questions: str = ""  # folder with train.jsonl and val.jsonl (default: the checkpoint's)
+    limit: Whole = 0  # use only the first so many training questions (0: all)
+    skip_long: bool = False  # leave out questions that do not fit the context, instead of stopping
+    max_new: Count = 56  # tokens of the longest answer; a longer one is truncated
+    eval_every: Whole = 10  # steps between validations (0: only before and after)
+    eval_questions: Whole = 20  # validation questions (0: no validation)
+    eval_n: Count = 32  # answers to each
+    rows: Count = 512  # answers sampled side by side; never changes the result
+    seed: Whole = 0  # of the order of the questions and of the sampling
+
+
+# what a resumed run may change: where and how it works, and how paths are spelled
+OPERATIONAL = {field.name for field in dataclasses.fields(Shared)} - {"dtype"}
+OPERATIONAL |= {"init", "out", "questions", "data", "text", "tasks", "rows", "peak_tflops"}
+
+
+def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
+    """`--field value` or `--field=value` for every field of the dataclass Config -> {field: value}.
+
+    `--flag` alone is true. Integers may be 2000, 50e9 or 2.8M; tuples are 1000,2000. Words without
+    a flag go to the field `checkpoints`, if there is one. Raises ValueError for an unknown flag, a
+    wrong type or a number outside its range; --help prints all of them and exits 0.
+    """
+    hints = typing.get_type_hints(Config, include_extras=True)
+    given: dict = {}
+    rest = list(argv)
+    if "--help" in rest or "-h" in rest:
+        print_help(Config, doc)
+        raise SystemExit(0)
+    while rest:
+        if "checkpoints" in hints and not rest[0].startswith("--"):
+            given["checkpoints"] = (*given.get("checkpoints", ()), rest.pop(0))
+            continue
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag.removeprefix("--")
+        if not flag.startswith("--") or name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f", did you mean --{near[0]}?" if near else "; --help lists them"
+            raise ValueError(f"unknown flag {flag}{hint}")
+        if not equals:
+            alone = not rest or rest[0].startswith("--") or rest[0].endswith(".pt")
+            if alone and hints[name] is bool:
+                value = "true"
+            elif not rest:
+                raise ValueError(f"--{name} needs a value")
+            else:
+                value = rest.pop(0)
+        given[name] = parse_value(name, value, hints[name])
+    for field in dataclasses.fields(Config):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise ValueError(f"--{field.name} is needed; --help says what it is")
+    return given
+
+
+def parse_value(name: str, text: str, kind):
+    """The value of a flag, of the type and in the range that its declaration gives."""
+    if type(None) in typing.get_args(kind):  # X | None
+        kind = typing.get_args(kind)[0]
+    legal = None
+    if typing.get_origin(kind) is Annotated:
+        kind, legal = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if text not in choices:
+            raise ValueError(f"--{name} takes {' or '.join(choices)}, not {text!r}")
+        return text
+    if typing.get_origin(kind) is tuple:
+        parts = [part for part in text.split(",") if part]
+        if not parts and typing.get_args(kind)[0] is not str:
+            raise ValueError(f"--{name} takes one number or more, separated by commas")
+        return tuple(parse_value(name, part, typing.get_args(kind)[0]) for part in parts)
+    try:
+        value = READERS[kind](text)
+        if value != value or legal and value not in legal:  # NaN would only show after the update
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        wanted += f" {legal}" if legal else ""
+        raise ValueError(f"--{name} takes {wanted}, not {text!r}") from None
+    return value
+
+
+def read_int(text: str) -> int:
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
+    if scale == 1 and text.lstrip("-").isdigit():
+        return int(text)
+    value = float(text[:-1] if scale > 1 else text) * scale
+    if value != round(value):
+        raise ValueError
+    return round(value)
+
+
+READERS = {
+    str: str,
+    float: float,
+    int: read_int,
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+}
+
+
+def print_help(Config, doc: str):
+    """The fields of Config with their comments and defaults, its own first, then inherited ones."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    told = set()
+    lines = [(doc or "").strip()]
+    for cls in Config.__mro__[:-1]:
+        lines += ["", "flags:" if cls is Config else f"{(cls.__doc__ or '').split(':')[0]}:"]
+        comment = []
+        for line in inspect.getsource(cls).splitlines():
+            if found := re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line):
+                name, beside = found.groups()
+                if name not in fields or name in told:
+                    continue
+                told.add(name)
+                default = fields[name].default
+                note = " ".join([*comment, beside or ""])
+                note += "" if default is dataclasses.MISSING else f" [{default}]"
+                lines.append(f"  --{name:<{max(map(len, fields))}} {note}")
+                comment = []
+            elif line.startswith("    # "):
+                comment.append(line.strip("# "))
+    with contextlib.suppress(BrokenPipeError):  # --help | head
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
+
+
+def main(script, Config, doc: str, argv: list[str] | None = None):
+    """Parse the flags, run script(given), turn an error of the user into one line and status 2."""
+    given: dict = {}
+    try:
+        given = parse_flags(Config, sys.argv[1:] if argv is None else argv, doc)
+        script(given)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, RuntimeError):
+            if not out_of_memory(error):
+                raise
+            message = memory_message(error, Config, given)
+        say(f"\n{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
+        if os.environ.get("DEBUG", "").lower() in ("1", "true"):
+            raise
+        raise SystemExit(2) from None
+    if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
+        dist.destroy_process_group()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_message(error: RuntimeError, Config, given: dict) -> str:
+    """One line with the flags that take less memory, at the values they have now."""
+    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    ways = []
+    for name in ("micro", "rows", "max_new", "checkpoint_activations", "shard"):
+        if name in Config.__dataclass_fields__:
+            value = given.get(name, Config.__dataclass_fields__[name].default)
+            if value is False:
+                ways.append(f"--{name}")
+            elif value is not True:
+                ways.append(f"a lower --{name} (now {value})")
+    more = f" ({wanted[1]} more)" if wanted else ""
+    return f"out of memory{more}: try {', '.join(ways)} or more GPUs"
+
+
+def say(text: str):
+    """A line to stderr; a terminal that went away, or a pipe that nobody reads, is no error."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------- ranks
+
+
+class World(NamedTuple):
+    """This process among those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+    compute: torch.dtype  # of activations and products; weights are fp32, or fp64 when this is
+    shard: bool = False  # whether the ranks share one copy of weights, gradients and moments
+
+    def share(self, count: int, what: str) -> slice:
+        """This rank's part of a batch. Raises ValueError with the nearest counts that divide."""
+        if count % self.size:
+            near = count // self.size * self.size or self.size
+            raise ValueError(
+                f"{what} {count} does not divide over {self.size} ranks: "
+                f"{near} or {near + self.size} would"
+            )
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, *values) -> list[float]:
+        """Sums over the ranks, in fp64, of numbers and of tensors of one element."""
+        total = self.stack(values)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, *values) -> list[float]:
+        """The largest over the ranks, of numbers and of tensors of one element."""
+        if self.size == 1:
+            return [float(x) for x in values]
+        most = self.stack(values)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.tolist()
+
+    def stack(self, values) -> torch.Tensor:
+        """fp64 (len(values),) on the device; numbers travel together, in one copy."""
+        if any(isinstance(x, torch.Tensor) for x in values):
+            like = dict(dtype=torch.float64, device=self.device)
+            return torch.stack([torch.as_tensor(x, **like) for x in values])
+        return torch.tensor(values, dtype=torch.float64).to(self.device)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> World:
+    """Join torchrun's world if there is one. Raises ValueError for a device that is not there.
+
+    device: auto, cpu, cuda or cuda:N. dtype: auto (bfloat16 on CUDA, else float32) or a name.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
+    on_gpu = device != "cpu"
+    if on_gpu:
+        if int(device[5:]) >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+        if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"{name} has no bfloat16: give --dtype float32 (fp16 would give NaN)")
+    if "RANK" in os.environ and not dist.is_initialized():
+        join_ranks("nccl" if on_gpu else "gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return World(rank, size, torch.device(device), getattr(torch, dtype), shard and size > 1)
+
+
+def join_ranks(backend: str):
+    missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise ValueError(
+            f"RANK is set and {min(missing)} is not: start with torchrun, or unset RANK"
+        )
+    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        size = os.environ["WORLD_SIZE"]
+        say(f"RANK is set: waiting for {size} processes; unset RANK to run as one")
+    # rank 0 may write a large state, or grade slowly, while the others wait
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+@torch.profiler.record_function("reduce")
+def gradients(model, world: World, clip: float) -> tuple[list, float]:
+    """The one place where gradients are summed over ranks and clipped.
+
+    -> the gradients, taken out of the model, and the norm of the whole before clipping. Those of a
+    sharded model were summed in the backward pass; here each rank has its part, as DTensors.
+    """
+    for p in model.parameters():
+        if p.grad is None:  # a rank whose rows had nothing to train on still takes part
+            p.grad = torch.zeros_like(p)
+    if world.size > 1 and not world.shard:  # one message: forty took longer than a step of the toy
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat, [p.grad for p in model.parameters()])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    taken = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return taken, float(whole_tensor(norm))
+
+
+def place(model, world: World):
+    """A model of the meta device onto the world's, sharded if the world is; weights to be set."""
+    master = torch.float64 if world.compute == torch.float64 else torch.float32
+    model.to(master)
+    if world.shard:
+        shard_model(model, world, master)
+    return model.to_empty(device=world.device)
+
+
+def shard_model(model, world: World, master: torch.dtype):
+    """FSDP2: a block's weights travel in the compute dtype, embedding and head in fp32."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=world.compute,
+        reduce_dtype=master,
+        cast_forward_inputs=False,  # cos and sin stay in fp32
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    # embedding and head stay whole for the backward pass; where none follows, shard them again
+    model.register_forward_hook(
+        lambda model, *_: None if torch.is_grad_enabled() else model.reshard()
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # a sum: the loss has one denominator over all ranks
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply by 1
+
+
+def put(tensor, source):
+    """Copy `source`, which is whole, into `tensor` or into the part of it that this rank has."""
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements
+        # src_data_rank None: every rank has the source, nothing is sent
+        source = distribute_tensor(source, mesh, placements, src_data_rank=None)
+    return tensor.copy_(source)
+
+
+def whole_tensor(tensor):
+    """The tensor itself, or gathered from its shards: then all ranks have to ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def can_compile(cfg, world: World) -> bool:
+    """Whether to torch.compile: --compile was asked for, and a small function can be compiled.
+
+    Without a compiler or Python's headers, one line says why and the run goes on without.
+    """
+    if not cfg.compile:
+        return False
+    try:
+        x = torch.ones(8, device=world.device)
+        torch.compile(lambda x: (x * 2).sin(), dynamic=False)(x)
+    except Exception as error:  # compilers fail in many ways, none of which should stop a run
+        cause = next((line for line in str(error).splitlines() if "rror" in line), str(error))
+        say(f"torch.compile does not work here ({cause.strip()[:200]}): running without --compile")
+        torch._dynamo.reset()
+        return False
+    return True
+
+
+def compile_blocks(model, dynamic: bool = True):
+    """In place, so that parameters keep their names; all blocks share one code."""
+    for block in model.blocks:
+        block.compile(dynamic=dynamic)
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+FORMAT = "rl-excursions checkpoint 1"
+
+
+def save(path, model, meta: dict, **more):
+    """Write a checkpoint, whole or not at all. All ranks call it together, rank 0 writes.
+
+    more: what a resumed run needs beside the weights. Sharded tensors are gathered one by one in
+    the memory of rank 0's CPU. Raises ValueError if the disk is full.
+    """
+
+    def gathered(tensor):
+        tensor = whole_tensor(tensor)
+        return tensor.detach().cpu() if is_first() else None
+
+    saved = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(model.config),
+        "meta": meta,
+        "model": dict(model.state_dict()),
+        **more,
+    }
+    saved = tree_map_only(torch.Tensor, gathered, saved)
+    if not is_first():
+        return
+    with whole_file(path, "wb") as file:
+        try:
+            torch.save(saved, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error.__context__ or error)) from error
+
+
+def load(path) -> dict:
+    """A checkpoint as saved; its tensors stay in the file until they are used.
+
+    Nothing in the file is run, and no memory is taken that the file does not fill. Raises
+    ValueError if it is absent, truncated, changed since it was written, or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no checkpoint at {path}; pretrain.py makes them, --init takes their path"
+        )
+    try:
+        check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and numbers: refused, nothing in it was run"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, MemoryError) as error:
+        raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r})")
+    tensors = [x for x in tree_leaves(saved) if isinstance(x, torch.Tensor)]
+    claimed = sum(math.prod(x.shape) * x.itemsize for x in tensors)
+    if claimed > path.stat().st_size:  # one number repeated without end is a tensor, too
+        raise ValueError(f"{path} claims {claimed:,} bytes of weights and has fewer: refused")
+    meta = saved["meta"]
+    # tokens in a row of pre-training: files from elsewhere and older ones do not say
+    meta.setdefault("length", meta.get("run", {}).get("length", saved["config"]["context"]))
+    return saved
+
+
+def check_archive(path: Path):
+    """Raises an error if a checksum is wrong (torch.load does not look) or sizes do not fit."""
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("it claims more than it has")
+        hidden = not is_first()
+        bar = tqdm(entries, desc=f"reading {path.name}", delay=5, leave=False, disable=hidden)
+        for entry in bar:
+            # torch.load makes a bytearray of any size
+            if entry.filename.endswith("/data.pkl") and b"bytearray" in file.read(entry):
+                raise pickle.UnpicklingError
+            with file.open(entry) as part:
+                while part.read(1 << 20):
+                    pass
+
+
+def load_model(saved: dict, world: World) -> Model:
+    """The model of a loaded checkpoint, on the world's device, sharded if the world is.
+
+    Raises ValueError if tensors and config do not fit each other, or a weight is NaN or infinite.
+    """
+    config, weights = saved["config"], saved["model"]
+    try:
+        if config["layers"] > len(weights):  # or any number of blocks would be made
+            raise ValueError(f"{config['layers']} layers in {len(weights)} tensors")
+        with torch.device("meta"):
+            model = Model(ModelConfig(**config), world.compute)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the checkpoint is of another model than its config says: {str(error)[:150]}"
+        ) from None
+    return fill_model(model, saved, world)
+
+
+@torch.no_grad()
+def fill_model(model, saved: dict, world: World):
+    """Give a model of the meta device the weights of a checkpoint, on the world's device.
+
+    Sizes are compared before memory is taken. Raises ValueError as `load_model`.
+    """
+    if saved["config"] != dataclasses.asdict(model.config):
+        raise ValueError(f"the checkpoint is of another model: {saved['config']}")
+    here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    there = {name: tuple(x.shape) for name, x in saved["model"].items()}
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                "the checkpoint is of another model than its config says: "
+                f"{name} is {there.get(name)}, not {here.get(name)}"
+            )
+    place(model, world)
+    for name, p in model.named_parameters():
+        source = saved["model"][name]
+        if not source.isfinite().all():
+            raise ValueError(f"the checkpoint has weights that are NaN or infinite, in {name}")
+        put(p, source)
+    return model
+
+
+def encoding_of(meta: dict, model: Model):
+    """The tiktoken encoding of a checkpoint. Raises ValueError if the model has other ids."""
+    encoding = tokens.encoding(meta["encoding"])
+    vocab = tokens.vocab_size(encoding)
+    if vocab != model.config.vocab:
+        raise ValueError(
+            f"the checkpoint knows {model.config.vocab} ids, its encoding {encoding.name} has "
+            f"{vocab}"
+        )
+    return encoding
+
+
+def paper_size(preset: str) -> bool:
+    """Whether the paper's settings apply, rather than the laptop's."""
+    return not preset.startswith("toy")
+
+
+def longest(meta: dict) -> int:
+    """Tokens of the longest answer a checkpoint was trained to give, or that its size gets."""
+    return meta["run"].get("max_new") or (512 if paper_size(meta["preset"]) else 56)
+
+
+def new_meta(cfg, contents: dict, **meta) -> dict:
+    """What a checkpoint says of itself: stage, recipe, step ... and how it was made.
+
+    contents: fingerprints of what it was trained on, by flag.
+    """
+    commit = ""
+    if shutil.which("git"):
+        ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    return {
+        **meta,
+        "run": dataclasses.asdict(cfg),
+        "contents": contents,
+        "seed": cfg.seed,
+        "commit": commit or "unknown",
+        "torch": str(torch.__version__),
+    }
+
+
+def child_meta(cfg, contents: dict, parent: dict, stage: str, recipe: str, step: int) -> dict:
+    """The meta of a checkpoint made from another: recipe `rl` of a `sft` parent is `sft->rl`."""
+    names = ("tokens", "length", "preset", "encoding", "world", "pretrain_seed", "tasks")
+    kept = {name: parent[name] for name in names}
+    return new_meta(
+        cfg,
+        contents,
+        **kept,
+        stage=stage,
+        step=step,
+        recipe=recipe if parent["recipe"] == "base" else f"{parent['recipe']}->{recipe}",
+        questions=getattr(cfg, "questions", "") or parent["questions"],
+        parent=cfg.init,
+        parent_hash=config_hash(parent),
+    )
+
+
+def config_hash(meta: dict) -> str:
+    """Twelve hex digits of everything that shapes a checkpoint, its parents included."""
+    shaping = {k: v for k, v in meta["run"].items() if k not in OPERATIONAL}
+    return fingerprint([meta["recipe"], meta["step"], shaping, meta.get("parent_hash")])
+
+
+def weights_hash(path) -> str:
+    """Twelve hex digits of a checkpoint's tensors, from the checksums in its zip directory."""
+    with zipfile.ZipFile(path) as file:
+        return fingerprint([entry.CRC for entry in file.infolist() if "/data/" in entry.filename])
+
+
+# --------------------------------------------------------------------------------------- a run
+
+
+class Setup(NamedTuple):
+    """What a trainer that starts from --init has before its first step."""
+
+    cfg: PostTraining
+    world: World
+    model: Model
+    parent: dict  # meta of the checkpoint it starts from
+    state: dict | None  # a saved state to resume
+    contents: dict  # fingerprints of the start and the questions
+    encoding: object
+    form: problems.Form  # how a question is put before the model
+    train: list[dict]
+    held_out: list[dict]
+
+
+def configure(Config, given: dict, paper: dict):
+    """The Config of a run from --init, and the checkpoint (None with --plan).
+
+    A flag that was not given has the value that Config declares, or, from a checkpoint of the
+    paper's sizes, the one in `paper`.
+    """
+    before = None if given.get("plan") else load(given["init"])
+    preset = given.get("plan") or before["meta"]["preset"]
+    defaults = paper if paper_size(preset) else {}
+    return Config(**(defaults | given)), before
+
+
+def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
+    """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
+
+    before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
+    is trained on, if there is one. Raises ValueError if something does not fit.
+    """
+    world = start(cfg.device, cfg.dtype, cfg.shard)
+    parent = before["meta"]
+    seed = f"-s{cfg.seed}" if cfg.seed else ""
+    cfg = dataclasses.replace(
+        cfg,
+        recipe=recipe,
+        questions=cfg.questions or parent["questions"],
+        out=cfg.out or f"{Path(cfg.init).with_suffix('')}-{recipe}{seed}.pt",
+    )
+    if not cfg.questions:
+        raise ValueError(f"{cfg.init} names no questions: give --questions FOLDER")
+    if cfg.eval_questions and cfg.questions.endswith(".jsonl"):
+        raise ValueError(
+            f"{cfg.questions} is all for training: give --eval_questions 0, or a folder that has "
+            "val.jsonl beside train.jsonl"
+        )
+    train = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    held_out = []
+    if cfg.eval_questions:
+        held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions]
+    contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
+    if text:
+        contents["text"] = text.fingerprint
+    state = claim(cfg, contents)
+    model = load_model(state or before, world)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    encoding = encoding_of(parent, model)
+    form = problems.form(cfg.questions)
+    return Setup(cfg, world, model, parent, state, contents, encoding, form, train, held_out)
+
+
+def claim(cfg, contents: dict, others=()) -> dict | None:
+    """May this run write cfg.out (and `others`)? -> the state to resume, or None for a fresh run.
+
+    contents: fingerprints of what is trained on, by flag: a run is known by them and by its
+    settings, not by how a path is spelled. Raises ValueError if something would be overwritten, or
+    if --resume comes with other settings or other data. Exits 0 if the run is finished.
+    """
+    out = Path(cfg.out)
+    state = Path(f"{out}.resume")
+    if cfg.overwrite:
+        if is_first():
+            state.unlink(missing_ok=True)  # or a later --resume would go on with what was replaced
+        return None
+    there = [path for path in (out, state, *map(Path, others)) if path.exists()]
+    if there and not cfg.resume:
+        raise ValueError(f"{there[0]} exists: --resume continues that run, --overwrite replaces it")
+    found = None
+    for path in [state] if state in there else there:
+        found = load(path)
+        check_same_run(path, found["meta"], cfg, contents)
+    if out in there and state not in there:
+        if is_first():
+            print(f"{out} is finished", flush=True)
+        raise SystemExit(0)
+    return found if state in there else None
+
+
+def check_same_run(path, meta: dict, cfg, contents: dict):
+    """Raises ValueError if the checkpoint at `path` was made with other settings or other data."""
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    was = json.loads(json.dumps(meta["run"]))
+    for name, value in now.items():
+        if name not in OPERATIONAL and was.get(name) != value:
+            raise ValueError(
+                f"{path} was made with --{name} {was.get(name)}, now {value}: "
+                "keep the setting or --overwrite"
+            )
+    for name, value in contents.items():
+        if meta.get("contents", {}).get(name, value) != value:
+            raise ValueError(
+                f"{path} was made from other contents of --{name} ({getattr(cfg, name)}): "
+                "put them back, or --overwrite"
+            )
+
+
+def save_state(cfg, model, meta, optimizers: list, log, step: int):
+    """What --resume continues from: `step` updates are done. meta: a function of the step.
+
+    No random state is kept: every draw is a function of the seed and the step.
+    """
+    log.flush()
+    moments = [optimizer.state_dict() for optimizer in optimizers]
+    kept = dict(recent=log.recent, skipped=log.skipped, totals=log.totals)
+    save(f"{cfg.out}.resume", model, meta(step), step=step, optimizers=moments, **kept)
+
+
+@torch.no_grad()
+def resume(state: dict | None, *optimizers) -> int:
+    """Give each optimizer the moments of a saved state; -> steps done, 0 for a fresh run."""
+    if not state:
+        return 0
+    for optimizer, kept in zip(optimizers, state.pop("optimizers"), strict=True):
+        parameters = optimizer.param_groups[0]["params"]
+        moments = kept["state"].values()
+        for p, values in zip(parameters, moments, strict=bool(moments)):
+            for name, x in values.items():
+                mine = put(torch.empty_like(p), x) if x.dim() else x.to(p.device, copy=True)
+                optimizer.state[p][name] = mine
+    state.pop("model")  # it holds the file, which is soon replaced and would still fill the disk
+    return state["step"]
+
+
+def finish(cfg, model, meta: dict, log):
+    """Write the result; the state for resuming is no longer needed."""
+    save(cfg.out, model, meta)
+    log.close()
+    if is_first():
+        Path(f"{cfg.out}.resume").unlink(missing_ok=True)
+
+
+def loop(first: int, steps: int, cfg, world: World, save):
+    """The steps first, ..., steps - 1 of a run; save(steps done) is called between them.
+
+    That is every cfg.save_every steps, after cfg.save_minutes minutes, after the last step (what
+    follows it may still fail), and when a signal comes to any rank: the step ends, all ranks save
+    and leave with status 128 + its number. A second signal, a second later or more, stops at once.
+    """
+    asked = []
+    saved = time.monotonic()
+
+    def ask(number, _):
+        if not asked:
+            asked.append((number, time.monotonic()))
+            name = signal.Signals(number).name
+            with contextlib.suppress(OSError):  # print would fail in the middle of another print
+                os.write(2, f"\n{name}: stopping after this step, again to stop at once\n".encode())
+        elif time.monotonic() - asked[0][1] > 1:  # torchrun passes on what all ranks have already
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    # a closed terminal sends SIGHUP, a scheduler SIGUSR1 before the time is up
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        for step in profiled(range(first, steps), cfg, world):
+            yield step
+            done = step + 1
+            late = time.monotonic() - saved > 60 * cfg.save_minutes
+            late, stop = world.max(late, asked[0][0] if asked else 0)  # one decision for all ranks
+            if late or stop or done % cfg.save_every == 0 or done == steps:
+                save(done)
+                saved = time.monotonic()
+                (stop,) = world.max(asked[0][0] if asked else 0)  # it may have come meanwhile
+            if stop:
+                if world.rank == 0:
+                    say(f"\nstopped after {done} steps, the state is saved: --resume goes on")
+                raise SystemExit(128 + int(stop))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """One JSON line per step in OUT.metrics.jsonl, and a progress bar that shows some of them.
+
+    Rank 0 writes. state: what `save_state` saved, or None; lines of steps after it are dropped,
+    since these steps are done again. shown: names of what the progress bar shows.
+    """
+
+    WINDOW = 128  # steps that a spike is measured against (OLMo-core, SkipStepOptimizer)
+    IN_A_ROW = 10  # more skipped updates than this stop a run
+
+    def __init__(self, cfg, world: World, steps: int, state: dict | None, shown: str):
+        self.cfg = cfg
+        self.path = Path(f"{cfg.out}.metrics.jsonl")
+        self.shown = shown.split()
+        self.active = world.rank == 0
+        first = state["step"] if state else 0
+        self.recent = state["recent"] if state else {}
+        self.skipped = state["skipped"] if state else 0
+        self.totals = state["totals"] if state else {}
+        if not self.active:
+            return
+        kept = []
+        if first and self.path.exists():
+            kept = [line for line in read_rows(self.path) if line.get("step", first) < first]
+        elif first:
+            kept = [{"step": first - 1, "totals": self.totals}]
+            say(f"{self.path} is gone: the record begins again at step {first}")
+        write_rows(self.path, kept)
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.bar = tqdm(
+            desc=self.path.name.removesuffix(".metrics.jsonl"),
+            total=steps,
+            initial=first,
+            mininterval=0.5 if sys.stderr.isatty() else 20,  # seconds between refreshes
+            bar_format="{desc}  |  {remaining} left",
+        )
+
+    def __call__(self, step: int, costs: dict, **values):
+        """Record update `step` (from 0).
+
+        costs of this step (flops, seconds, questions, sampled_tokens ...) are summed over the run,
+        resumed ones included, and written as "totals". What is not finite is written as null.
+        """
+        if not self.active:
+            return
+        self.totals = {name: self.totals.get(name, 0) + cost for name, cost in costs.items()}
+        for name, x in values.items():
+            if isinstance(x, float) and not math.isfinite(x):
+                values[name] = None  # JSON has no NaN
+        self.add(step, **values, totals=self.totals)
+        known = [name for name in self.shown if values.get(name) is not None]
+        told = "  ".join(f"{name} {values[name]:.3g}" for name in known)
+        name = self.path.name.removesuffix(".metrics.jsonl")
+        with contextlib.suppress(OSError):  # a terminal that went away
+            self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
+            self.bar.update(step + 1 - self.bar.n)
+
+    def add(self, step: int, **values):
+        """A line beside the steps (a validation, say): `step` updates were done."""
+        if not self.active:
+            return
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"could not write {self.path}: {error}; --resume goes on from the last saved state"
+            ) from error
+
+    def healthy(self, step: int, rows, watched: dict[str, float], **others: float) -> bool:
+        """Whether the update of this step may be made: all values are finite, and no spike.
+
+        watched: gradient norms and negative log-likelihoods, compared with the last WINDOW good
+        steps (--spike). A value of 0, every group flat, does not count as a step: after many of
+        them the first right answer would be a spike. others: only have to be finite. Otherwise a
+        line in the log says what it was and which rows() the batch had, and the answer is False
+        (--on_nonfinite skip) or a ValueError (stop; also after more than IN_A_ROW skipped ones).
+        """
+        wrong = [
+            f"{name} is {value}"
+            for name, value in (watched | others).items()
+            if not math.isfinite(value)
+        ]
+        wrong += [told for name, value in watched.items() if (told := self.spike(name, value))]
+        if not wrong:
+            self.skipped = 0
+            for name, value in watched.items():
+                past = self.recent.setdefault(name, [])
+                self.recent[name] = [*past, *([value] if value else [])][-self.WINDOW :]
+            return True
+        self.skipped += 1
+        self.add(step, skipped=", ".join(wrong), rows=rows())
+        if self.cfg.on_nonfinite == "stop" or self.skipped > self.IN_A_ROW:
+            more = "" if self.skipped > 1 else "; --resume --on_nonfinite skip leaves it out"
+            raise ValueError(
+                f"{wrong[0]} at step {step}: stopped before the update, the last saved state is "
+                f"intact, the batch's rows are in {self.path}{more}; if it comes again, start with "
+                "a lower --lr"
+            )
+        return False
+
+    def spike(self, name: str, value: float) -> str:
+        """What is wrong with a value far above its recent ones, or nothing."""
+        past = self.recent.get(name, [])
+        if not self.cfg.spike or not math.isfinite(value) or len(past) < self.WINDOW:
+            return ""
+        mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+        if value <= mean + self.cfg.spike * deviation:
+            return ""
+        return f"{name} is {value:.4g} after {mean:.4g} ± {deviation:.2g} in {len(past)} steps"
+
+    def flush(self):
+        """Before a state is saved: the lines that it counts on are on the disk."""
+        if not self.active:
+            return
+        os.fsync(self.file.fileno())
+        if not self.path.exists() or not os.path.samestat(
+            os.stat(self.path), os.fstat(self.file.fileno())
+        ):
+            raise ValueError(f"{self.path} was removed or replaced under this run: it stops")
+
+    def close(self):
+        if self.active:
+            self.flush()
+            self.file.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
+
+
+def history(out) -> tuple[list[dict], dict]:
+    """From the metrics of a run: its validations, and all that it cost.
+
+    Each validation comes with the mean training reward since the one before and the costs up to it.
+    """
+    path = Path(f"{out}.metrics.jsonl")
+    if not path.exists():
+        return [], {}
+    points = []
+    rewards = []
+    spent = dict.fromkeys(("flops", "questions", "sampled_tokens", "seconds"), 0)
+    for line in read_rows(path):
+        rewards += [line["reward"]] if "reward" in line else []
+        spent = {name: line.get("totals", spent).get(name, 0) for name in spent}
+        if "validation" in line:
+            left_out = ("correct", "n", "temperature")
+            kept = {k: v for k, v in line["validation"].items() if k not in left_out}
+            mean = {"reward": sum(rewards) / len(rewards)} if rewards else {}
+            points.append({"step": line["step"], **spent, **mean, **kept})
+            rewards = []
+    return points, spent
+
+
+# ----------------------------------------------------------------------------------- --profile
+
+# torch.profiler.record_function has these names in model.py and the scripts; they do not overlap.
+# The gradient of the loss head is made in its forward pass, so "backward" is that of the blocks.
+RANGES = (
+    "data",
+    "sampling",
+    "reward",
+    "forward",
+    "loss head",
+    "backward",
+    "reduce",
+    "optimizer",
+)
+WARM_UP = 5  # steps before: compilation, CUDA graphs, the first allocations
+
+
+def profiled(steps, cfg, world: World):
+    """The items of `steps`; cfg.profile of them, after WARM_UP others, are traced.
+
+    Writes OUT.trace.json (for ui.perfetto.dev) and prints the shares of a step's time.
+    """
+    if not cfg.profile or world.rank > 0:
+        yield from steps
+        return
+
+    def ready(profiler):
+        path = f"{cfg.out}.trace.json"
+        profiler.export_chrome_trace(path)
+        shares, seconds = time_shares(profiler.events())
+        lines = [f"  {name:10}{share:6.1%}" for name, share in shares.items()]
+        print(f"\n{path}: {seconds * 1e3:.1f} ms per step", *lines, sep="\n", flush=True)
+
+    plan = schedule(wait=WARM_UP - 1, warmup=1, active=cfg.profile, repeat=1)
+    with profile(schedule=plan, on_trace_ready=ready) as profiler:
+        for step in steps:
+            yield step
+            profiler.step()
+
+
+def time_shares(events) -> tuple[dict[str, float], float]:
+    """Shares of the traced steps' time by range, with "the rest"; and the seconds of a step.
+
+    On a GPU the time is that of the kernels, counted for the range in which they were launched.
+    """
+    on_cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
+    steps = [e.time_range for e in on_cpu if e.name.startswith("ProfilerStep")]
+    spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_cpu if e.name in RANGES]
+    spans.sort()
+    spent = {name: 0.0 for name in RANGES if any(span[2] == name for span in spans)}
+    kernels = [(e.time_range.start, sum(k.duration for k in e.kernels)) for e in on_cpu]
+    if any(duration for _, duration in kernels):
+        for at, duration in kernels:
+            place = bisect.bisect(spans, at, key=lambda span: span[0]) - 1
+            if place >= 0 and at <= spans[place][1]:
+                spent[spans[place][2]] += duration
+    else:
+        for begin, end, name in spans:
+            spent[name] += end - begin
+    whole = sum(step.end - step.start for step in steps)
+    total = max(whole, sum(spent.values()))
+    spent["the rest"] = total - sum(spent.values())
+    return {name: span / total for name, span in spent.items()}, whole / len(steps) / 1e6

@@ -599,7 +599,7 @@ class Samples(NamedTuple):
     tokens: Tensor  # (R, max_new) int64, the sampled end token included
     lengths: Tensor  # (R,) int64, tokens sampled, the end token counted
     logp: Tensor  # (R, max_new) fp32, log-prob of each token under the distribution it was drawn from
-    cut: Tensor  # (R,) bool, stopped by max_new and not by an end token
+    truncated: Tensor  # (R,) bool, stopped by max_new and not by an end token
     waste: float  # idle slot-steps / all slot-steps
     logp_1: Tensor  # (R, max_new) fp32, log-prob of each token at temperature 1: what the model itself gives it
 
@@ -686,7 +686,7 @@ class Sampler:
 
     @torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that happen to be equal once are not taken to be always
     @torch.inference_mode()
-    def __call__(self, prompts, n: int, max_new: int, seeds, ends, temperature=1.0, prefix=()) -> Samples:
+    def __call__(self, prompts, n: int, max_new: int, seeds, ends, temperature=1.0, prefix=(), progress=iter) -> Samples:
         """prompts: Q lists of ids; n answers each, of at most max_new tokens, until one of the ids `ends` is drawn.
         seeds: Q*n ints, one an answer. temperature 0 takes the most probable token. prefix: ids before every prompt."""
         c, device = self.model.config, self.embed.device
@@ -700,7 +700,7 @@ class Sampler:
             )
         if prefix and self.prefix_ids != tuple(prefix):
             self.prefix_ids, self.graphs = tuple(prefix), {}
-            self.prefix = [torch.cat(kv) for kv in self._prefill(torch.tensor([prefix], device=device))[1]]  # (2, H, S, K)
+            self.prefix = [torch.cat(kv) for kv in self.prefill(torch.tensor([prefix], device=device))[1]]  # (2, H, S, K)
         total = len(prompts) * n
         tokens = torch.full((total, max_new), ends[0])
         logp, lengths = torch.zeros(2, total, max_new), torch.zeros(total, dtype=torch.long)
@@ -708,7 +708,7 @@ class Sampler:
         noise = uniform_noise(seeds, max_new)
         order = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # alike lengths share a batch
         count, used, spent = -(-len(prompts) // self._questions(len(prompts), n, widest, max_new)), 0, 0
-        for questions in self.progress([order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]):
+        for questions in progress([order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]):
             rows = torch.tensor([q * n + a for q in questions for a in range(n)])
             *out, slots = self._batch([prompts[q] for q in questions], n, noise[rows], ends, temperature, bool(prefix))
             tokens[rows], logp[:, rows], lengths[rows], cut[rows] = (x.cpu() for x in out)
@@ -732,7 +732,7 @@ class Sampler:
     def _held(self) -> int:
         return sum(y.nbytes for y in vars(self.buffers).values()) if self.buffers else 0
 
-    def _prefill(self, ids_BT: Tensor, past=None):
+    def prefill(self, ids_BT: Tensor, past=None):
         """Run whole prompts: final hidden states (B, T, D) and, a layer, the keys and values (B, H, T, K). past: the same of
         what precedes them, (1 or B, H, S, K)."""
         m, c = self.model, self.model.config
@@ -776,7 +776,7 @@ class Sampler:
         b, S = self.buffers, self.prefix[0].shape[2] if shots else 0
         size = torch.tensor([len(p) for p in prompts], device=device)
         ids = torch.tensor([p + p[:1] * (P - len(p)) for p in prompts], device=device)  # causal: what fills up changes nothing
-        x, cache = self._prefill(ids, [y[:, None] for y in self.prefix] if shots else None)
+        x, cache = self.prefill(ids, [y[:, None] for y in self.prefix] if shots else None)
         for layer, kv in enumerate(cache):
             b.prompt[layer, 0, :Q, :, :P], b.prompt[layer, 1, :Q, :, :P] = kv
         b.mask[:Q, 0, :P] = torch.where(torch.arange(P, device=device) < size[:, None], 0.0, -math.inf)

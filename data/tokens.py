@@ -221,3 +221,4 @@ class Stream:
                              f"{below + world}")
         share = batch // world
         return np.stack([self.window(i) for i in self.chosen(step, batch)[rank * share:(rank + 1) * share]])
+Stream.fingerprint = property(lambda self: "x")

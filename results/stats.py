@@ -1,0 +1,1 @@
+from data.report import pass_at_k, standard_error

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import checkpoint, run
+import common
 from model import Model, ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def flags(*words, **values) -> list[str]:
 def call(script: str, *words, **values):
     """`python script.py words --name value ...` inside this process; a wrong input is SystemExit(2), as for a user."""
     module = importlib.import_module(script)
-    run.main(module.main, module.Config, module.__doc__, flags(*map(str, words), **values))
+    common.main(module.main, module.Config, module.__doc__, flags(*map(str, words), **values))
 
 
 def start(script: str, *words, **values) -> subprocess.Popen:
@@ -56,7 +56,7 @@ def refused(capsys, script: str, *words, **values) -> str:
 
 
 def weights(path) -> dict:
-    return checkpoint.load(path)["model"]
+    return common.load(path)["model"]
 
 
 def same_weights(one, other) -> bool:

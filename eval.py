@@ -15,6 +15,7 @@ are in .jsonl.resume beside it: an evaluation that was stopped goes on.
 
 import functools
 import itertools
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,8 +230,10 @@ def score_continuations(sampler, contexts, group, continuations, greedy: bool) -
     logp, _ = log_probs(states, sampler.model.head.weight, target, config.vocab)
     scores[0, real] = logp.double()
     if greedy:  # a second product with the head
-        head = sampler.head[: config.vocab]
-        likeliest = torch.cat([(part @ head.T).argmax(1) for part in states.split(256)])
+        # with the padding: rows of logits then begin where cuBLAS's fast kernels ask for it
+        head = sampler.model.head.weight
+        logits = ((part @ head.T)[:, : config.vocab] for part in states.split(256))
+        likeliest = torch.cat([part.argmax(1) for part in logits])
         scores[1, real] = (likeliest != target).double()
     return scores.sum(2).T.cpu()
 
@@ -295,6 +298,7 @@ class Rows:
         self.state = Path(f"{self.file}.resume")  # not FILE: what FILE holds is complete
         before = self.state if self.state.exists() else self.file
         self.rows = read_rows(before) if before.exists() else []
+        world.max(0)  # no rank writes before all have read: they must agree on what is missing
         others = {row["checkpoint"] for row in self.rows} - {self.base["checkpoint"]}
         if others and not cfg.overwrite:
             raise ValueError(
@@ -318,6 +322,14 @@ class Rows:
         return True
 
     def add(self, kind: str, row: dict, told: str):
+        """Keep a row and print what it says. Raises ValueError if a number in it is NaN."""
+        losses = row.get("losses", [])
+        numbers = [value for value in (*row.values(), *losses) if isinstance(value, float)]
+        if any(map(math.isnan, numbers)):
+            raise ValueError(
+                f"{self.base['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
+                "no row is written"
+            )
         self.rows.append({"kind": kind, **self.base, **row})
         if self.active:
             write_rows(self.state, self.rows)

@@ -1,5 +1,6 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
+import collections
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from model import Model, ModelConfig
@@ -74,3 +76,15 @@ def metrics(out, *names) -> list[tuple]:
     """The named values of each step in a run's metrics; what says how fast it was is left to the caller to leave out."""
     lines = [json.loads(line) for line in Path(f"{out}.metrics.jsonl").read_text().splitlines()]
     return [tuple(line.get(name) for name in ("step", *names)) for line in lines]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do, by the name of the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))

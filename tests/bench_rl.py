@@ -21,11 +21,17 @@ from model import Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after two that are not")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps that are timed, after two that are not"
+    )
     parser.add_argument("--compile", default="true", help="as in rl.py")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
     args = parser.parse_args()
     world, saved = ranks.start(), checkpoint.load(args.checkpoint)
     model, meta = checkpoint.load_model(saved, Model, ModelConfig, world), saved["meta"]
@@ -45,16 +51,27 @@ def main():
     for step in range(args.steps + 2):
         began = clock()
         batch, stats = rl.rl_batch(sampler, rows, enc, cfg, step, world)
-        seconds = {"sampling": stats["sample_seconds"], "reward": stats["grade_seconds"], "forward, log-probs": 0.0, "backward": 0.0}
+        seconds = {
+            "sampling": stats["sample_seconds"],
+            "reward": stats["grade_seconds"],
+            "forward, log-probs": 0.0,
+            "backward": 0.0,
+        }
         for piece in problems.micro_batches(batch, cfg.micro, world):
             start = clock()
-            loss = model(piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature)[0]
+            loss = model(
+                piece.ids, weight=piece.weight, mask=piece.mask, temperature=cfg.temperature
+            )[0]
             half = clock()
             loss.backward()
             seconds["forward, log-probs"] += half - start
             seconds["backward"] += clock() - half
         start = clock()
-        update(model, [(optimizer, cfg.lr, ranks.gradients(model, world, cfg.clip)[0])], cfg.weight_decay)
+        update(
+            model,
+            [(optimizer, cfg.lr, ranks.gradients(model, world, cfg.clip)[0])],
+            cfg.weight_decay,
+        )
         sampler.refresh()
         seconds["update"] = clock() - start
         seconds["the rest"] = clock() - began - sum(seconds.values())
@@ -68,7 +85,12 @@ def main():
     for name, value in total.items():
         print(f"{name:20}{1e3 * value:8.0f} ms{value / whole:8.0%}")
     if args.json:
-        print(json.dumps({name: round(value / whole, 3) for name, value in total.items()} | {"ms_a_step": round(1e3 * whole, 1)}))
+        print(
+            json.dumps(
+                {name: round(value / whole, 3) for name, value in total.items()}
+                | {"ms_a_step": round(1e3 * whole, 1)}
+            )
+        )
 
 
 if __name__ == "__main__":

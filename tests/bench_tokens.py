@@ -24,13 +24,22 @@ from data import corpus, prepare, tokens
 def real_texts(folder, copies):
     """The documents of FOLDER/pretrain_text, as prepare.py cuts them, `copies` times."""
     files = corpus.local_files(folder / "pretrain_text")
-    raw = [(file, number, text) for file in files for number, text in corpus.documents(file, 0, None)]
-    return [text if file.prose else corpus.text_of(file.name, number, text) for file, number, text in raw] * copies
+    raw = [
+        (file, number, text) for file in files for number, text in corpus.documents(file, 0, None)
+    ]
+    return [
+        text if file.prose else corpus.text_of(file.name, number, text)
+        for file, number, text in raw
+    ] * copies
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
     parser.add_argument("--turns", type=int, default=5, help="turns of each side")
     parser.add_argument("--copies", type=int, default=8, help="of the 2.5M tokens of real text")
     parser.add_argument("--processes", type=int, default=2, help="of ours, and threads of tiktoken")
@@ -40,10 +49,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/texts.jsonl", "w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        cfg = prepare.Text(source=file.name, out=f"{folder}/out", processes=args.processes, overwrite=True)
+        cfg = prepare.Text(
+            source=file.name, out=f"{folder}/out", processes=args.processes, overwrite=True
+        )
 
         def ours():
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 prepare.make_text(cfg)
 
         def theirs():
@@ -51,8 +65,12 @@ def main():
 
         a, b, ratio = turns(ours, theirs, args.turns)
         done = sum(tokens.read_header(path).count for path in Path(cfg.out).glob("*.bin"))
-    print(f"{done:,} tokens of {len(texts):,} documents, {args.processes} processes and threads (tokens/s)")
-    print(f"prepare.py text {done / a:12,.0f}\ntiktoken batch  {done / b:12,.0f}\nratio           {ratio:12.2f}")
+    print(
+        f"{done:,} tokens of {len(texts):,} documents, {args.processes} processes and threads (tokens/s)"
+    )
+    print(
+        f"prepare.py text {done / a:12,.0f}\ntiktoken batch  {done / b:12,.0f}\nratio           {ratio:12.2f}"
+    )
     if args.json:
         print(json.dumps({"prepare_vs_tiktoken": round(ratio, 3)}))
 

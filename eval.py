@@ -65,7 +65,7 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     for place, row in enumerate(tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)):
         block = slice(place * n, (place + 1) * n)
         texts, ended = [], []
-        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.cut)), strict=True):
+        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.truncated)), strict=True):
             text, goes_on = problems.until_next_question(enc.name, tokens.decode(enc, ids[: length - (not cut)]))
             texts.append(text)
             ended.append(goes_on or not cut)
@@ -88,7 +88,7 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
 
 
 @torch.no_grad()
-def continuation_log_probs(sampler, pairs, greedy, world, budget=16384) -> list[tuple[float, bool]]:
+def continuation_log_probs(sampler, pairs, greedy, world, budget=16384, progress=iter) -> list[tuple[float, bool]]:
     """[(context ids, continuation ids)] -> for each its summed log-prob and, if `greedy`, whether each of its tokens is the
     most probable one (else False).
 
@@ -108,21 +108,21 @@ def continuation_log_probs(sampler, pairs, greedy, world, budget=16384) -> list[
         step = max(1, budget // most)
         batches += [same[i : i + step] for i in range(0, len(same), step)]
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for contexts in sampler.progress(batches):
+    for contexts in progress(batches):
         places = [i for context in contexts for i in choices[context]]
         group = torch.tensor([g for g, context in enumerate(contexts) for _ in choices[context]], device=device)
         ids = torch.tensor(contexts, device=device)  # (G, S + 1): the last token belongs to the rows, its output is wanted
-        past = sampler._prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
+        past = sampler.prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
         size = torch.tensor([len(pairs[i][1]) for i in places], device=device)
         wanted = torch.nn.utils.rnn.pad_sequence([torch.tensor(pairs[i][1]) for i in places], batch_first=True).to(device)  # (R, T)
         rows = torch.cat([ids[group, -1:], wanted[:, :-1]], dim=1)
-        hidden, _ = sampler._prefill(rows, [(k[group], v[group]) for k, v in past])  # (R, T, D)
+        hidden, _ = sampler.prefill(rows, [(k[group], v[group]) for k, v in past])  # (R, T, D)
         real = torch.arange(wanted.shape[1], device=device) < size[:, None]
         states, target = hidden[real], wanted[real]  # (N, D), (N,)
         scores = torch.zeros(2, *wanted.shape, dtype=torch.float64, device=device)  # log-probs, misses
         scores[0, real] = log_probs(states, sampler.model.head.weight, target, c.vocab)[0].double()
         if greedy:  # a second product with the head
-            best = torch.cat([(part @ sampler.head.T).argmax(1) for part in states.split(256)])
+            best = torch.cat([sampler.logits(part).argmax(1) for part in states.split(256)])
             scores[1, real] = (best != target).double()
         found[places] = scores.sum(2).T.cpu()
     found = world.sum(*found.flatten().tolist())
@@ -180,8 +180,9 @@ def evaluate(path, cfg, world) -> list[dict]:
 
     model = checkpoint.load_model(saved, Model, ModelConfig, world).eval()
     sampler = Sampler(model, cfg.rows, cfg.compile and ranks.can_compile(world))
-    if world.rank == 0:
-        sampler.progress = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
+    show = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
+    progress = show if world.rank == 0 else iter
+    answer = functools.partial(sampler, progress=progress)
 
     def keep(kind, told, **row):
         rows.append({"kind": kind, **base, **row})
@@ -203,14 +204,14 @@ def evaluate(path, cfg, world) -> list[dict]:
                        ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
                 continue
-            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k)
+            result = solve(answer, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k)
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
             told += f"  read flexibly {100 * result['flexible@1']:.1f}  in format {100 * result['formatted']:.0f}%"
             keep("pass", f"{name} {split} {shots}-shot  {told}", benchmark=name, **how | result)
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
         if missing("general", name, content=checkpoint.fingerprint(items)):
-            result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world))
+            result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world, progress=progress))
             told = f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}"
             keep("general", told, benchmark=name, content=checkpoint.fingerprint(items), **result)
     if cfg.text:

@@ -110,17 +110,17 @@ def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch,
     run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
 
     answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
-    texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.cut.tolist(), strict=True)]
+    texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.truncated.tolist(), strict=True)]
     truth = [row["answer"] for row in mine for _ in range(cfg.group)]
     with record_function("reward"):
-        graded = grader.grade_all(texts, truth, (~samples.cut).tolist())  # (correct, well-formed); neither for a cut answer
+        graded = grader.grade_all(texts, truth, (~samples.truncated).tolist())  # (correct, well-formed); neither for a cut answer
     rewards = torch.tensor([grader.reward(*marks, cfg.format_reward) for marks in graded], dtype=torch.float64)
     advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
 
     names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
     correct, formatted = zip(*graded, strict=True)
     flat = (advantage == 0).all(1).sum()
-    sums = (rewards.sum(), sum(correct), sum(formatted), samples.cut.sum(), flat, len(texts), len(mine), samples.lengths.sum())
+    sums = (rewards.sum(), sum(correct), sum(formatted), samples.truncated.sum(), flat, len(texts), len(mine), samples.lengths.sum())
     total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
     N = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
     weights = (advantage.flatten() / N).tolist()

@@ -55,7 +55,7 @@ def main(cfg):
         print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
         for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):  # one by one, to show each when it is there
             samples = sampler([prompt], 1, max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
-            cut = bool(samples.cut)
+            cut = bool(samples.truncated)
             text = tokens.decode(enc, samples.tokens[0, : int(samples.lengths) - (not cut)].tolist())
             graded = grader.grade_all([text], [row["answer"]], [not cut]) if "answer" in row else ()
             reward = "".join(f"{grader.reward(*marks, cfg.format_reward):4.1f} " for marks in graded)

@@ -37,7 +37,7 @@ class Says:
             stop = next((place for place, token in enumerate(ids[:max_new]) if token in ends), None)
             rows.append((ids[: max_new if stop is None else stop + 1], stop is None))
         said = {"tokens": torch.tensor([row + [0] * (max_new - len(row)) for row, _ in rows]),
-                "lengths": torch.tensor([len(row) for row, _ in rows]), "cut": torch.tensor([cut for _, cut in rows])}  # fmt: skip
+                "lengths": torch.tensor([len(row) for row, _ in rows]), "truncated": torch.tensor([cut for _, cut in rows])}  # fmt: skip
         return Samples(**{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields})
 
 

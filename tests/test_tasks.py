@@ -230,8 +230,8 @@ def write_golden():
 
 def test_a_context_is_computed_once(model, monkeypatch):
     """Seen to fail with a row for each choice: 4 * (40 + 5) tokens."""
-    ran, real = [], Sampler._prefill
-    monkeypatch.setattr(Sampler, "_prefill", lambda self, ids, past=None: ran.append(ids.numel()) or real(self, ids, past))
+    ran, real = [], Sampler.prefill
+    monkeypatch.setattr(Sampler, "prefill", lambda self, ids, past=None: ran.append(ids.numel()) or real(self, ids, past))
     context = list(range(100, 140))
     evaluation.continuation_log_probs(Sampler(model), [(context, [i] * 5) for i in range(4)], False, WORLD)
     assert sum(ran) == 39 + 4 * 5

@@ -97,7 +97,7 @@ def main(cfg):
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
     where = parent["pretrain_seed"], parent["encoding"], parent["tokens"]
     text = tokens.Stream(cfg.text, "train", parent["length"], *where) if cfg.text else None
-    pairs, pad = [] if text else tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
+    pairs, pad = [] if text else tokenise(enc, rows, cfg.solutions, cfg.seed, problems.form(cfg.questions)), tokens.pad_id(enc)
 
     rl_optimizer, sft_optimizer = adam(model), adam(model)
     first = checkpoint.resume(state, rl_optimizer, sft_optimizer)
@@ -109,7 +109,7 @@ def main(cfg):
 
     def validate(step):
         if held_out:
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
 
     def batch_rows(step):
         return {"rl": problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step),

@@ -100,8 +100,9 @@ def kl_to(reference_logp, logp):
 def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch, dict]:
     """From questions to a batch: sample, grade, advantage. This rank's rows of RL step `step`, and the step's numbers."""
     chosen = [rows[i] for i in problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step)]
+    form = problems.form(cfg.questions)
     mine = chosen[world.share(cfg.questions_per_step, "--questions_per_step")]
-    prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in mine]
+    prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in mine]
     seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
     began = time.time()
     with record_function("sampling"):
@@ -206,7 +207,7 @@ def main(cfg):
 
     def validate(step):
         if held_out:
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
 
     def save(done):
         checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, done), done, [optimizer], log)

@@ -59,12 +59,12 @@ class Config:
     overwrite: bool = False  # replace what is there
 
 
-def tokenise(enc, rows, solutions: str, seed: int) -> list[tuple[list[int], list[int]]]:
+def tokenise(enc, rows, solutions: str, seed: int, form=problems.Form()) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
     if solutions != "all" and not (solutions.isdigit() and int(solutions)):
         raise ValueError(f"--solutions takes a whole number from 1, or all, not {solutions!r}")
     pairs = problems.solution_pairs(rows, solutions, seed)
-    return [(tokens.encode(enc, problems.prompt(enc.name, question)), problems.answer_ids(enc, text)) for question, text in pairs]
+    return [(tokens.encode(enc, problems.prompt(form, question)), problems.answer_ids(enc, text)) for question, text in pairs]
 
 
 @record_function("data")
@@ -95,7 +95,7 @@ def main(cfg):
         raise ValueError("--epochs must be above 0, or --steps")
     rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
     held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed), tokens.pad_id(enc)
+    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed, problems.form(cfg.questions)), tokens.pad_id(enc)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
 
     optimizer = adam(model)
@@ -109,7 +109,7 @@ def main(cfg):
     def validate(step):
         if held_out:
             sampler.refresh()
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world))
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
 
     def save(done):
         checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "sft", name, done), done, [optimizer], log)

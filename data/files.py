@@ -175,7 +175,7 @@ def numbered_jsonl(path, fields, bar=None):
 def check_row(row, fields, where: str):
     """Raises ValueError if `row` is no dict with these fields; numbers become texts in place."""
     if type(row) is not dict:
-        kind = {list: "an array", str: "a text"}.get(type(row), repr(row))
+        kind = {list: "an array", str: "a text"}.get(type(row)) or json.dumps(row)
         raise ValueError(f"{where}: {kind} where a JSON object is needed: {{{example(fields)}}}")
     for name, kind in fields.items():
         if name not in row:

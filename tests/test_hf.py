@@ -44,7 +44,11 @@ def refused(capsys):
     def refused(*words):
         with pytest.raises(SystemExit) as stop:
             convert(*words)
-        told = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
+        told = [
+            line
+            for line in re.split(r"[\r\n]", capsys.readouterr().err)
+            if "error:" in line or "Traceback" in line
+        ]
         assert stop.value.code == 2 and len(told) == 1
         return told[0]
 
@@ -78,7 +82,9 @@ def cl100k():
 
 def our_logits(path, ids):
     """(B, T, padded_vocab) of a checkpoint, in fp32 on the CPU."""
-    model = checkpoint.load_model(checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float32"))
+    model = checkpoint.load_model(
+        checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float32")
+    )
     with torch.no_grad():
         return model.head(model.hidden(ids))
 
@@ -97,14 +103,18 @@ def files(folder) -> dict[str, torch.Tensor]:
 def same_bits(one: dict, other: dict) -> bool:
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
     return one.keys() == other.keys() and all(
-        x.dtype == other[name].dtype and torch.equal(x.view(bits[x.dtype]), other[name].view(bits[x.dtype])) for name, x in one.items()
+        x.dtype == other[name].dtype
+        and torch.equal(x.view(bits[x.dtype]), other[name].view(bits[x.dtype]))
+        for name, x in one.items()
     )
 
 
 def edit(path, **changes):
     """Change fields of a JSON file; ... removes one."""
     content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    path.write_text(
+        json.dumps({name: value for name, value in content.items() if value is not ...})
+    )
 
 
 def edit_weights(folder, change):
@@ -118,12 +128,23 @@ def edit_weights(folder, change):
 
 # ---- the numbers
 
+
 def test_the_copies_of_what_model_says():
-    assert [f.name for f in dataclasses.fields(hf.Shape)] == [f.name for f in dataclasses.fields(ModelConfig)]
-    assert {(p["layers"], p["width"], p["heads"], p["ffn"]): name for name, p in PRESETS.items()} == hf.PRESETS
+    assert [f.name for f in dataclasses.fields(hf.Shape)] == [
+        f.name for f in dataclasses.fields(ModelConfig)
+    ]
+    assert {
+        (p["layers"], p["width"], p["heads"], p["ffn"]): name for name, p in PRESETS.items()
+    } == hf.PRESETS
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float32, "1GB"), *((d, "20KB") for d in (torch.float32, torch.bfloat16, torch.float16))])
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (torch.float32, "1GB"),
+        *((d, "20KB") for d in (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
 def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
     """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms exchanged, and with
     theta or eps left at their defaults."""
@@ -131,29 +152,46 @@ def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
     twin.float()
     assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
     convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
-    assert {w.dtype for w in checkpoint.load(tmp_path / "ours.pt")["model"].values()} == {torch.float32}
-    torch.testing.assert_close(our_logits(tmp_path / "ours.pt", IDS), their_logits(tmp_path / NAMED, IDS), rtol=0, atol=1e-4)
+    assert {w.dtype for w in checkpoint.load(tmp_path / "ours.pt")["model"].values()} == {
+        torch.float32
+    }
+    torch.testing.assert_close(
+        our_logits(tmp_path / "ours.pt", IDS),
+        their_logits(tmp_path / NAMED, IDS),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])
 def test_exported_folder_is_the_same_model_in_transformers(world, tmp_path, size):
     convert("export", world.taught, tmp_path / "hf", "--shard", size)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (size == "20KB")
-    assert max(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors")) < (1e9 if size == "1GB" else 300e3)
-    torch.testing.assert_close(their_logits(tmp_path / "hf", IDS), our_logits(world.taught, IDS), rtol=0, atol=1e-4)
+    assert max(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors")) < (
+        1e9 if size == "1GB" else 300e3
+    )
+    torch.testing.assert_close(
+        their_logits(tmp_path / "hf", IDS), our_logits(world.taught, IDS), rtol=0, atol=1e-4
+    )
 
 
 def test_round_trip_from_ours(world, tmp_path):
     """Bit for bit, with the numbers that a careless conversion changes."""
     saved = checkpoint.load(world.taught)
-    saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor([-0.0, 1e-45, math.pi * 1e-38, 3.4e38])
+    saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor(
+        [-0.0, 1e-45, math.pi * 1e-38, 3.4e38]
+    )
     torch.save(saved, tmp_path / "before.pt")
     convert("export", tmp_path / "before.pt", tmp_path / "step10-tokens0B", "--shard", "100KB")
     convert("import", tmp_path / "step10-tokens0B", tmp_path / "after.pt", "--world", "toy")
     after = checkpoint.load(tmp_path / "after.pt")
     assert same_bits(saved["model"], after["model"]) and [*saved["model"]] == [*after["model"]]
     assert saved["config"] == after["config"] and [*saved["config"]] == [*after["config"]]
-    assert saved["meta"].keys() <= after["meta"].keys() and after["meta"]["encoding"] == "toy" and after["meta"]["preset"] == "toy"
+    assert (
+        saved["meta"].keys() <= after["meta"].keys()
+        and after["meta"]["encoding"] == "toy"
+        and after["meta"]["preset"] == "toy"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -161,10 +199,23 @@ def test_round_trip_from_theirs(twin, tmp_path, dtype):
     twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size="20KB")
     twin.float()
     convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
-    convert("export", tmp_path / "ours.pt", tmp_path / "back", "--dtype", str(dtype).removeprefix("torch."))
+    convert(
+        "export",
+        tmp_path / "ours.pt",
+        tmp_path / "back",
+        "--dtype",
+        str(dtype).removeprefix("torch."),
+    )
     assert same_bits(files(tmp_path / NAMED), files(tmp_path / "back"))
-    was, now = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / NAMED, tmp_path / "back"))
-    assert {k: v for k, v in was.items() if k not in ("transformers_version", "eos_token_id", "pad_token_id")}.items() <= now.items()
+    was, now = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / NAMED, tmp_path / "back")
+    )
+    assert {
+        k: v
+        for k, v in was.items()
+        if k not in ("transformers_version", "eos_token_id", "pad_token_id")
+    }.items() <= now.items()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == dtype
 
 
@@ -175,19 +226,29 @@ def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_p
     convert("export", world.taught, tmp_path / "trimmed", "--padding", "false")
     ids = IDS[:1]
     ours = our_logits(world.taught, ids)[..., :TOY].log_softmax(-1)
-    whole, trimmed = (their_logits(tmp_path / name, ids).log_softmax(-1) for name in ("all", "trimmed"))
+    whole, trimmed = (
+        their_logits(tmp_path / name, ids).log_softmax(-1) for name in ("all", "trimmed")
+    )
     assert whole.shape[-1] == hf.padded(TOY) and whole[..., TOY:].exp().sum(-1).max() > 0.01
     torch.testing.assert_close(trimmed, ours, rtol=0, atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "all")
     assert model.generation_config.suppress_tokens == list(range(TOY, hf.padded(TOY)))
-    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (TOY - 2, TOY - 1)
-    answers = model.generate(ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (
+        TOY - 2,
+        TOY - 1,
+    )
+    answers = model.generate(
+        ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8
+    )
     assert answers.max() < TOY
     convert("import", tmp_path / "trimmed", tmp_path / "trimmed.pt", "--tokens", "1")
-    assert checkpoint.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {"padded_vocab": TOY}
+    assert checkpoint.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {
+        "padded_vocab": TOY
+    }
 
 
 # ---- config.json and meta
+
 
 def write_config(folder, **fields):
     folder.mkdir(exist_ok=True)
@@ -198,13 +259,26 @@ def write_config(folder, **fields):
 
 def test_public_config(tmp_path):
     """In the form of transformers 4, of 5, and with the unpadded vocabulary."""
-    five = PUBLIC | {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    five = PUBLIC | {
+        "rope_theta": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
     want = PRESETS["1b"] | {"vocab": 100278, "padded_vocab": 100352, "theta": 500000.0, "eps": 1e-6}
     for fields in (PUBLIC, five):
         shape, encoding = hf.read_config(write_config(tmp_path, **fields))
-        assert dataclasses.asdict(shape) == want and ModelConfig(**want) and encoding == "cl100k_base"
-        assert sum(math.prod(s) * len(names) for names, s in hf.layout(shape).values()) == 1_484_916_736
-    shape, _ = hf.read_config(write_config(tmp_path, **PUBLIC | {"vocab_size": 100278, "rope_theta": 1e4, "rms_norm_eps": 1e-5}))
+        assert (
+            dataclasses.asdict(shape) == want and ModelConfig(**want) and encoding == "cl100k_base"
+        )
+        assert (
+            sum(math.prod(s) * len(names) for names, s in hf.layout(shape).values())
+            == 1_484_916_736
+        )
+    shape, _ = hf.read_config(
+        write_config(
+            tmp_path, **PUBLIC | {"vocab_size": 100278, "rope_theta": 1e4, "rms_norm_eps": 1e-5}
+        )
+    )
     assert (shape.padded_vocab, shape.theta, shape.eps) == (100278, 1e4, 1e-5)
 
 
@@ -261,38 +335,80 @@ def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
 @pytest.mark.parametrize("revision", ["main", "stage2-ingredient3-step1000-tokens3B"])
 def test_tokens_that_the_name_does_not_say(refused, theirs, tmp_path, revision):
     """Seen to fail without the look for stage2: 3B tokens, where 4,004B were seen."""
-    assert "give --tokens, 21e9" in refused("import", theirs, tmp_path / "out.pt", "--revision", revision)
+    assert "give --tokens, 21e9" in refused(
+        "import", theirs, tmp_path / "out.pt", "--revision", revision
+    )
 
 
 def test_meta_is_complete(world, theirs, tmp_path):
     """Every stage and eval.py read nothing that pretrain.py writes and import does not."""
-    convert("import", theirs, tmp_path / "out.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
-    meta, pretrained = checkpoint.load(tmp_path / "out.pt")["meta"], checkpoint.load(world.base)["meta"]
+    convert(
+        "import",
+        theirs,
+        tmp_path / "out.pt",
+        "--questions",
+        "some/questions",
+        "--tasks",
+        "some/tasks",
+        "--seed",
+        "3",
+    )
+    meta, pretrained = (
+        checkpoint.load(tmp_path / "out.pt")["meta"],
+        checkpoint.load(world.base)["meta"],
+    )
     assert pretrained.keys() <= meta.keys()
     assert {k: meta[k] for k in ("stage", "recipe", "parent", "world", "encoding", "questions", "tasks", "pretrain_seed", "seed")} == dict(
         stage="pretrain", recipe="base", parent=str(theirs), world="olmo-mix-1124", encoding="toy", questions="some/questions",
         tasks="some/tasks", pretrain_seed=3, seed=3)  # fmt: skip
     assert meta["preset"] == "3x24" and meta["commit"] and meta["torch"] == torch.__version__
     edit_weights(theirs, lambda content: content["model.norm.weight"].mul_(2))
-    convert("import", theirs, tmp_path / "other.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
+    convert(
+        "import",
+        theirs,
+        tmp_path / "other.pt",
+        "--questions",
+        "some/questions",
+        "--tasks",
+        "some/tasks",
+        "--seed",
+        "3",
+    )
     other = checkpoint.load(tmp_path / "other.pt")["meta"]
-    assert checkpoint.config_hash(other) != checkpoint.config_hash(meta)  # rows of the one are not taken for rows of the other
+    assert checkpoint.config_hash(other) != checkpoint.config_hash(
+        meta
+    )  # rows of the one are not taken for rows of the other
 
 
 def test_hub_id(theirs, tmp_path, monkeypatch):
     """What is asked of the hub, and that no pickle of the repository would come along."""
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *words, **values: asked.append((words, values)) or str(theirs))
-    convert("import", "allenai/OLMo-2-0425-1B", tmp_path / "ckpt" / "out.pt", "--revision", "stage1-step20000-tokens42B")
-    (words, values), = asked
-    assert words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *words, **values: asked.append((words, values)) or str(theirs),
+    )
+    convert(
+        "import",
+        "allenai/OLMo-2-0425-1B",
+        tmp_path / "ckpt" / "out.pt",
+        "--revision",
+        "stage1-step20000-tokens42B",
+    )
+    ((words, values),) = asked
+    assert (
+        words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
+    )
     repository = ["README.md", "config.json", "generation_config.json", "merges.txt", "model-00001-of-00002.safetensors", "tokenizer.json",
                   "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "training_args.bin", "modeling.py"]  # fmt: skip
     kept = filter_repo_objects(repository, allow_patterns=values["allow_patterns"])
     assert set(repository) - {*kept} == {"README.md", "generation_config.json", "merges.txt", "pytorch_model.bin", "training_args.bin",
                                          "modeling.py"}  # fmt: skip
     meta = checkpoint.load(tmp_path / "ckpt" / "out.pt")["meta"]
-    assert meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B" and meta["tokens"] == 42 * 10**9
+    assert (
+        meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B"
+        and meta["tokens"] == 42 * 10**9
+    )
 
 
 def test_no_hub(refused, tmp_path, monkeypatch):
@@ -301,10 +417,14 @@ def test_no_hub(refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     said = refused("import", "allenai/OLMo-2-0425-1B", tmp_path / "out.pt", "--revision", NAMED)
-    assert f"is no folder here, and the hub does not give it at {NAMED}: no connection to the hub" in said
+    assert (
+        f"is no folder here, and the hub does not give it at {NAMED}: no connection to the hub"
+        in said
+    )
 
 
 # ---- weights that are refused
+
 
 def rename(content, old, new):
     content[new] = content.pop(old)
@@ -331,7 +451,9 @@ def test_pickles_are_refused(refused, theirs, tmp_path):
         path.unlink()
     assert "nothing to read" in refused("import", theirs, tmp_path / "out.pt")
     (theirs / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
-    assert "pickles (.bin) can run code when they are read and are refused" in refused("import", theirs, tmp_path / "out.pt")
+    assert "pickles (.bin) can run code when they are read and are refused" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
 
 
 def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
@@ -341,20 +463,31 @@ def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
     size = int.from_bytes(whole[:8], "little")
     header, rest = json.loads(whole[8 : 8 + size]), whole[8 + size :]
     name = next(name for name in header if name != "__metadata__")
-    huge = json.dumps(header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}).encode()
-    for content in ((1 << 40).to_bytes(8, "little") + whole[8:], len(huge).to_bytes(8, "little") + huge + rest):
+    huge = json.dumps(
+        header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}
+    ).encode()
+    for content in (
+        (1 << 40).to_bytes(8, "little") + whole[8:],
+        len(huge).to_bytes(8, "little") + huge + rest,
+    ):
         path.write_bytes(content)
-        assert f"{path.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+        assert f"{path.name} is truncated or no safetensors" in refused(
+            "import", theirs, tmp_path / "out.pt"
+        )
     path.write_bytes(whole)
     edit(theirs / "config.json", num_hidden_layers=10**9)
-    assert "its config.json has 1000000000 layers, its files" in refused("import", theirs, tmp_path / "out.pt")
+    assert "its config.json has 1000000000 layers, its files" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
 
 
 def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     last, index = sorted(theirs.glob("*.safetensors"))[-1], theirs / "model.safetensors.index.json"
     whole = last.read_bytes()
     last.write_bytes(whole[:-8])
-    assert f"{last.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    assert f"{last.name} is truncated or no safetensors" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
     last.unlink()
     assert f"lacks {last.name}: download it again" in refused("import", theirs, tmp_path / "out.pt")
     shutil.copy(sorted(theirs.glob("*.safetensors"))[0], last)
@@ -362,7 +495,12 @@ def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     last.write_bytes(whole)
     (tmp_path / "elsewhere.safetensors").write_bytes(whole)
     named = json.loads(index.read_text())["weight_map"]
-    edit(index, weight_map={k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()})
+    edit(
+        index,
+        weight_map={
+            k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()
+        },
+    )
     assert "lacks ../elsewhere.safetensors" in refused("import", theirs, tmp_path / "out.pt")
     edit(index, weight_map={})
     assert "lacks all" in refused("import", theirs, tmp_path / "out.pt")
@@ -370,10 +508,14 @@ def test_incomplete_download_is_refused(refused, theirs, tmp_path):
 
 # ---- nothing lost
 
+
 def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
     out, folder = tmp_path / "out.pt", tmp_path / "folder"
     out.write_text("mine")
-    assert "exists: --overwrite replaces it" in refused("import", theirs, out) and out.read_text() == "mine"
+    assert (
+        "exists: --overwrite replaces it" in refused("import", theirs, out)
+        and out.read_text() == "mine"
+    )
     convert("import", theirs, out, "--overwrite")
     assert checkpoint.load(out)["meta"]["recipe"] == "base"
     folder.mkdir()
@@ -397,9 +539,13 @@ def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
 
 def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     assert "--out is needed" in refused("import", theirs)
-    assert "unknown flag --revison, did you mean --revision?" in refused("import", theirs, tmp_path / "a.pt", "--revison", "main")
+    assert "unknown flag --revison, did you mean --revision?" in refused(
+        "import", theirs, tmp_path / "a.pt", "--revison", "main"
+    )
     assert "unknown flag" in refused("export", world.taught, tmp_path / "a", tmp_path / "b")
-    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused("export", world.taught, tmp_path / "a", "--dtype", "int8")
+    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused(
+        "export", world.taught, tmp_path / "a", "--dtype", "int8"
+    )
     assert "no checkpoint at" in refused("export", tmp_path / "none.pt", tmp_path / "a")
     assert "'exprot' is not a command" in refused("exprot")
     convert("--help")
@@ -407,17 +553,29 @@ def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     saved = checkpoint.load(world.taught)
     saved["model"]["norm.weight"] = torch.ones(3)
     torch.save(saved, tmp_path / "odd.pt")
-    assert "is of another model than its config says" in refused("export", tmp_path / "odd.pt", tmp_path / "a")
+    assert "is of another model than its config says" in refused(
+        "export", tmp_path / "odd.pt", tmp_path / "a"
+    )
     assert not (tmp_path / "a").exists()
 
 
 # ---- tokenizer
 
+
 def real_texts(count=300):
-    for name in ("pretrain_text/wikitext2_valid.txt.gz", "pretrain_text/tinyshakespeare.txt.gz", "pretrain_text/tinystories_sample.txt.gz"):
+    for name in (
+        "pretrain_text/wikitext2_valid.txt.gz",
+        "pretrain_text/tinyshakespeare.txt.gz",
+        "pretrain_text/tinystories_sample.txt.gz",
+    ):
         with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
             yield from file.read()[:200_000].split("\n\n")[:count]
-    for name in ("pretrain_text/open_logic.jsonl.gz", "math/train.jsonl.gz", "gsm8k/train.jsonl.gz", "hellaswag/validation.jsonl.gz"):
+    for name in (
+        "pretrain_text/open_logic.jsonl.gz",
+        "math/train.jsonl.gz",
+        "gsm8k/train.jsonl.gz",
+        "hellaswag/validation.jsonl.gz",
+    ):
         with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
             for _, line in zip(range(count), file, strict=False):
                 row = json.loads(line)
@@ -444,11 +602,20 @@ def test_tokenizer_gives_our_ids(cl100k, tmp_path):
     texts = [*HARD_TEXTS, *real_texts()] if DATASETS.is_dir() else HARD_TEXTS
     for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
         assert ids == tokens.encode(cl100k, text), text[:80]
-        assert theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+        assert (
+            theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            == text
+        )
     special = {theirs.convert_tokens_to_ids(text): text for text in hf.OLMO2}
     assert special == {100256 + i: text for i, text in enumerate(hf.OLMO2)} and len(hf.OLMO2) == 22
-    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(theirs) == tokens.vocab_size(cl100k)
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (cl100k.eot_token, tokens.pad_id(cl100k)) == (100257, 100277)
+    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(
+        theirs
+    ) == tokens.vocab_size(cl100k)
+    assert (
+        (theirs.eos_token_id, theirs.pad_token_id)
+        == (cl100k.eot_token, tokens.pad_id(cl100k))
+        == (100257, 100277)
+    )
     assert theirs.decode([9906, 100257, 100277], skip_special_tokens=True) == "Hello"
     # and it is what import accepts beside the weights
     convert("import", folder, tmp_path / "b.pt", "--tokens", "1")
@@ -459,24 +626,36 @@ def test_toy_tokenizer(world, tmp_path):
     """The toy's own words, and the folder imports again."""
     convert("export", world.taught, tmp_path / "hf")
     theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokens.encoding("toy")
-    lines = [json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()]
-    for text in (f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines):
+    lines = [
+        json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()
+    ]
+    for text in (
+        f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines
+    ):
         text = re.sub(r"^ ?", " ", text)
         ids = enc.encode_ordinary(text)
-        assert theirs(text).input_ids == ids and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert (
+            theirs(text).input_ids == ids
+            and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        )
     assert (theirs.eos_token_id, theirs.pad_token_id) == (enc.eot_token, tokens.pad_id(enc))
     convert("import", tmp_path / "hf", tmp_path / "again.pt", "--tokens", "1")
     assert same_weights(world.taught, tmp_path / "again.pt")
 
 
 def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
-    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(str(theirs / "tokenizer.json"))
-    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused("import", theirs, tmp_path / "out.pt")
+    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(
+        str(theirs / "tokenizer.json")
+    )
+    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
     (theirs / "tokenizer.json").write_text("{}")
     assert "cannot read" in refused("import", theirs, tmp_path / "out.pt")
 
 
 # ---- the stages
+
 
 def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe follow from the meta."""
@@ -485,23 +664,70 @@ def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     for split in ("train", "val", "shots"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = small_model(100278, 100352, torch.float32, width=16, ffn=24)
-    transformers_twin(model).to(torch.bfloat16).save_pretrained(tmp_path / NAMED, max_shard_size="4MB")
+    transformers_twin(model).to(torch.bfloat16).save_pretrained(
+        tmp_path / NAMED, max_shard_size="4MB"
+    )
     start, shared = tmp_path / "step10000.pt", dict(eval_questions=2, eval_n=2, max_new=6)
     convert("import", tmp_path / NAMED, start, "--questions", tmp_path)
     call("sft", init=start, steps=1, batch=2, **shared)
     call("rl", init=start, steps=1, questions_per_step=2, group=2, compile="false", **shared)
-    call("rl", init=tmp_path / "step10000-sft.pt", steps=1, questions_per_step=2, group=2, compile="false", **shared)
-    call("mix", init=start, steps=1, questions_per_step=2, group=2, batch=2, compile="false", **shared)
-    recipes = {"step10000": "base", "step10000-sft": "sft", "step10000-rl": "rl", "step10000-sft-rl": "sft->rl", "step10000-mix": "mix"}
+    call(
+        "rl",
+        init=tmp_path / "step10000-sft.pt",
+        steps=1,
+        questions_per_step=2,
+        group=2,
+        compile="false",
+        **shared,
+    )
+    call(
+        "mix",
+        init=start,
+        steps=1,
+        questions_per_step=2,
+        group=2,
+        batch=2,
+        compile="false",
+        **shared,
+    )
+    recipes = {
+        "step10000": "base",
+        "step10000-sft": "sft",
+        "step10000-rl": "rl",
+        "step10000-sft-rl": "sft->rl",
+        "step10000-mix": "mix",
+    }
     paths = [tmp_path / f"{name}.pt" for name in recipes]
-    call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6, compile="false")
+    call(
+        "eval",
+        *paths,
+        results=tmp_path / "results",
+        limit=2,
+        n=2,
+        k="1,2",
+        shots="0",
+        max_new=6,
+        compile="false",
+    )
     for path in paths:
-        meta, rows = checkpoint.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
+        meta, rows = (
+            checkpoint.load(path)["meta"],
+            run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl"),
+        )
         (row,) = (row for row in rows if row["kind"] == "pass")
         assert meta["recipe"] == row["recipe"] == recipes[path.stem]
-        assert (row["tokens"], row["world"], row["model"], row["n"]) == (21 * 10**9, "olmo-mix-1124", "2x16", 2)
-        assert path == start or meta["parent_hash"] == checkpoint.config_hash(checkpoint.load(meta["parent"])["meta"])
+        assert (row["tokens"], row["world"], row["model"], row["n"]) == (
+            21 * 10**9,
+            "olmo-mix-1124",
+            "2x16",
+            2,
+        )
+        assert path == start or meta["parent_hash"] == checkpoint.config_hash(
+            checkpoint.load(meta["parent"])["meta"]
+        )
     assert not same_weights(start, paths[1])
     convert("export", paths[4], tmp_path / "mixed")  # and what the stages wrote goes back
     ids = torch.tensor([tokens.encode(cl100k, "Question: What is 1 + 1?\nAnswer:")])
-    torch.testing.assert_close(their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4
+    )

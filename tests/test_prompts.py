@@ -38,7 +38,9 @@ class Says:
             rows.append((ids[: max_new if stop is None else stop + 1], stop is None))
         said = {"tokens": torch.tensor([row + [0] * (max_new - len(row)) for row, _ in rows]),
                 "lengths": torch.tensor([len(row) for row, _ in rows]), "cut": torch.tensor([cut for _, cut in rows])}  # fmt: skip
-        return Samples(**{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields})
+        return Samples(
+            **{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields}
+        )
 
 
 def solved(enc, *answers, answer="5", max_new=60):
@@ -61,7 +63,10 @@ def test_an_answer_ends_where_the_next_question_begins(cl100k, before, between, 
     """However "Question:" is made of tokens, what follows is not read and the answer is not counted as cut.
 
     Seen to fail with the id of "Question" as the only stop: spelled in letters it went on to the next answer, 6."""
-    ids = split(cl100k, f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6") + [1] * 60
+    ids = (
+        split(cl100k, f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6")
+        + [1] * 60
+    )
     found = solved(cl100k, ids, max_new=len(ids) - 50)
     assert (found["correct"], found["cut"]) == ([1], 0)
     assert found["formatted"] == 1 or between == "\n\n**"
@@ -77,6 +82,7 @@ def test_the_usual_next_question_stops_the_sampler(cl100k):
 
 def test_ended_cut_and_unfinished_answers(cl100k):
     """Right by itself; right but cut; the end-of-text id inside; half of the stop string; a right answer after the stop."""
+
     def ids(text):
         return tokens.encode(cl100k, text)
 
@@ -84,8 +90,14 @@ def test_ended_cut_and_unfinished_answers(cl100k):
     answers = [ids("#### 5") + [cl100k.eot_token], cut, ids("#### 6") + [cl100k.eot_token] + ids("#### 5"),
                ids("#### 5\n\n") + ids("Quest") + [cl100k.eot_token], ids("6\n\nQuestion: x\n#### 5") + [1] * 60]  # fmt: skip
     found = solved(cl100k, *answers)
-    shares = {"cut": 1 / 5, "formatted": 3 / 5, "flexible@1": 3 / 5}  # the last finds the cut one too
-    assert found["correct"] == [2] and {name: found[name] for name in shares} == pytest.approx(shares)
+    shares = {
+        "cut": 1 / 5,
+        "formatted": 3 / 5,
+        "flexible@1": 3 / 5,
+    }  # the last finds the cut one too
+    assert found["correct"] == [2] and {name: found[name] for name in shares} == pytest.approx(
+        shares
+    )
 
 
 def test_no_real_solution_has_the_stop_string(cl100k):
@@ -94,8 +106,14 @@ def test_no_real_solution_has_the_stop_string(cl100k):
     stop = tokens.encode(cl100k, problems.stop_string("cl100k_base"))[0]
     texts = {f"{name}-{i}": row.get("solution") or row["answer"] for name in ("gsm8k/train", "gsm8k/test", "math/train", "math/test")
              for i, row in enumerate(real(name))}  # fmt: skip
-    assert len(texts) == 8792 + 12500 and not any(problems.until_next_question("cl100k_base", text)[1] for text in texts.values())
-    assert [name for name, text in texts.items() if "Question" in text and stop in tokens.encode(cl100k, text)] == ["math/test-3883"]
+    assert len(texts) == 8792 + 12500 and not any(
+        problems.until_next_question("cl100k_base", text)[1] for text in texts.values()
+    )
+    assert [
+        name
+        for name, text in texts.items()
+        if "Question" in text and stop in tokens.encode(cl100k, text)
+    ] == ["math/test-3883"]
 
 
 # ---- the flexible reading
@@ -118,25 +136,50 @@ def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, fle
 
 def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
     """The eight of Wei et al. and Minerva's four: each is right in the eyes of the grader, and its old ending is gone."""
-    for file, count, answers in (("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
-                                 ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"])):
+    for file, count, answers in (
+        ("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
+        ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"]),
+    ):
         rows = questions.shots(DATASETS / f"few_shot/{file}.json")
         texts = [row["solutions"][0] for row in rows]
         assert [row["answer"] for row in rows] == answers and len(rows) == count
         assert grader.grade_all(texts, answers, [True] * count) == [(True, True)] * count
-        assert not any(word in text for text in texts for word in ("answer is", "I hope", "Final", "boxed"))
+        assert not any(
+            word in text for text in texts for word in ("answer is", "I hope", "Final", "boxed")
+        )
         shown = problems.few_shot("cl100k_base", rows)
-        assert shown.count("Question: ") == shown.count("\nAnswer: ") == count == shown.count(f"\n{grader.ENDING} ")
+        assert (
+            shown.count("Question: ")
+            == shown.count("\nAnswer: ")
+            == count
+            == shown.count(f"\n{grader.ENDING} ")
+        )
         assert shown.endswith(f"\n#### {answers[-1]}\n\n")
         assert not any(problems.until_next_question("cl100k_base", text)[1] for text in texts)
 
 
 def test_the_prompt_of_the_paper(cl100k):
     shot = {"question": "How many?", "solutions": ["It is 6.\n#### 6"]}
-    text = problems.few_shot("cl100k_base", [shot, shot]) + problems.prompt("cl100k_base", "And now?")
-    assert text == 2 * "Question: How many?\nAnswer: It is 6.\n#### 6\n\n" + "Question: And now?\nAnswer:"
+    text = problems.few_shot("cl100k_base", [shot, shot]) + problems.prompt(
+        "cl100k_base", "And now?"
+    )
+    assert (
+        text
+        == 2 * "Question: How many?\nAnswer: It is 6.\n#### 6\n\n" + "Question: And now?\nAnswer:"
+    )
     sampler = Says(tokens.encode(cl100k, " 7"))
-    solve(sampler, cl100k, [{"id": "a", "question": "And now?", "answer": "7"}], 1, 4, 0.6, 0, WORLD, shots=[shot, shot], ks=(1,))
+    solve(
+        sampler,
+        cl100k,
+        [{"id": "a", "question": "And now?", "answer": "7"}],
+        1,
+        4,
+        0.6,
+        0,
+        WORLD,
+        shots=[shot, shot],
+        ks=(1,),
+    )
     assert tokens.decode(cl100k, [*sampler.prefix, *sampler.prompts[0]]) == text
 
 
@@ -149,8 +192,12 @@ def test_a_base_gets_as_many_shots_as_there_are(world, tmp_path, capsys):
     how = dict(questions=tmp_path / "easy", results=tmp_path / "results", **FEW)
     call("eval", world.base, **how)
     rows = rows_in(tmp_path / "results", world.base.stem, "pass")
-    assert [row["shots"] for row in rows] == [1, 0] and all(0 <= row["pass@1"] <= row["flexible@1"] <= 1 for row in rows)
-    assert "has 1 shots, not 8: lower --shots" in refused(capsys, "eval", world.base, shots=8, **how)
+    assert [row["shots"] for row in rows] == [1, 0] and all(
+        0 <= row["pass@1"] <= row["flexible@1"] <= 1 for row in rows
+    )
+    assert "has 1 shots, not 8: lower --shots" in refused(
+        capsys, "eval", world.base, shots=8, **how
+    )
     (tmp_path / "easy/shots.jsonl").unlink()  # needed by none
     call("eval", world.taught, **how)
     assert [row["shots"] for row in rows_in(tmp_path / "results", "taught", "pass")] == [0]

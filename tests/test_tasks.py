@@ -28,7 +28,11 @@ from model import Sampler
 FILES = {"lambada_openai": "lambada/test.jsonl.gz", "hellaswag": "hellaswag/validation_raw_1000.jsonl.gz",
          "arc_easy": "arc/easy_test.jsonl.gz", "arc_challenge": "arc/challenge_test.jsonl.gz",
          "piqa": "piqa/validation.jsonl.gz", "openbookqa": "openbookqa/test.jsonl"}  # fmt: skip
-STOCK = {"lambada_openai": "lambada/lambada_openai", "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge"}
+STOCK = {
+    "lambada_openai": "lambada/lambada_openai",
+    "arc_easy": "arc/arc_easy",
+    "arc_challenge": "arc/arc_challenge",
+}
 GOLDEN = Path(__file__).with_name("golden_tasks.json")
 ITEMS, KEPT = 200, 20  # of each benchmark: compared with a run of lm-eval, kept in the golden file
 WORLD = ranks.World(0, 1, torch.device("cpu"), torch.float32)
@@ -68,7 +72,9 @@ def chosen(items, count):
 
 def hash_of(pairs):
     """Of the ids of each context and continuation."""
-    return hashlib.sha256(json.dumps([[list(ids) for ids in pair] for pair in pairs]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([[list(ids) for ids in pair] for pair in pairs]).encode()
+    ).hexdigest()[:16]
 
 
 def ours(model, items):
@@ -76,11 +82,17 @@ def ours(model, items):
     asked = []
 
     def loglikelihood(pairs, single):
-        asked[:] = asked or [pairs, evaluation.continuation_log_probs(Sampler(model), pairs, single, WORLD)]
+        asked[:] = asked or [
+            pairs,
+            evaluation.continuation_log_probs(Sampler(model), pairs, single, WORLD),
+        ]
         return asked[1]
 
     enc, rows = tokens.encoding("cl100k_base"), []
-    hits = [tasks.score([item | {"metric": m} for item in items], enc, loglikelihood)["right"] for m in ("acc", "acc_norm")]
+    hits = [
+        tasks.score([item | {"metric": m} for item in items], enc, loglikelihood)["right"]
+        for m in ("acc", "acc_norm")
+    ]
     pairs, found = map(iter, asked)
     for item, acc, acc_norm in zip(items, *hits, strict=True):
         count = len(item["choices"])
@@ -95,10 +107,16 @@ def same(ours, theirs, items):
     for mine, other, item in zip(ours, theirs, items, strict=True):
         assert mine["ids"] == other["ids"], item
         assert mine["logp"] == pytest.approx(other["logp"], abs=1e-4), item
-        largest = max(largest, *(abs(a - b) for a, b in zip(mine["logp"], other["logp"], strict=True)))
+        largest = max(
+            largest, *(abs(a - b) for a, b in zip(mine["logp"], other["logp"], strict=True))
+        )
         for lengths in (1, [len(choice) - 1 for choice in item["choices"]]):
-            assert np.argmax(np.array(mine["logp"]) / lengths) == np.argmax(np.array(other["logp"]) / lengths), item
-        assert all(mine[metric] == other[metric] for metric in ("acc", "acc_norm") if metric in other), item
+            assert np.argmax(np.array(mine["logp"]) / lengths) == np.argmax(
+                np.array(other["logp"]) / lengths
+            ), item
+        assert all(
+            mine[metric] == other[metric] for metric in ("acc", "acc_norm") if metric in other
+        ), item
     return largest
 
 
@@ -118,11 +136,17 @@ def harness(model):
         return logits
 
     ranks = DATASETS / "tiktoken" / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-    tokenizer = TikTokenConverter(vocab_file=str(ranks), extra_special_tokens=["<|100256|>", "<|endoftext|>"]).converted()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer = TikTokenConverter(
+        vocab_file=str(ranks), extra_special_tokens=["<|100256|>", "<|endoftext|>"]
+    ).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
     twin = transformers_twin(model).eval()
     twin.lm_head.register_forward_hook(no_dummies)
-    return HFLM(pretrained=twin, tokenizer=tokenizer, device="cpu", batch_size=1, softmax_dtype="float64")
+    return HFLM(
+        pretrained=twin, tokenizer=tokenizer, device="cpu", batch_size=1, softmax_dtype="float64"
+    )
 
 
 def theirs(lm, source, places):
@@ -132,9 +156,14 @@ def theirs(lm, source, places):
     stock, folder = Path(lm_eval.__file__).parent / "tasks", source / "yaml"
     folder.mkdir()
     for name, file in FILES.items():
-        splits = ", ".join(f"{split}: {source / file.replace('_raw_1000', '')}" for split in ("train", "validation", "test"))
-        (folder / f"{name}.yaml").write_text(f"include: {stock / STOCK.get(name, f'{name}/{name}')}.yaml\ntask: local_{name}\n"
-                                             f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {{{splits}}}}}\n")
+        splits = ", ".join(
+            f"{split}: {source / file.replace('_raw_1000', '')}"
+            for split in ("train", "validation", "test")
+        )
+        (folder / f"{name}.yaml").write_text(
+            f"include: {stock / STOCK.get(name, f'{name}/{name}')}.yaml\ntask: local_{name}\n"
+            f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {{{splits}}}}}\n"
+        )
     samples = lm_eval.simple_evaluate(
         lm, tasks=[f"local_{name}" for name in places], samples={f"local_{name}": where for name, where in places.items()},
         task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)), num_fewshot=0, bootstrap_iters=0,
@@ -161,7 +190,9 @@ def test_scores_equal_those_of_lm_eval(model, source, capsys):
         assert len(rows) == ITEMS
         largest = same(ours(model, rows), reference[name], rows)
         with capsys.disabled():
-            print(f"\n{name:<15} {len(rows)} items, {sum(len(row['choices']) for row in rows)} choices, largest difference {largest:.1e}")
+            print(
+                f"\n{name:<15} {len(rows)} items, {sum(len(row['choices']) for row in rows)} choices, largest difference {largest:.1e}"
+            )
 
 
 @pytest.mark.slow
@@ -176,25 +207,37 @@ def test_odd_texts_and_greedy_answers_equal_those_of_lm_eval(model, source):
              ("caf\u00e9 \U0001f642", " na\u00efve \u65e5\u672c\u8a9e"),
              ("One of many words. " * 99, " word"), ("a", " b" * 256)]  # fmt: skip
     pairs = [tasks.encode_pair(enc, *text) for text in texts]
-    assert [pair for pair, text in zip(pairs, texts, strict=True) if text[0]] == [lm._encode_pair(*text) for text in texts if text[0]]
-    expected = lm.loglikelihood([Instance("loglikelihood", {}, text, 0) for text in texts], disable_tqdm=True)
+    assert [pair for pair, text in zip(pairs, texts, strict=True) if text[0]] == [
+        lm._encode_pair(*text) for text in texts if text[0]
+    ]
+    expected = lm.loglikelihood(
+        [Instance("loglikelihood", {}, text, 0) for text in texts], disable_tqdm=True
+    )
     greedy = greedy_pairs(model)
-    expected += lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(greedy)], disable_tqdm=True)
+    expected += lm._loglikelihood_tokens(
+        [(("", str(i)), *pair) for i, pair in enumerate(greedy)], disable_tqdm=True
+    )
     found = evaluation.continuation_log_probs(Sampler(model), pairs + greedy, True, WORLD)
     assert [x[0] for x in found] == pytest.approx([x[0] for x in expected], abs=1e-4)
-    assert [x[1] for x in found] == [x[1] for x in expected] and sum(x[1] for x in found) >= len(greedy) / 3
+    assert [x[1] for x in found] == [x[1] for x in expected] and sum(x[1] for x in found) >= len(
+        greedy
+    ) / 3
 
 
 def reference_scores(model, source):
     items = {name: list(tasks.read(name, source)) for name in FILES}
     places = {name: chosen(rows, ITEMS) for name, rows in items.items()}
-    return {name: [items[name][i] for i in places[name]] for name in items}, theirs(harness(model), source, places)
+    return {name: [items[name][i] for i in places[name]] for name in items}, theirs(
+        harness(model), source, places
+    )
 
 
 def greedy_pairs(model):
     """Contexts with what the sampler writes at temperature 0, and the same with its last and with its first token changed."""
     generator = torch.Generator().manual_seed(0)
-    contexts = [torch.randint(0, 100256, (n,), generator=generator).tolist() for n in (1, 2, 3, 9, 9, 30)]
+    contexts = [
+        torch.randint(0, 100256, (n,), generator=generator).tolist() for n in (1, 2, 3, 9, 9, 30)
+    ]
     samples = Sampler(model)(contexts, 1, 4, list(range(6)), [100278], temperature=0)
     answers = samples.tokens.tolist()
     return [(context, change(answer)) for context, answer in zip(contexts, answers, strict=True)
@@ -220,8 +263,13 @@ def write_golden():
         for name, rows in reference.items():
             same(ours(model, items[name]), rows, items[name])
             places = chosen(list(tasks.read(name, source)), ITEMS)
-            kept = [{"doc": i, **row, "logp": [round(x, 5) for x in row["logp"]]} for i, row in zip(places, rows, strict=True)]
-            lines.append(f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, kept[:: ITEMS // KEPT])) + "\n ]")
+            kept = [
+                {"doc": i, **row, "logp": [round(x, 5) for x in row["logp"]]}
+                for i, row in zip(places, rows, strict=True)
+            ]
+            lines.append(
+                f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, kept[:: ITEMS // KEPT])) + "\n ]"
+            )
     GOLDEN.write_text('{"lm_eval": "0.4.13", "tasks": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
@@ -231,22 +279,37 @@ def write_golden():
 def test_a_context_is_computed_once(model, monkeypatch):
     """Seen to fail with a row for each choice: 4 * (40 + 5) tokens."""
     ran, real = [], Sampler._prefill
-    monkeypatch.setattr(Sampler, "_prefill", lambda self, ids, past=None: ran.append(ids.numel()) or real(self, ids, past))
+    monkeypatch.setattr(
+        Sampler,
+        "_prefill",
+        lambda self, ids, past=None: ran.append(ids.numel()) or real(self, ids, past),
+    )
     context = list(range(100, 140))
-    evaluation.continuation_log_probs(Sampler(model), [(context, [i] * 5) for i in range(4)], False, WORLD)
+    evaluation.continuation_log_probs(
+        Sampler(model), [(context, [i] * 5) for i in range(4)], False, WORLD
+    )
     assert sum(ran) == 39 + 4 * 5
 
 
 def test_ranks_share_the_contexts(model):
     generator = torch.Generator().manual_seed(0)
-    pairs = [(torch.randint(0, 1000, (5 + i % 3,), generator=generator).tolist(), [i, i]) for i in range(20)]
+    pairs = [
+        (torch.randint(0, 1000, (5 + i % 3,), generator=generator).tolist(), [i, i])
+        for i in range(20)
+    ]
     whole = evaluation.continuation_log_probs(Sampler(model), pairs, True, WORLD)
     parts = []
     for rank in range(2):
-        world = SimpleNamespace(rank=rank, size=2, sum=lambda *values: parts.append(values) or list(values))
+        world = SimpleNamespace(
+            rank=rank, size=2, sum=lambda *values: parts.append(values) or list(values)
+        )
         evaluation.continuation_log_probs(Sampler(model), pairs, True, world)
-    assert [sum(x) for x in zip(*parts, strict=True)][::2] == pytest.approx([logp for logp, _ in whole], abs=1e-5)
-    assert all(0 in x for x in zip(*(part[::2] for part in parts), strict=True))  # each pair on one rank
+    assert [sum(x) for x in zip(*parts, strict=True)][::2] == pytest.approx(
+        [logp for logp, _ in whole], abs=1e-5
+    )
+    assert all(
+        0 in x for x in zip(*(part[::2] for part in parts), strict=True)
+    )  # each pair on one rank
 
 
 def test_a_single_choice_must_be_what_the_model_would_say(model):
@@ -256,7 +319,9 @@ def test_a_single_choice_must_be_what_the_model_would_say(model):
     assert [greedy for _, greedy in found] == [True, False, False] * 6
     items = [{"context": " sam has a", "choices": [" cat"], "label": 0}] * len(found)
     score = tasks.score(items, tokens.encoding("toy"), lambda *_: found)
-    assert score["right"] == [1, 0, 0] * 6 and score["accuracy"] == score["acc"] == pytest.approx(1 / 3)
+    assert score["right"] == [1, 0, 0] * 6 and score["accuracy"] == score["acc"] == pytest.approx(
+        1 / 3
+    )
     assert score["perplexity"] == pytest.approx(np.exp(-np.mean([logp for logp, _ in found])))
     assert score["probability"] == pytest.approx(np.mean([np.exp(logp) for logp, _ in found]))
 
@@ -265,9 +330,16 @@ def test_acc_norm_is_by_characters_without_the_space():
     """Seen to fail with the space counted: -2 / 3 is above -4 / 5, and with tokens or sums for characters."""
     item = {"context": " sam has a", "choices": [" is", " dogs"], "label": 1}
     found = [(-2.0, False), (-3.9, False)]
-    both = [tasks.score([item | more], tokens.encoding("toy"), lambda *_: found) for more in ({}, {"metric": "acc_norm"})]
-    assert [score["right"] for score in both] == [[0], [1]] and [score["accuracy"] for score in both] == [0, 1]
-    assert all((score["acc"], score["acc_norm"]) == (0, 1) and "perplexity" not in score for score in both)
+    both = [
+        tasks.score([item | more], tokens.encoding("toy"), lambda *_: found)
+        for more in ({}, {"metric": "acc_norm"})
+    ]
+    assert [score["right"] for score in both] == [[0], [1]] and [
+        score["accuracy"] for score in both
+    ] == [0, 1]
+    assert all(
+        (score["acc"], score["acc_norm"]) == (0, 1) and "perplexity" not in score for score in both
+    )
 
 
 def test_a_choice_is_encoded_with_its_context(source):
@@ -275,12 +347,17 @@ def test_a_choice_is_encoded_with_its_context(source):
     enc = tokens.encoding("cl100k_base")
     assert tasks.encode_pair(enc, "", " word") == ([enc.eot_token], enc.encode(" word"))
     assert tasks.encode_pair(enc, "He said ", "yes") == (enc.encode("He said"), enc.encode(" yes"))
-    assert tasks.encode_pair(enc, "$1", "0,000") == (enc.encode("$1"), enc.encode("$10,000")[2:])  # "10" is one token
+    assert tasks.encode_pair(enc, "$1", "0,000") == (
+        enc.encode("$1"),
+        enc.encode("$10,000")[2:],
+    )  # "10" is one token
     with pytest.raises(ValueError, match="'thing' melts into the last word of 'Some'"):
         tasks.encode_pair(enc, "Some", "thing")
 
 
-@pytest.mark.parametrize("change", [{"metric": "accuracy"}, {"choices": [" a", " "]}, {"choices": []}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"metric": "accuracy"}, {"choices": [" a", " "]}, {"choices": []}], ids=str
+)
 def test_malformed_item_is_named_with_its_line(tmp_path, change):
     item = {"context": "a", "choices": [" cat"], "label": 0, "metric": "acc_norm"}
     (tmp_path / "x.jsonl").write_text(json.dumps(item) + "\n")
@@ -317,7 +394,14 @@ def test_from_the_hub_and_from_files(monkeypatch, tmp_path):
     for name, (row, context, choices, label) in ROWS.items():
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, row=row, **kwargs: asked.append((*args, kwargs["split"]))
                             or datasets.Dataset.from_list([row]))  # fmt: skip
-        expected = [{"context": context, "choices": choices, "label": label, "metric": tasks.BENCHMARKS[name].metric}]
+        expected = [
+            {
+                "context": context,
+                "choices": choices,
+                "label": label,
+                "metric": tasks.BENCHMARKS[name].metric,
+            }
+        ]
         assert list(tasks.read(name)) == expected and asked[-1] == tasks.BENCHMARKS[name].hub
         path = tmp_path / f"{tasks.BENCHMARKS[name].file}.jsonl.gz"
         path.parent.mkdir(exist_ok=True)
@@ -335,7 +419,9 @@ def test_from_the_hub_and_from_files(monkeypatch, tmp_path):
 def test_hub_names_are_those_of_lm_eval():
     lm_eval = pytest.importorskip("lm_eval", reason="pip install -r tests/requirements-slow.txt")
     for name, benchmark in tasks.BENCHMARKS.items():
-        text = (Path(lm_eval.__file__).parent / "tasks" / f"{STOCK.get(name, f'{name}/{name}')}.yaml").read_text()
+        text = (
+            Path(lm_eval.__file__).parent / "tasks" / f"{STOCK.get(name, f'{name}/{name}')}.yaml"
+        ).read_text()
         repository, config, split = benchmark.hub
         if name != "arc_challenge":  # which includes arc_easy's
             assert f"dataset_path: {repository}\n" in text and f"\n{split}_split: {split}\n" in text
@@ -345,27 +431,59 @@ def test_hub_names_are_those_of_lm_eval():
 
 def test_prepared_hellaswag_is_the_published_one(source):
     """Prompts and answers letter for letter; choices but for the space that a mark leaves before them."""
+
     def key(item):
-        return item["context"], *(" ".join(choice.split()) for choice in item["choices"]), item["label"]
+        return (
+            item["context"],
+            *(" ".join(choice.split()) for choice in item["choices"]),
+            item["label"],
+        )
 
     published = list(tasks.read("hellaswag", source))
-    assert {key(item) for item in published} <= {key(item) for item in tasks.read("hellaswag", DATASETS)}
-    assert len(published) == 1000 and sum(choice.startswith("  ") for item in published for choice in item["choices"]) == 134
+    assert {key(item) for item in published} <= {
+        key(item) for item in tasks.read("hellaswag", DATASETS)
+    }
+    assert (
+        len(published) == 1000
+        and sum(choice.startswith("  ") for item in published for choice in item["choices"]) == 134
+    )
 
 
 def test_from_files_to_the_report(source, world, tmp_path, capsys, model):
     """prepare.py, eval.py and the report on the six, with a random model of the real vocabulary."""
-    prepare.main(["tasks", "--source", str(source), "--out", str(tmp_path / "tasks"), "--limit", "3"])
+    prepare.main(
+        ["tasks", "--source", str(source), "--out", str(tmp_path / "tasks"), "--limit", "3"]
+    )
     assert capsys.readouterr().out.count(" 3 items, ") == 6
-    assert tasks.load(tmp_path / "tasks") == {name: list(itertools.islice(tasks.read(name, source), 3)) for name in FILES}
-    meta = checkpoint.load(world.base)["meta"] | {"encoding": "cl100k_base", "questions": str(world.data / "easy")}
+    assert tasks.load(tmp_path / "tasks") == {
+        name: list(itertools.islice(tasks.read(name, source), 3)) for name in FILES
+    }
+    meta = checkpoint.load(world.base)["meta"] | {
+        "encoding": "cl100k_base",
+        "questions": str(world.data / "easy"),
+    }
     checkpoint.save(tmp_path / "m.pt", model, meta)
-    how = dict(results=tmp_path / "results", tasks=tmp_path / "tasks", limit=1, n=1, k=1, max_new=1, shots=0, device="cpu", compile="false")
+    how = dict(
+        results=tmp_path / "results",
+        tasks=tmp_path / "tasks",
+        limit=1,
+        n=1,
+        k=1,
+        max_new=1,
+        shots=0,
+        device="cpu",
+        compile="false",
+    )
     call("eval", tmp_path / "m.pt", **how)
     rows = [row for row in report.read(tmp_path / "results")[0] if row["kind"] == "general"]
     assert {row["benchmark"] for row in rows} == set(FILES)
     for row in rows:
-        assert len(row["right"]) == 3 and row["accuracy"] == row[tasks.BENCHMARKS[row["benchmark"]].metric] == sum(row["right"]) / 3
+        assert (
+            len(row["right"]) == 3
+            and row["accuracy"]
+            == row[tasks.BENCHMARKS[row["benchmark"]].metric]
+            == sum(row["right"]) / 3
+        )
     level = report.Results(rows).level("base", rows[0]["tokens"], "accuracy")
     assert level.mean == pytest.approx(np.mean([row["accuracy"] for row in rows]))
 

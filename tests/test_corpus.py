@@ -1,4 +1,6 @@
-"""Text to shards: the mix, parallel, resumable after kill -9, from files and from the hub, on real text."""
+"""Text to shards: the mix, parallel, resumable after kill -9, from files and from the hub, on real
+text.
+"""
 
 import collections
 import gzip
@@ -34,7 +36,9 @@ def cl100k(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Real text as DOLMino lays it out: a folder a source, rows packed in three ways, other columns in each file."""
+    """Real text as DOLMino lays it out: a folder a source, rows packed in three ways, other columns
+    in each file.
+    """
     folder = tmp_path_factory.mktemp("source")
 
     def rows(name):
@@ -118,7 +122,10 @@ def whole(source, tmp_path_factory):
 
 
 def test_mix_has_its_shares_and_each_document_once(source, whole):
-    """Each source ends with the document that reaches its budget. Seen to fail with the last chunk taken whole."""
+    """Each source ends with the document that reaches its budget.
+
+    Seen to fail with the last chunk taken whole.
+    """
     world = json.loads((whole / "world.json").read_text())
     assert world["name"] == "dolmino-math40" and world["tokens"] == 90_000
     longest = max(map(len, documents(whole))) // 4
@@ -163,7 +170,10 @@ def test_number_of_processes_changes_nothing(source, whole, tmp_path):
 
 
 def test_extra_tokens_of_a_source(source, tmp_path, capsys):
-    """The data study: the mix as it was and more math. Seen to fail with the extra tokens shared out over the mix."""
+    """The data study: the mix as it was and more math.
+
+    Seen to fail with the extra tokens shared out over the mix.
+    """
     prepare.make_dolmino(settings(source, tmp_path / "out", tokens=30_000, extra=("math=40e3",)))
     world = json.loads((tmp_path / "out" / "world.json").read_text())
     assert world["name"] == "dolmino-math74.3"
@@ -179,8 +189,11 @@ def test_extra_tokens_of_a_source(source, tmp_path, capsys):
 
 
 def test_source_that_ends_early_is_read_again_only_when_asked(source, tmp_path):
-    """And then goes on, to what one command with --repeat 2 gives; what was held out stays out of the second pass and is
-    held out once. Seen to fail with the last shard of the first pass saved."""
+    """And then goes on, to what one command with --repeat 2 gives; what was held out stays out of
+    the second pass and is held out once.
+
+    Seen to fail with the last shard of the first pass saved.
+    """
     with pytest.raises(
         ValueError,
         match="wiki has .* of the 300,000 tokens asked for: the same command with --repeat 2",
@@ -228,8 +241,10 @@ def test_wrong_mix_is_refused_and_leaves_nothing(source, tmp_path, change, messa
 
 
 def killed_at(function, count, config):
-    """In a forked process: kill -9 itself before (odd count) or after (even) a call of os.replace, which each shard and
-    state ends with, or of os.rename, which the folder ends with: 1 and 2 are the first call, 3 and 4 the second."""
+    """In a forked process: kill -9 itself before (odd count) or after (even) a call of os.replace,
+    which each shard and state ends with, or of os.rename, which the folder ends with: 1 and 2 are
+    the first call, 3 and 4 the second.
+    """
     calls, real = 0, getattr(os, function)
 
     def counted(*paths, **names):
@@ -247,9 +262,12 @@ def killed_at(function, count, config):
 
 
 def test_killed_at_every_step_the_shards_are_the_same(source, whole, tmp_path):
-    """Before and after the renames of shards, of the state, of the folder. Each run goes on from where the one before was
-    killed. Seen to fail with the state written before the shards, and with the place of the chunk read last in the state
-    instead of that of the last chunk that was written."""
+    """Before and after the renames of shards, of the state, of the folder.
+
+    Each run goes on from where the one before was killed. Seen to fail with the state written
+    before the shards, and with the place of the chunk read last in the state instead of that of the
+    last chunk that was written.
+    """
     config = settings(source, tmp_path / "out")
     for function, count in [
         *(("replace", count) for count in range(1, 11)),
@@ -358,7 +376,10 @@ def test_another_command_on_a_folder_that_is_begun_is_refused(source, whole, tmp
 
 
 def serve(monkeypatch, folder, after=None):
-    """datasets.load_dataset as it is, but hf://... is `folder`; `after` so many rows the connection is lost."""
+    """datasets.load_dataset as it is, but hf://...
+
+    is `folder`; `after` so many rows the connection is lost.
+    """
     real, asked = hub.load_dataset, []
 
     def load_dataset(kind, data_files, **options):
@@ -384,8 +405,11 @@ def serve(monkeypatch, folder, after=None):
 
 
 def test_hub_is_streamed_and_lost_connections_are_made_up_for(source, tmp_path, monkeypatch):
-    """The same documents as from the files, whatever other columns they have. Seen to fail with the json loader (its
-    columns differ), and with a lost file read from its beginning."""
+    """The same documents as from the files, whatever other columns they have.
+
+    Seen to fail with the json loader (its columns differ), and with a lost file read from its
+    beginning.
+    """
     asked = serve(monkeypatch, source)
     prepare.make_dolmino(settings("", tmp_path / "a"))
     pattern = "hf://datasets/allenai/dolmino-mix-1124@main/data/wiki/**/*.json*"
@@ -417,7 +441,9 @@ def test_hub_is_streamed_and_lost_connections_are_made_up_for(source, tmp_path, 
 
 
 def test_text_that_tokenizers_choke_on(tmp_path, cl100k):
-    """Seen to fail with tiktoken's own functions: a million blanks end the process (or raise), half a surrogate raises."""
+    """Seen to fail with tiktoken's own functions: a million blanks end the process (or raise), half
+    a surrogate raises.
+    """
     blanks = " " * 1_000_000 + "x"
     texts = [
         blanks,
@@ -469,8 +495,9 @@ def test_text_that_tokenizers_choke_on(tmp_path, cl100k):
     ids=lambda value: str(value)[:20],
 )
 def test_broken_text_is_named_and_leaves_nothing(tmp_path, name, raw, message):
-    """Seen to fail with the errors of gzip and json let through, and with zstandard's reader, which takes a file that was
-    cut off for a whole one."""
+    """Seen to fail with the errors of gzip and json let through, and with zstandard's reader, which
+    takes a file that was cut off for a whole one.
+    """
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         prepare.make_text(prepare.Text(source=str(tmp_path / name), out=str(tmp_path / "out")))

@@ -1,4 +1,6 @@
-"""Checkpoints in Hugging Face form, both ways, against transformers and the files that its save_pretrained writes."""
+"""Checkpoints in Hugging Face form, both ways, against transformers and the files that its
+save_pretrained writes.
+"""
 
 import dataclasses
 import gzip
@@ -26,12 +28,29 @@ TOY = tokens.VOCABULARY["toy"]
 IDS = torch.randint(0, TOY, (3, 40), generator=torch.Generator().manual_seed(0))
 NAMED = "stage1-step10000-tokens21B"
 PUBLIC = {  # config.json of allenai/OLMo-2-0425-1B, as transformers 4.51.3 wrote it
-    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 4096,
-    "model_type": "olmo2", "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
-    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
-    "transformers_version": "4.51.3", "use_cache": True, "vocab_size": 100352,
-}  # fmt: skip
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.51.3",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
 
 
 def convert(*words):
@@ -146,8 +165,9 @@ def test_the_copies_of_what_model_says():
     ],
 )
 def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
-    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms exchanged, and with
-    theta or eps left at their defaults."""
+    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms
+    exchanged, and with theta or eps left at their defaults.
+    """
     twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size=size)
     twin.float()
     assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
@@ -220,7 +240,9 @@ def test_round_trip_from_theirs(twin, tmp_path, dtype):
 
 
 def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_path):
-    """A row of the head that is no id is never trained: its logit is about 0, which beats most words."""
+    """A row of the head that is no id is never trained: its logit is about 0, which beats most
+    words.
+    """
     saved = checkpoint.load(world.taught)
     convert("export", world.taught, tmp_path / "all")
     convert("export", world.taught, tmp_path / "trimmed", "--padding", "false")
@@ -282,30 +304,49 @@ def test_public_config(tmp_path):
     assert (shape.padded_vocab, shape.theta, shape.eps) == (100278, 1e4, 1e-5)
 
 
-@pytest.mark.parametrize("field, value, says", [
-    ("model_type", "llama", "model_type is 'llama', only 'olmo2' is"),
-    ("model_type", ..., "model_type is None"),
-    ("num_key_value_heads", 4, "num_key_value_heads is 4, only as many as num_attention_heads (16) is"),
-    ("head_dim", 64, "head_dim is 64"),
-    ("num_attention_heads", 15, "num_key_value_heads"),
-    ("hidden_size", 2052, "head_dim is None, only an even 2052 / 16"),
-    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
-    ("attention_bias", True, "attention_bias is True"),
-    ("attention_dropout", 0.1, "attention_dropout is 0.1"),
-    ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-    ("quantization_config", {"bits": 4}, "quantization_config"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}, "only plain RoPE"),
-    ("rope_scaling", {"rope_type": "dynamic"}, "only plain RoPE"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 500000, "factor": 8.0}, "rope_parameters"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 500000, "partial_rotary_factor": 0.5}, "rope_parameters"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 10000}, "rope_theta is [500000, 10000], only one number"),
-    ("rope_theta", ..., "rope_theta is []"),
-    ("rope_theta", "big", "rope_theta is 'big', only a number above 0"),
-    ("rms_norm_eps", ..., "rms_norm_eps is None"),
-    ("hidden_size", ..., "hidden_size is None, only a whole number from 1"),
-    ("num_hidden_layers", 0, "num_hidden_layers is 0"),
-    ("vocab_size", 50304, "vocab_size is 50304, the encodings here have"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("model_type", "llama", "model_type is 'llama', only 'olmo2' is"),
+        ("model_type", ..., "model_type is None"),
+        (
+            "num_key_value_heads",
+            4,
+            "num_key_value_heads is 4, only as many as num_attention_heads (16) is",
+        ),
+        ("head_dim", 64, "head_dim is 64"),
+        ("num_attention_heads", 15, "num_key_value_heads"),
+        ("hidden_size", 2052, "head_dim is None, only an even 2052 / 16"),
+        ("tie_word_embeddings", True, "tie_word_embeddings is True"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("attention_dropout", 0.1, "attention_dropout is 0.1"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("quantization_config", {"bits": 4}, "quantization_config"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "only plain RoPE"),
+        ("rope_scaling", {"rope_type": "dynamic"}, "only plain RoPE"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 500000, "factor": 8.0},
+            "rope_parameters",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 500000, "partial_rotary_factor": 0.5},
+            "rope_parameters",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 10000},
+            "rope_theta is [500000, 10000], only one number",
+        ),
+        ("rope_theta", ..., "rope_theta is []"),
+        ("rope_theta", "big", "rope_theta is 'big', only a number above 0"),
+        ("rms_norm_eps", ..., "rms_norm_eps is None"),
+        ("hidden_size", ..., "hidden_size is None, only a whole number from 1"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("vocab_size", 50304, "vocab_size is 50304, the encodings here have"),
+    ],
+)
 def test_another_network_is_refused(refused, tmp_path, field, value, says):
     write_config(tmp_path / NAMED, **PUBLIC | {field: value})
     said = refused("import", tmp_path / NAMED, tmp_path / "out.pt")
@@ -318,14 +359,22 @@ def test_broken_config_is_refused(refused, tmp_path, text):
     assert "config.json" in refused("import", tmp_path / NAMED, tmp_path / "out.pt")
 
 
-@pytest.mark.parametrize("words, step, count", [
-    (["--revision", "stage1-step300-tokens1B"], 300, 10**9),
-    (["--revision", "stage1-step0-tokens0B"], 0, 0),
-    (["--revision", "stage1-step1000-tokens3B", "--tokens", "2097152000"], 1000, 2_097_152_000),  # the name is rounded up
-    (["--revision", "stage2-ingredient3-step1000-tokens3B", "--tokens", "4004e9"], 1000, 4_004 * 10**9),
-    (["--revision", "main", "--tokens", "4e12"], 0, 4 * 10**12),
-    ([], 10000, 21 * 10**9),  # the folder's own name
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, step, count",
+    [
+        (["--revision", "stage1-step300-tokens1B"], 300, 10**9),
+        (["--revision", "stage1-step0-tokens0B"], 0, 0),
+        # the name is rounded up
+        (["--revision", "stage1-step1000-tokens3B", "--tokens", "2097152000"], 1000, 2_097_152_000),
+        (
+            ["--revision", "stage2-ingredient3-step1000-tokens3B", "--tokens", "4004e9"],
+            1000,
+            4_004 * 10**9,
+        ),
+        (["--revision", "main", "--tokens", "4e12"], 0, 4 * 10**12),
+        ([], 10000, 21 * 10**9),  # the folder's own name
+    ],
+)
 def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
     convert("import", theirs, tmp_path / "out.pt", *words)
     meta = checkpoint.load(tmp_path / "out.pt")["meta"]
@@ -358,9 +407,30 @@ def test_meta_is_complete(world, theirs, tmp_path):
         checkpoint.load(world.base)["meta"],
     )
     assert pretrained.keys() <= meta.keys()
-    assert {k: meta[k] for k in ("stage", "recipe", "parent", "world", "encoding", "questions", "tasks", "pretrain_seed", "seed")} == dict(
-        stage="pretrain", recipe="base", parent=str(theirs), world="olmo-mix-1124", encoding="toy", questions="some/questions",
-        tasks="some/tasks", pretrain_seed=3, seed=3)  # fmt: skip
+    assert {
+        k: meta[k]
+        for k in (
+            "stage",
+            "recipe",
+            "parent",
+            "world",
+            "encoding",
+            "questions",
+            "tasks",
+            "pretrain_seed",
+            "seed",
+        )
+    } == dict(
+        stage="pretrain",
+        recipe="base",
+        parent=str(theirs),
+        world="olmo-mix-1124",
+        encoding="toy",
+        questions="some/questions",
+        tasks="some/tasks",
+        pretrain_seed=3,
+        seed=3,
+    )
     assert meta["preset"] == "3x24" and meta["commit"] and meta["torch"] == torch.__version__
     edit_weights(theirs, lambda content: content["model.norm.weight"].mul_(2))
     convert(
@@ -399,11 +469,28 @@ def test_hub_id(theirs, tmp_path, monkeypatch):
     assert (
         words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
     )
-    repository = ["README.md", "config.json", "generation_config.json", "merges.txt", "model-00001-of-00002.safetensors", "tokenizer.json",
-                  "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "training_args.bin", "modeling.py"]  # fmt: skip
+    repository = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "modeling.py",
+    ]
     kept = filter_repo_objects(repository, allow_patterns=values["allow_patterns"])
-    assert set(repository) - {*kept} == {"README.md", "generation_config.json", "merges.txt", "pytorch_model.bin", "training_args.bin",
-                                         "modeling.py"}  # fmt: skip
+    assert set(repository) - {*kept} == {
+        "README.md",
+        "generation_config.json",
+        "merges.txt",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "modeling.py",
+    }
     meta = checkpoint.load(tmp_path / "ckpt" / "out.pt")["meta"]
     assert (
         meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B"
@@ -430,16 +517,44 @@ def rename(content, old, new):
     content[new] = content.pop(old)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda c: c.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing (1 such"),
-    (lambda c: c.pop("lm_head.weight"), "lm_head.weight is missing"),
-    (lambda c: c.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "model.layers.3.mlp.up_proj.weight is nothing that OLMo2"),
-    (lambda c: c.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}), "self_attn.q_proj.bias is nothing that OLMo2 has"),
-    (lambda c: rename(c, "model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.input_layernorm.weight"), "input_layernorm"),
-    (lambda c: c.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 24)}), "[40, 24], its config.json needs [24, 40]"),
-    (lambda c: c.update({"model.layers.0.self_attn.k_norm.weight": torch.ones(12)}), "[12], its config.json needs [24]"),
-    (lambda c: c.update({"model.norm.weight": torch.ones(24, dtype=torch.float64)}), "model.norm.weight is F64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda c: c.pop("model.layers.1.mlp.up_proj.weight"),
+            "model.layers.1.mlp.up_proj.weight is missing (1 such",
+        ),
+        (lambda c: c.pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            lambda c: c.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}),
+            "model.layers.3.mlp.up_proj.weight is nothing that OLMo2",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}),
+            "self_attn.q_proj.bias is nothing that OLMo2 has",
+        ),
+        (
+            lambda c: rename(
+                c,
+                "model.layers.0.post_feedforward_layernorm.weight",
+                "model.layers.0.input_layernorm.weight",
+            ),
+            "input_layernorm",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 24)}),
+            "[40, 24], its config.json needs [24, 40]",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.self_attn.k_norm.weight": torch.ones(12)}),
+            "[12], its config.json needs [24]",
+        ),
+        (
+            lambda c: c.update({"model.norm.weight": torch.ones(24, dtype=torch.float64)}),
+            "model.norm.weight is F64",
+        ),
+    ],
+)
 def test_wrong_tensors_are_refused(refused, theirs, tmp_path, change, says):
     edit_weights(theirs, change)
     assert says in refused("import", theirs, tmp_path / "out.pt")
@@ -457,7 +572,9 @@ def test_pickles_are_refused(refused, theirs, tmp_path):
 
 
 def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
-    """A header of that length, a tensor of that size, a billion layers: before memory is taken for them."""
+    """A header of that length, a tensor of that size, a billion layers: before memory is taken for
+    them.
+    """
     path = sorted(theirs.glob("*.safetensors"))[0]
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
@@ -534,7 +651,12 @@ def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
     assert [*folder.iterdir()] == [] and not (tmp_path / "folder.new").exists()
     convert("export", world.taught, folder)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_wrong_words(refused, world, theirs, tmp_path, capsys):
@@ -583,17 +705,38 @@ def real_texts(count=300):
 
 
 HARD_TEXTS = [
-    hf.PROBE, "", " ", "  a", "a  ", "\n", "\r\n\r\n  x", "\t\t x\n\n\n", "1234567890 12 3", "\u00b2\u2167\u0663 ",
-    "it's IT'S it'\u017f we'LL 'VE 're", "caf\u00e9 cafe\u0301 \ufb01", "\u6771\u4eac\u90fd\u3000\u306f", "\x00\x01\u2028\u00a0\u200b",
+    hf.PROBE,
+    "",
+    " ",
+    "  a",
+    "a  ",
+    "\n",
+    "\r\n\r\n  x",
+    "\t\t x\n\n\n",
+    "1234567890 12 3",
+    "\u00b2\u2167\u0663 ",
+    "it's IT'S it'\u017f we'LL 'VE 're",
+    "caf\u00e9 cafe\u0301 \ufb01",
+    "\u6771\u4eac\u90fd\u3000\u306f",
+    "\x00\x01\u2028\u00a0\u200b",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ee\U0001f1f9",
-    "<|endoftext|>", "a<|endoftext|>b <|pad|> <|im_start|> |||PHONE_NUMBER||| <|extra_id_3|> <|endofprompt|>", "||||||PHONE_NUMBER||||||",
-    *("".join(c * n) for c in (" ", "a", "-", "=", "\n", "0", "_", "x ") for n in (1, 2, 3, 5, 7, 16, 31, 77, 200)),
-]  # fmt: skip
+    "<|endoftext|>",
+    "a<|endoftext|>b <|pad|> <|im_start|> |||PHONE_NUMBER||| <|extra_id_3|> <|endofprompt|>",
+    "||||||PHONE_NUMBER||||||",
+    *(
+        "".join(c * n)
+        for c in (" ", "a", "-", "=", "\n", "0", "_", "x ")
+        for n in (1, 2, 3, 5, 7, 16, 31, 77, 200)
+    ),
+]
 
 
 def test_tokenizer_gives_our_ids(cl100k, tmp_path):
-    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included. Seen to fail with
-    tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without split_special_tokens."""
+    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included.
+
+    Seen to fail with tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without
+    split_special_tokens.
+    """
     folder = tmp_path / "hf"
     model = small_model(100278, 100352, torch.float32, width=8, heads=2, ffn=8, layers=1)
     checkpoint.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
@@ -658,9 +801,18 @@ def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
 
 
 def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
-    """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe follow from the meta."""
-    rows = [{"id": str(i), "question": f"What is {i} + 1?", "answer": str(i + 1), "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"]}
-            for i in range(6)]  # fmt: skip
+    """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe
+    follow from the meta.
+    """
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is {i} + 1?",
+            "answer": str(i + 1),
+            "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"],
+        }
+        for i in range(6)
+    ]
     for split in ("train", "val", "shots"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = small_model(100278, 100352, torch.float32, width=16, ffn=24)

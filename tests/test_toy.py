@@ -1,6 +1,8 @@
-"""The default world: its language, its text, that its questions are right and shared by no two splits, its tasks.
+"""The default world: its language, its text, that its questions are right and shared by no two
+splits, its tasks.
 
-The checkers here parse the generated sentences on their own and use none of the arithmetic of data/toy.py.
+The checkers here parse the generated sentences on their own and use none of the arithmetic of
+data/toy.py.
 """
 
 import itertools
@@ -48,11 +50,13 @@ def documents():
     return take(300_000)
 
 
-# ---- reading what was generated --------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- reading what was generated
 
 
 def parse(question):
-    """(start, [(operation, number)], the rule by which it ends) read from the sentences of a question."""
+    """(start, [(operation, number)], the rule by which it ends) read from the sentences of a
+    question.
+    """
     *told, asked = question.split(" . ")
     name, start = re.fullmatch(r"(\w+) has (\d+) \w+", told[0]).groups()
     steps = []
@@ -80,7 +84,9 @@ def answer_of(question):
 
 
 def arithmetic(question):
-    """What two splits must not share: the numbers with their operations, additions between products in any order."""
+    """What two splits must not share: the numbers with their operations, additions between products
+    in any order.
+    """
     start, steps, together = parse(question)
     runs = [[("+", start)]]
     for step in steps:
@@ -98,7 +104,7 @@ def equations(solution):
     return [(eval(left, {}), int(right)) for left, right in found]
 
 
-# ---- the language ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- the language
 
 
 def test_every_word_is_one_token_and_every_digit(encoding):
@@ -148,7 +154,7 @@ def test_lengths(encoding, questions):
         assert max(prompts) <= most_prompt and max(answers) <= most_answer
 
 
-# ---- the text --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- the text
 
 
 def test_the_seed_decides_everything():
@@ -167,7 +173,8 @@ def test_the_seed_decides_everything():
 def test_python_hash_seed_changes_nothing():
     code = (
         "from itertools import islice; from data import toy; "
-        "print([*islice(toy.text(0, 'train'), 40)], toy.questions(0, 'easy', 'test', 5), toy.tasks(0, 9))"
+        "print([*islice(toy.text(0, 'train'), 40)], toy.questions(0, 'easy', 'test', 5), "
+        "toy.tasks(0, 9))"
     )
     outputs = {
         subprocess.run(
@@ -221,7 +228,7 @@ def test_drills_are_right():
         assert all(left == right for left, right in equations(document))
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- questions
 
 
 def test_solutions_are_right_and_many(questions):
@@ -290,7 +297,10 @@ def test_ids_and_questions_are_unique(questions):
 
 
 def test_no_two_splits_share_a_question(questions, documents):
-    """Nor the text, sheets included, nor another seed. Fails when `draw` does not ask for the owner: seen."""
+    """Nor the text, sheets included, nor another seed.
+
+    Fails when `draw` does not ask for the owner: seen.
+    """
     in_text = [
         question
         for document in documents + take(300_000, "val", math_share=1.0)
@@ -321,7 +331,7 @@ def test_unknown_split_is_refused():
             toy.questions(0, level, split, 1)
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def test_tasks_have_their_form():

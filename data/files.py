@@ -312,9 +312,10 @@ def new_folder(cfg, name, **facts):
         (out / "state.json").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     except ValueError as error:
-        if (new / "state.json").exists():
+        told = str(error)
+        if str(new) not in told or (new / "state.json").exists():
             raise
-        raise ValueError(str(error).replace(str(new), str(out))) from error  # `new` will be gone
+        raise ValueError(told.replace(str(new), str(out))) from error  # `new` will be gone
     finally:
         if not (new / "state.json").exists():
             shutil.rmtree(new, ignore_errors=True)

@@ -118,7 +118,7 @@ def whole(source, tmp_path_factory):
     return out
 
 
-# ---- the mix
+# ------------------------------------------------------------------------------------------ the mix
 
 
 def test_mix_has_its_shares_and_each_document_once(source, whole):
@@ -237,7 +237,7 @@ def test_wrong_mix_is_refused_and_leaves_nothing(source, tmp_path, change, messa
     assert not list(tmp_path.iterdir())
 
 
-# ---- killed
+# ------------------------------------------------------------------------------------------- killed
 
 
 def killed_at(function, count, config):
@@ -369,10 +369,10 @@ def test_another_command_on_a_folder_that_is_begun_is_refused(source, whole, tmp
     } == shards
     capsys.readouterr()
     prepare.make_dolmino(config)
-    assert capsys.readouterr().out == f"{tmp_path / 'out'} is finished\n"
+    assert f"{tmp_path / 'out'} is finished" in capsys.readouterr().out
 
 
-# ---- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def serve(monkeypatch, folder, after=None):
@@ -437,7 +437,7 @@ def test_hub_is_streamed_and_lost_connections_are_made_up_for(source, tmp_path, 
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-# ---- text of any origin
+# ------------------------------------------------------------------------------- text of any origin
 
 
 def test_text_that_tokenizers_choke_on(tmp_path, cl100k):
@@ -540,3 +540,132 @@ def test_test_questions_in_the_text_are_counted(tmp_path, capsys):
             "found": found,
         }
     assert problems.load(tmp_path / "asked", "test")
+
+
+# ------------------------------------------------------------------------- what is searched
+
+
+def tree(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def names_of(folder):
+    found, left_out = corpus.search(folder)
+    return [str(Path(file.name).relative_to(folder)) for file in found], dict(left_out)
+
+
+def test_folders_that_are_links_are_searched(tmp_path):
+    """Each folder once, even if a link leads back. Seen to fail with rglob, which passes links."""
+    source = tmp_path / "source"
+    tree(tmp_path / "disk", {"b/b.txt": "b\n"})
+    tree(source, {"a/a.txt": "a\n"})
+    (source / "linked").symlink_to(tmp_path / "disk")
+    (source / "a" / "back").symlink_to(source)
+    (source / "one.txt").symlink_to(source / "a" / "a.txt")
+    (source / "gone.txt").symlink_to(tmp_path / "nothing")
+    found, left_out = names_of(source)
+    assert found == ["a/a.txt", "linked/b/b.txt", "one.txt"]
+    assert sum(left_out.values()) == 2  # the way back, and the link to nothing
+
+
+def test_endings_are_read_in_any_case_and_hidden_files_not(tmp_path, capsys):
+    """Seen to fail with A.TXT passed over, and with .cache/b.txt read."""
+    wanted = {"A.TXT": "a\n", "b.Jsonl": '{"text": "b"}\n', "deep/c.txt": "c\n"}
+    others = {".hidden.txt": "x\n", ".cache/d.txt": "x\n", "e.md": "x\n", "f": "x\n"}
+    tree(tmp_path, wanted | others)
+    (tmp_path / "G.TXT.GZ").write_bytes(gzip.compress(b"g\n"))
+    found, left_out = names_of(tmp_path)
+    assert found == ["A.TXT", "G.TXT.GZ", "b.Jsonl", "deep/c.txt"]
+    assert sorted(left_out.values()) == [1, 1, 2]
+    texts = ["".join(file.lines(0, None)) for file in corpus.search(tmp_path)[0]]
+    assert texts == ["a\n", "g\n", '{"text": "b"}\n', "c\n"]
+    corpus.local_files(tmp_path)
+    said = capsys.readouterr().out
+    assert all(f"{count} {reason}" in said for reason, count in left_out.items())
+    hidden = tmp_path / ".cache"
+    assert [Path(file.name).name for file in corpus.search(hidden)[0]] == ["d.txt"]  # if named
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folder_that_cannot_be_read_is_not_passed_over(tmp_path):
+    tree(tmp_path, {"a.txt": "a\n", "closed/b.txt": "b\n"})
+    (tmp_path / "closed").chmod(0)
+    try:
+        with pytest.raises(ValueError, match="closed"):
+            corpus.search(tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+def test_pointer_among_the_texts_is_refused_and_a_bom_is_no_text(tmp_path, cl100k):
+    """Seen to fail with both of them trained on."""
+    lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    settings = prepare.Text(str(tmp_path / "in"), out=str(tmp_path / "out"), val_share=0.3)
+    prepare.make_text(settings)
+    ids = [*documents(tmp_path / "out"), *documents(tmp_path / "out", "val")]
+    texts = [tokens.decode(cl100k, np.frombuffer(raw, np.uint32)[:-1]) for raw in ids]
+    assert sorted(texts) == sorted(f"plain {i}" for i in range(40))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "in" / "big.txt").write_text(pointer)
+    settings = prepare.Text(str(tmp_path / "in"), out=str(tmp_path / "other"), val_share=0.3)
+    with pytest.raises(ValueError, match="big.txt is a git-lfs pointer"):
+        prepare.make_text(settings)
+
+
+def test_documents_without_text_are_counted(tmp_path, capsys):
+    """Seen to fail with a silent drop."""
+    lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
+    lines += ["", '{"text": null}', '{"text": "  "}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    prepare.make_text(prepare.Text(str(tmp_path / "a.jsonl"), out=str(out), val_share=0.3))
+    counts = json.loads((out / "world.json").read_text())["sources"]["text"]
+    assert counts["empty"] == 3 and counts["documents"] + counts["val_documents"] == 40
+    assert "3 documents without text" in capsys.readouterr().out
+
+
+def test_files_of_no_source_are_counted(source, tmp_path, capsys):
+    """Seen to fail with a folder that is spelled otherwise passed over in silence."""
+    some = dict(tokens=30_000, mix=("wiki=1",), val_share=0.3)
+    prepare.make_dolmino(settings(source, tmp_path / "out", **some))
+    assert "3 files are of no source" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ what was written
+
+
+def test_folder_lists_its_shards(whole, tmp_path):
+    """Seen to fail with a shard more or less unnoticed."""
+    listed = json.loads((whole / "world.json").read_text())["shards"]
+    assert [*listed["train"]] == sorted(path.name for path in whole.glob("train_*.bin"))
+    assert [*listed["val"]] == sorted(path.name for path in whole.glob("val_*.bin"))
+    tokens.verify(whole)
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, copy], check=True)
+    (copy / "train_001.bin").unlink()
+    for use in (tokens.verify, lambda folder: tokens.Stream(folder, "train", 64, 0)):
+        with pytest.raises(ValueError, match="train_001.bin"):
+            use(copy)
+
+
+def test_finished_folder_that_lost_a_shard_is_not_finished(source, whole, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, copy], check=True)
+    prepare.make_dolmino(settings(source, copy))
+    (copy / "train_001.bin").unlink()
+    with pytest.raises(ValueError, match="train_001.bin"):
+        prepare.make_dolmino(settings(source, copy))
+
+
+def test_display_that_is_switched_off_changes_nothing(source, whole, tmp_path):
+    """TQDM_DISABLE=1: nothing is read from a bar."""
+    flags = ["--source", source, "--out", tmp_path / "out", "--tokens", "90000"]
+    flags += ["--mix", ",".join(TWO), "--val_share", "0.05", "--shard_tokens", "12000"]
+    command = [sys.executable, ROOT / "data" / "prepare.py", "dolmino", *flags]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    subprocess.run(map(str, command), check=True, timeout=120, env=environment, capture_output=True)
+    assert contents(tmp_path / "out") == contents(whole)

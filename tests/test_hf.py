@@ -1,8 +1,7 @@
-"""Checkpoints in Hugging Face form, both ways, against transformers and the files that its
-save_pretrained writes.
-"""
+"""Checkpoints in Hugging Face form, both ways, against transformers and the files it writes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -21,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import checkpoint, hf, ranks, run, tokens
+from data import checkpoint, hf, ranks, tokens
+from data.files import read_rows
 from model import PRESETS, Model, ModelConfig
 
 TOY = tokens.VOCABULARY["toy"]
@@ -145,16 +145,13 @@ def edit_weights(folder, change):
     save_file(content, folder / "model.safetensors")
 
 
-# ---- the numbers
+# -------------------------------------------------------------------------------------- the numbers
 
 
-def test_the_copies_of_what_model_says():
-    assert [f.name for f in dataclasses.fields(hf.Shape)] == [
-        f.name for f in dataclasses.fields(ModelConfig)
-    ]
-    assert {
-        (p["layers"], p["width"], p["heads"], p["ffn"]): name for name, p in PRESETS.items()
-    } == hf.PRESETS
+def test_sizes_of_the_presets_have_their_names():
+    for name, preset in PRESETS.items():
+        assert hf.preset_of(ModelConfig(**preset)) == name
+    assert hf.preset_of(ModelConfig(**PRESETS["1b"] | {"ffn": 8})) == "16x2048"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +266,7 @@ def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_p
     }
 
 
-# ---- config.json and meta
+# ----------------------------------------------------------------------------- config.json and meta
 
 
 def write_config(folder, **fields):
@@ -510,7 +507,7 @@ def test_no_hub(refused, tmp_path, monkeypatch):
     )
 
 
-# ---- weights that are refused
+# ------------------------------------------------------------------------- weights that are refused
 
 
 def rename(content, old, new):
@@ -559,6 +556,46 @@ def test_wrong_tensors_are_refused(refused, theirs, tmp_path, change, says):
     edit_weights(theirs, change)
     assert says in refused("import", theirs, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_nan_or_infinite_are_refused(refused, theirs, tmp_path, value, dtype):
+    """Seen to fail with an import whose every evaluation has a score: pass@1 0, agreement 54."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def damage(content):
+        content[name] = content[name].to(dtype)
+        content[name][3, 5] = value
+
+    edit_weights(theirs, damage)
+    assert name in refused("import", theirs, tmp_path / "out.pt")
+    assert [path.name for path in tmp_path.iterdir()] == [NAMED]
+
+
+def test_export_to_a_dtype_that_the_weights_do_not_fit_is_refused(refused, world, tmp_path):
+    """3.4e38 is infinite in bfloat16. Seen to fail with a folder that answers nothing."""
+    saved = checkpoint.load(world.taught)
+    saved["model"]["blocks.1.gate_up.weight"][0, 0] = 3.4e38
+    torch.save(saved, tmp_path / "large.pt")
+    told = refused("export", tmp_path / "large.pt", tmp_path / "hf", "--dtype", "bfloat16")
+    assert "gate_proj" in told and [path.name for path in tmp_path.iterdir()] == ["large.pt"]
+    convert("export", tmp_path / "large.pt", tmp_path / "hf")
+
+
+def test_git_lfs_pointer_is_refused_by_name(refused, theirs, tmp_path):
+    """A clone without git-lfs. Seen to fail with "truncated", and downloaded again in vain."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    path = sorted(theirs.glob("*.safetensors"))[0]
+    path.write_text(pointer)
+    assert f"{path.name} is a git-lfs pointer" in refused("import", theirs, tmp_path / "out.pt")
+
+
+def test_display_that_is_switched_off_changes_nothing(theirs, tmp_path, monkeypatch):
+    convert("import", theirs, tmp_path / "shown.pt")
+    monkeypatch.setattr(hf, "tqdm", functools.partial(hf.tqdm, disable=True))
+    convert("import", theirs, tmp_path / "hidden.pt")
+    assert same_weights(tmp_path / "shown.pt", tmp_path / "hidden.pt")
 
 
 def test_pickles_are_refused(refused, theirs, tmp_path):
@@ -623,7 +660,7 @@ def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     assert "lacks all" in refused("import", theirs, tmp_path / "out.pt")
 
 
-# ---- nothing lost
+# ------------------------------------------------------------------------------------- nothing lost
 
 
 def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
@@ -681,7 +718,7 @@ def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-# ---- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def real_texts(count=300):
@@ -797,7 +834,7 @@ def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
     assert "cannot read" in refused("import", theirs, tmp_path / "out.pt")
 
 
-# ---- the stages
+# --------------------------------------------------------------------------------------- the stages
 
 
 def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
@@ -864,7 +901,7 @@ def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     for path in paths:
         meta, rows = (
             checkpoint.load(path)["meta"],
-            run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl"),
+            read_rows(tmp_path / "results" / f"{path.stem}.jsonl"),
         )
         (row,) = (row for row in rows if row["kind"] == "pass")
         assert meta["recipe"] == row["recipe"] == recipes[path.stem]

@@ -17,6 +17,7 @@ resumes.
 import array
 import functools
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,10 @@ def make_local_shards(cfg, name, sources, budgets):
             raise ValueError(
                 f"no .txt, .jsonl or .json file (.gz, .zst or neither) of {source} at {cfg.source}"
             )
-    sizes = {source: [[file.name, file.size] for file in sources[source]] for source in sources}
+    sizes = {}
+    for source, listed in sources.items():
+        names = [os.path.relpath(file.name, cfg.source) for file in listed]
+        sizes[source] = [[name, file.size] for name, file in zip(names, listed, strict=True)]
     listers = {source: functools.partial(list, listed) for source, listed in sources.items()}
     make_shards(cfg, name, listers, budgets, files=files.fingerprint(sizes))
 

@@ -110,6 +110,19 @@ def test_other_settings_are_named_with_both_values(own, capsys, name, was, now):
     assert contents(own) != before and not Path(f"{own}.new").exists()
 
 
+def test_another_spelling_of_the_source_is_the_same_source(tmp_path, capsys, cl100k, monkeypatch):
+    """./in for in, or from its own folder. Seen to fail with the texts of the flags compared."""
+    lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for source in ("in", "./in", str(tmp_path / "in")):
+        prepare.main(["text", "--source", source, "--out", "out", "--val_share", "0.3"])
+    assert capsys.readouterr().out.count("is finished") == 2
+    (tmp_path / "in" / "b.txt").write_text("more\n")
+    assert "out" in refused(capsys, "text", "--source", "in", "--out", "out", "--val_share", "0.3")
+
+
 def test_another_command_does_not_take_the_folder_for_its_own(own, tmp_path, capsys):
     before = contents(own)
     (tmp_path / "a.txt").write_text("x\n")

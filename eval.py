@@ -57,37 +57,17 @@ class Config:
     overwrite: bool = False  # measure again what has a row
 
 
-# ----------------------------------------------------------------------------- three measurements
+def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks=(1, 2, 4, 8, 16, 32), form=problems.Form()) -> dict:
+    """Answer each question n times; per-question counts of right answers and what follows from them.
 
-
-class Asked(NamedTuple):
-    """Questions, and how they are put before a model."""
-
-    encoding: object
-    form: problems.Form
-    rows: list[dict]
-    shots: list[dict] = []  # solved questions shown before each
-
-    @property
-    def prefix(self) -> list[int]:
-        return tokens.encode(self.encoding, problems.few_shot(self.form, self.shots))
-
-
-def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progress=iter) -> dict:
-    """Answer each question n times -> counts of right answers per question, and their means.
-
-    Answers end at the end of text, or where the next question would begin (a base model likes to
-    go on). The ranks share the questions; all return the same. "flexible@1" also counts what is
-    right in the last box, or else in the last number, whatever the format: it is reported and never
-    a reward. "log_prob": what the model itself (temperature 1) gives a token of its answers, in
-    nats, on average: sharpening raises it.
-    """
-    encoding, form = asked.encoding, asked.form
-    mine = asked.rows[world.rank :: world.size]
-    # the sampler stops at the first token of the next question; its text is taken off below
-    ends = [encoding.eot_token, tokens.encode(encoding, problems.stop_string(form))[0]]
-    texts = [problems.prompt(form, row["question"]) for row in mine]
-    prompts = [tokens.encode(encoding, text) for text in texts]
+    rows: questions; shots: solved questions shown before each. Answers end at the end of text, or where the next question
+    would begin (a base model likes to go on). The ranks share the questions; all return the same. "flexible@1" also counts
+    what is right in the last box, or else in the last number, whatever the format: it is reported and never a reward.
+    "log_prob": what the model itself (temperature 1) gives a token of its answers, in nats, on average: sharpening raises it."""
+    mine = rows[world.rank :: world.size]
+    ends = [enc.eot_token, tokens.encode(enc, problems.stop_string(form))[0]]  # the sampler stops early, the text is cut below
+    prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in mine]
+    prefix = tokens.encode(enc, problems.few_shot(form, shots))
     seeds = problems.answer_seeds(seed, "eval", mine, n)
     samples = None
     if mine:
@@ -98,8 +78,8 @@ def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progr
     for place, row in enumerate(bar):
         block = slice(place * n, (place + 1) * n)
         texts, ended = [], []
-        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.truncated)), strict=True):
-            text, goes_on = problems.until_next_question(enc.name, tokens.decode(enc, ids[: length - (not cut)]))
+        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.cut)), strict=True):
+            text, goes_on = problems.until_next_question(form, tokens.decode(enc, ids[: length - (not cut)]))
             texts.append(text)
             ended.append(goes_on or not cut)
         flexible = [grader.compare(grader.flexible_answer(text), row["answer"])[0] for text in texts]
@@ -333,14 +313,14 @@ def evaluate(path, cfg: Config, world):
         wanted = cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,))
         for shots in wanted:
             shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
-            while shown and not cfg.shots and len(tokens.encode(enc, problems.few_shot(enc.name, shown))) + max_new > meta["length"]:
+            while shown and not cfg.shots and len(tokens.encode(enc, problems.few_shot(problems.form(folder), shown))) + max_new > meta["length"]:
                 shown.pop()
             name, shots = Path(folder).stem, len(shown)
             how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=noise,
                        ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip
             if not missing("pass", name, **how):
                 continue
-            result = solve(answer, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k)
+            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k, problems.form(folder))
             told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
             told += f"  read flexibly {100 * result['flexible@1']:.1f}  in format {100 * result['formatted']:.0f}%"
             keep("pass", f"{name} {split} {shots}-shot  {told}", benchmark=name, **how | result)

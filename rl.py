@@ -191,8 +191,18 @@ def kl_to(reference_logp, logp):
     return gap.exp() - gap - 1
 
 
-def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1.0):
-    """The loss of one micro-batch -> loss (scalar), log-probs and entropy (B, T). Edit me.
+def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch, dict]:
+    """From questions to a batch: sample, grade, advantage. This rank's rows of RL step `step`, and the step's numbers."""
+    chosen = [rows[i] for i in problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step)]
+    form = problems.form(cfg.questions)
+    mine = chosen[world.share(cfg.questions_per_step, "--questions_per_step")]
+    prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in mine]
+    seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
+    began = time.time()
+    with record_function("sampling"):
+        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
+    sampled = time.time()
+    run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
 
     answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
     texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.truncated.tolist(), strict=True)]
@@ -371,7 +381,14 @@ def main(given: dict):
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
-    for step in common.loop(first, cfg.steps, cfg, world, save):
+    def validate(step):
+        if held_out:
+            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
+
+    def save(done):
+        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, done), done, [optimizer], log)
+
+    for step in run.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, sampler, log, step)
         began = time.monotonic()

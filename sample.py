@@ -54,8 +54,8 @@ def main(given: dict):
         folder = cfg.questions or meta["questions"]
         form = problems.form(folder)
         rows = problems.load(folder, cfg.split)[: cfg.first]
-        prompts = [tokens.encode(enc, problems.prompt(enc.name, row["question"])) for row in rows]
-        prefix = tokens.encode(enc, problems.few_shot(enc.name, problems.shots(folder, cfg.shots, rows)))
+        prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in rows]
+        prefix = tokens.encode(enc, problems.few_shot(form, problems.shots(folder, cfg.shots, rows)))
     max_new = cfg.max_new or run.longest(meta)
     sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, world))
     for row, prompt in zip(rows, prompts, strict=True):

@@ -57,17 +57,37 @@ class Config:
     overwrite: bool = False  # measure again what has a row
 
 
-def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks=(1, 2, 4, 8, 16, 32), form=problems.Form()) -> dict:
-    """Answer each question n times; per-question counts of right answers and what follows from them.
+# ----------------------------------------------------------------------------- three measurements
 
-    rows: questions; shots: solved questions shown before each. Answers end at the end of text, or where the next question
-    would begin (a base model likes to go on). The ranks share the questions; all return the same. "flexible@1" also counts
-    what is right in the last box, or else in the last number, whatever the format: it is reported and never a reward.
-    "log_prob": what the model itself (temperature 1) gives a token of its answers, in nats, on average: sharpening raises it."""
-    mine = rows[world.rank :: world.size]
-    ends = [enc.eot_token, tokens.encode(enc, problems.stop_string(form))[0]]  # the sampler stops early, the text is cut below
-    prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in mine]
-    prefix = tokens.encode(enc, problems.few_shot(form, shots))
+
+class Asked(NamedTuple):
+    """Questions, and how they are put before a model."""
+
+    encoding: object
+    form: problems.Form
+    rows: list[dict]
+    shots: list[dict] = []  # solved questions shown before each
+
+    @property
+    def prefix(self) -> list[int]:
+        return tokens.encode(self.encoding, problems.few_shot(self.form, self.shots))
+
+
+def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progress=iter) -> dict:
+    """Answer each question n times -> counts of right answers per question, and their means.
+
+    Answers end at the end of text, or where the next question would begin (a base model likes to
+    go on). The ranks share the questions; all return the same. "flexible@1" also counts what is
+    right in the last box, or else in the last number, whatever the format: it is reported and never
+    a reward. "log_prob": what the model itself (temperature 1) gives a token of its answers, in
+    nats, on average: sharpening raises it.
+    """
+    encoding, form = asked.encoding, asked.form
+    mine = asked.rows[world.rank :: world.size]
+    # the sampler stops at the first token of the next question; its text is taken off below
+    ends = [encoding.eot_token, tokens.encode(encoding, problems.stop_string(form))[0]]
+    texts = [problems.prompt(form, row["question"]) for row in mine]
+    prompts = [tokens.encode(encoding, text) for text in texts]
     seeds = problems.answer_seeds(seed, "eval", mine, n)
     samples = None
     if mine:
@@ -77,22 +97,19 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     bar = tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)
     for place, row in enumerate(bar):
         block = slice(place * n, (place + 1) * n)
-        texts, ended = [], []
-        for ids, length, cut in zip(*(x[block].tolist() for x in (samples.tokens, samples.lengths, samples.cut)), strict=True):
-            text, goes_on = problems.until_next_question(form, tokens.decode(enc, ids[: length - (not cut)]))
-            texts.append(text)
-            ended.append(goes_on or not cut)
-        flexible = [grader.compare(grader.flexible_answer(text), row["answer"])[0] for text in texts]
-        right, formatted = zip(*grader.grade_all(texts, [row["answer"]] * n, ended), strict=True)
-        counts[:, world.rank + place * world.size] = torch.tensor([
-            sum(right), sum(map(max, right, flexible)), sum(formatted), n - sum(ended), len(set(map(grader.final_answer, texts))),
-            samples.logp_1[block].sum(), samples.lengths[block].sum(),
-        ])  # fmt: skip
-    counts = torch.tensor(world.sum(*counts.flatten().tolist())).view(7, -1)
-    correct = [int(c) for c in counts[0]]
-    shares = {name: float(count.mean() / n) for name, count in zip(("flexible@1", "formatted", "cut"), counts[1:4], strict=True)}
-    out = {"n": n, "temperature": temperature, "correct": correct, **shares, "answers": float(counts[4].mean()),
-           "log_prob": float(counts[5].sum() / counts[6].sum())}  # fmt: skip
+        counts[:, world.rank + place * world.size] = count_answers(asked, samples, block, row)
+    summed = torch.tensor(world.sum(*counts.flatten().tolist())).view(7, -1)
+    right, flexible, formatted, truncated, distinct, nats, length = summed
+    out = {
+        "n": n,
+        "temperature": temperature,
+        "correct": [int(count) for count in right],
+        "flexible@1": float(flexible.mean() / n),
+        "formatted": float(formatted.mean() / n),
+        "truncated": float(truncated.mean() / n),
+        "answers": float(distinct.mean()),
+        "log_prob": float(nats.sum() / length.sum()),
+    }
     for k in ks:
         if k <= n:
             each = pass_at_k(n, out["correct"], k)
@@ -101,10 +118,8 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
     return out
 
 
-@torch.no_grad()
-def continuation_log_probs(sampler, pairs, greedy, world, budget=16384, progress=iter) -> list[tuple[float, bool]]:
-    """[(context ids, continuation ids)] -> for each its summed log-prob and, if `greedy`, whether each of its tokens is the
-    most probable one (else False).
+def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tensor:
+    """(7,) of the answers to one question, which are `block` of the samples.
 
     Right; right in the flexible reading; in format; truncated; distinct; nats; tokens.
     """
@@ -167,25 +182,56 @@ def continuation_log_probs(sampler, pairs, greedy, world, progress=iter, budget=
             )
         choices.setdefault(tuple(context[-room:]), []).append(place)
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for contexts in progress(batches):
-        places = [i for context in contexts for i in choices[context]]
-        group = torch.tensor([g for g, context in enumerate(contexts) for _ in choices[context]], device=device)
-        ids = torch.tensor(contexts, device=device)  # (G, S + 1): the last token belongs to the rows, its output is wanted
-        past = sampler.prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
-        size = torch.tensor([len(pairs[i][1]) for i in places], device=device)
-        wanted = torch.nn.utils.rnn.pad_sequence([torch.tensor(pairs[i][1]) for i in places], batch_first=True).to(device)  # (R, T)
-        rows = torch.cat([ids[group, -1:], wanted[:, :-1]], dim=1)
-        hidden, _ = sampler.prefill(rows, [(k[group], v[group]) for k, v in past])  # (R, T, D)
-        real = torch.arange(wanted.shape[1], device=device) < size[:, None]
-        states, target = hidden[real], wanted[real]  # (N, D), (N,)
-        scores = torch.zeros(2, *wanted.shape, dtype=torch.float64, device=device)  # log-probs, misses
-        scores[0, real] = log_probs(states, sampler.model.head.weight, target, c.vocab)[0].double()
-        if greedy:  # a second product with the head
-            best = torch.cat([sampler.logits(part).argmax(1) for part in states.split(256)])
-            scores[1, real] = (best != target).double()
-        found[places] = scores.sum(2).T.cpu()
-    found = world.sum(*found.flatten().tolist())
-    return [(logp, greedy and misses == 0) for logp, misses in zip(found[::2], found[1::2], strict=True)]
+    mine = sorted(choices, key=len)[world.rank :: world.size]
+    for contexts in progress(list(context_batches(mine, choices, pairs, budget))):
+        places = [place for context in contexts for place in choices[context]]
+        group = [g for g, context in enumerate(contexts) for _ in choices[context]]
+        continuations = [pairs[place][1] for place in places]
+        found[places] = score_continuations(sampler, contexts, group, continuations, greedy)
+    flat = world.sum(*found.flatten().tolist())
+    return [
+        (logp, greedy and misses == 0) for logp, misses in zip(flat[::2], flat[1::2], strict=True)
+    ]
+
+
+def context_batches(contexts, choices, pairs, budget: int):
+    """Batches of contexts of one length, of at most `budget` tokens with all their choices."""
+    for length, same in itertools.groupby(contexts, key=len):
+        same = list(same)
+        longest = {x: max(len(pairs[place][1]) for place in choices[x]) for x in same}
+        most = max(len(choices[x]) * (length + longest[x]) for x in same)
+        step = max(1, budget // most)
+        for i in range(0, len(same), step):
+            yield same[i : i + step]
+
+
+def score_continuations(sampler, contexts, group, continuations, greedy: bool) -> torch.Tensor:
+    """(R, 2) fp64: summed log-prob of each continuation, and tokens that are not the likeliest.
+
+    contexts: G tuples of ids of one length; group: (R,) the context of each continuation.
+    """
+    config = sampler.model.config
+    device = sampler.head.device
+    ids = torch.tensor(contexts, device=device)  # (G, S + 1)
+    group = torch.tensor(group, device=device)
+    # the last token of a context belongs to the continuations: its output is wanted
+    past = sampler.prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
+    past = [(keys[group], values[group]) for keys, values in past]
+    sizes = torch.tensor([len(x) for x in continuations], device=device)
+    padded = [torch.tensor(x) for x in continuations]
+    wanted = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)  # (R, T)
+    rows = torch.cat([ids[group, -1:], wanted[:, :-1]], dim=1)
+    hidden, _ = sampler.prefill(rows, past)  # (R, T, D)
+    real = torch.arange(wanted.shape[1], device=device) < sizes[:, None]
+    states = hidden[real]  # (N, D)
+    target = wanted[real]  # (N,)
+    scores = torch.zeros(2, *wanted.shape, dtype=torch.float64, device=device)
+    logp, _ = log_probs(states, sampler.model.head.weight, target, config.vocab)
+    scores[0, real] = logp.double()
+    if greedy:  # a second product with the head
+        likeliest = torch.cat([sampler.logits(part).argmax(1) for part in states.split(256)])
+        scores[1, real] = (likeliest != target).double()
+    return scores.sum(2).T.cpu()
 
 
 @torch.no_grad()
@@ -270,11 +316,11 @@ class Rows:
         self.rows = [row for row in self.rows if row not in old]
         return True
 
-    model = checkpoint.load_model(saved, Model, ModelConfig, world).eval()
-    sampler = Sampler(model, cfg.rows, cfg.compile and ranks.can_compile(world))
-    show = functools.partial(tqdm, desc=f"{Path(path).name}: batches of answers", leave=False, mininterval=2)
-    progress = show if world.rank == 0 else iter
-    answer = functools.partial(sampler, progress=progress)
+    def add(self, kind: str, row: dict, told: str):
+        self.rows.append({"kind": kind, **self.base, **row})
+        if self.active:
+            write_rows(self.state, self.rows)
+            print(f"{self.base['checkpoint']}  {told}", flush=True)
 
     def finish(self):
         if self.active:
@@ -307,29 +353,11 @@ def evaluate(path, cfg: Config, world):
     rows = Rows(subject, cfg, world)
     meta = subject.meta
     for folder in cfg.questions or (meta["questions"],):
-        if Path(folder).name == "test.jsonl" and not cfg.final:
-            raise ValueError(f"{folder} looks like a test split: only --final opens one")
-        questions = problems.load(folder, split)[: cfg.limit or None]
-        wanted = cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,))
-        for shots in wanted:
-            shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
-            while shown and not cfg.shots and len(tokens.encode(enc, problems.few_shot(problems.form(folder), shown))) + max_new > meta["length"]:
-                shown.pop()
-            name, shots = Path(folder).stem, len(shown)
-            how = dict(shots=shots, n=cfg.n, k=list(cfg.k), temperature=cfg.temperature, max_new=max_new, noise=noise,
-                       ids=[row["id"] for row in questions], content=checkpoint.fingerprint(questions + shown))  # fmt: skip
-            if not missing("pass", name, **how):
-                continue
-            result = solve(sampler, enc, questions, cfg.n, max_new, cfg.temperature, noise, world, shown, cfg.k, problems.form(folder))
-            told = "  ".join(f"pass@{k} {100 * result[f'pass@{k}']:.1f} ± {100 * result[f'se@{k}']:.1f}" for k in cfg.k)
-            told += f"  read flexibly {100 * result['flexible@1']:.1f}  in format {100 * result['formatted']:.0f}%"
-            keep("pass", f"{name} {split} {shots}-shot  {told}", benchmark=name, **how | result)
+        for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
+            question_row(subject, rows, folder, shots, world)
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     for name, items in tasks.load(folder).items() if folder else ():
-        if missing("general", name, content=checkpoint.fingerprint(items)):
-            result = tasks.score(items, enc, functools.partial(continuation_log_probs, sampler, world=world, progress=progress))
-            told = f"{name}  accuracy {100 * result['accuracy']:.1f}  probability {result['probability']:.3f}"
-            keep("general", told, benchmark=name, content=checkpoint.fingerprint(items), **result)
+        task_row(subject, rows, name, items, world)
     if cfg.text:
         text_row(subject, rows, world)
     points, _ = common.history(path)

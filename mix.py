@@ -73,17 +73,21 @@ def text_stream(cfg: Config, before: dict):
         return None
     if cfg.solutions != "1":
         raise ValueError("--text takes the place of the solutions: leave out --solutions")
-    name = "mix-text" if cfg.text else {"1": "mix", "all": "mix-gold"}.get(cfg.solutions, f"mix-{cfg.solutions}")
-    name = cfg.recipe or name
-    cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
-    if cfg.group < 2:
-        raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
-    enc = tokens.encoding(parent["encoding"])
-    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
-    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    where = parent["pretrain_seed"], parent["encoding"], parent["tokens"]
-    text = tokens.Stream(cfg.text, "train", parent["length"], *where) if cfg.text else None
-    pairs, pad = [] if text else tokenise(enc, rows, cfg.solutions, cfg.seed, problems.form(cfg.questions)), tokens.pad_id(enc)
+    meta = before["meta"]
+    seen = meta["tokens"]
+    return tokens.Stream(
+        cfg.text, "train", meta["length"], meta["pretrain_seed"], meta["encoding"], seen
+    )
+
+
+def main(given: dict):
+    cfg, before = common.configure(Config, given, PAPER)
+    rl.check(cfg)
+    text = text_stream(cfg, before)
+    run = common.begin(cfg, before, recipe_of(cfg), text)
+    cfg, world, model = run.cfg, run.world, run.model
+    pairs = [] if text else tokenise(run)
+    start = common.load_model(before, world) if cfg.kl else None
 
     rl_optimizer, sft_optimizer = adam(model), adam(model)
     first = common.resume(run.state, rl_optimizer, sft_optimizer)
@@ -96,9 +100,14 @@ def text_stream(cfg: Config, before: dict):
     optimizers = [rl_optimizer, sft_optimizer]
     save = functools.partial(common.save_state, cfg, model, meta, optimizers, log)
 
-    def validate(step):
-        if held_out:
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
+    def rows(step):
+        """Which rows both batches of a step have, for the log of a step that went wrong."""
+        count = cfg.questions_per_step
+        second = problems.shuffled(len(pairs), cfg.batch, cfg.seed, step) if pairs else []
+        return {
+            "rl": problems.shuffled(len(run.train), count, cfg.seed, step),
+            "sft": text.chosen(step, cfg.batch) if text else second,
+        }
 
     for step in common.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):

@@ -191,86 +191,22 @@ def kl_to(reference_logp, logp):
     return gap.exp() - gap - 1
 
 
-def rl_batch(sampler, rows, enc, cfg, step: int, world) -> tuple[problems.Batch, dict]:
-    """From questions to a batch: sample, grade, advantage. This rank's rows of RL step `step`, and the step's numbers."""
-    chosen = [rows[i] for i in problems.shuffled(len(rows), cfg.questions_per_step, cfg.seed, step)]
-    form = problems.form(cfg.questions)
-    mine = chosen[world.share(cfg.questions_per_step, "--questions_per_step")]
-    prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in mine]
-    seeds = problems.answer_seeds(cfg.seed, step, mine, cfg.group)
-    began = time.time()
-    with record_function("sampling"):
-        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, [enc.eot_token], cfg.temperature)
-    sampled = time.time()
-    run.check_finite(step, sampled_log_prob=float(samples.logp.sum()))  # broken weights: every group would be flat
+def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1.0):
+    """The loss of one micro-batch -> loss (scalar), log-probs and entropy (B, T). Edit me.
 
-    answers = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)]
-    texts = [tokens.decode(enc, answer[: len(answer) - (not cut)]) for answer, cut in zip(answers, samples.truncated.tolist(), strict=True)]
-    truth = [row["answer"] for row in mine for _ in range(cfg.group)]
-    with record_function("reward"):
-        graded = grader.grade_all(texts, truth, (~samples.truncated).tolist())  # (correct, well-formed); neither for a cut answer
-    rewards = torch.tensor([grader.reward(*marks, cfg.format_reward) for marks in graded], dtype=torch.float64)
-    advantage = advantages(rewards.view(len(mine), cfg.group), cfg.std_norm)
-
-    names = ("reward", "correct", "formatted", "cut", "flat", "answers", "groups", "tokens")
-    correct, formatted = zip(*graded, strict=True)
-    flat = (advantage == 0).all(1).sum()
-    sums = (rewards.sum(), sum(correct), sum(formatted), samples.truncated.sum(), flat, len(texts), len(mine), samples.lengths.sum())
-    total = dict(zip(names, world.sum(*map(float, sums)), strict=True))
-    N = total["tokens"]  # one denominator: every sampled token of the step, on all ranks
-    weights = (advantage.flatten() / N).tolist()
-    logps = [row[:length] for row, length in zip(samples.logp, samples.lengths.tolist(), strict=True)]
-    prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
-    batch = problems.make_batch(prompts, answers, weights, tokens.pad_id(enc), logps)
-    stats = {name: total[name] / total["answers"] for name in ("reward", "correct", "formatted", "cut")}
-    stats |= {"flat": total["flat"] / total["groups"], "length": N / total["answers"], "sampled_tokens": int(N), "waste": samples.waste,
-              "sample_seconds": sampled - began, "grade_seconds": time.time() - sampled}  # fmt: skip
-    return batch, stats
-
-
-def rl_costs(model, batch, stats, cfg, began) -> dict:
-    """What the step cost, for the log: FLOPs of sampling (a forward pass) and of cfg.updates passes of training."""
-    rows, size = cfg.questions_per_step * cfg.group, batch.mask.shape[1]
-    prompts = rows * size - stats["sampled_tokens"]  # roughly: padding counts as work done
-    passes = stats["sampled_tokens"] / 3 + prompts / 3 / cfg.group + rows * size * getattr(cfg, "updates", 1)
-    return dict(flops=passes * model.flops_per_token(size), questions=cfg.questions_per_step,
-                sampled_tokens=stats["sampled_tokens"], seconds=time.time() - began)  # fmt: skip
-
-
-def rl_backward(model, batch, cfg, world, old=None, reference=None) -> tuple:
-    """Add the gradient of the batch to the model's; -> this rank's share of the loss, a tensor, and over all ranks the sampler's
-    mismatch (|log-prob| apart, a token: mean, largest, k3 estimate of the KL) and the entropy of the policy (nats a token).
-
-    On-policy (old is None, no KL) the ratio is 1 and the gradient is that of  sum weight * -log pi.  Otherwise `old` and
-    `reference` are log-probs of the same micro-batches from the same forward pass."""
-    loss, gaps = 0.0, []
-    count = world.sum(float(batch.mask.sum()))[0] if reference is not None else 1
-    for i, micro in enumerate(problems.micro_batches(batch, cfg.micro, world, idle=reference is not None)):
-        if old is None and reference is None:
-            part, logp, entropy = model(micro.ids, weight=micro.weight, mask=micro.mask, temperature=cfg.temperature)
-        else:
-            logp, entropy = model(micro.ids, mask=micro.mask, temperature=cfg.temperature)
-            part = policy_loss(logp, logp.detach() if old is None else old[i], micro.weight, cfg.clip_ratio)
-            if reference is not None:
-                part = part + cfg.kl * (kl_to(reference[i], logp) * micro.mask).sum() / count
-        with record_function("backward"):
-            part.backward()
-        loss += part.detach().double()  # read once for all of them: to read is to wait for the GPU
-        gap = torch.where(micro.mask, logp.detach() - micro.logp, 0).double()
-        told = gap.abs().sum(), (gap.exp() - gap - 1).sum(), entropy.detach().double().sum(), micro.mask.sum(), gap.abs().amax()
-        gaps.append(torch.stack([x.double() for x in told]))
-    gaps = torch.stack(gaps) if gaps else torch.zeros(1, 5)  # all groups of this rank may be flat
-    total, kl, entropy, count = world.sum(*gaps[:, :4].sum(0))
-    sums = {"mismatch": total, "mismatch_kl": kl, "entropy": entropy}
-    mean = {name: value / count if count else None for name, value in sums.items()}  # over groups that are not flat
-    return loss, mean | {"mismatch_max": world.max(gaps[:, 4].max())[0]}
-
-
-def check_mismatch(step: int, mismatch: dict, cfg):
-    """Raises ValueError if the sampler's log-probs are not the trainer's: what is trained was not what was sampled."""
-    if (mismatch["mismatch"] or 0) > cfg.max_mismatch:
-        raise ValueError(f"sampler and trainer differ by {mismatch['mismatch']:.3g} in mean |log-prob| at step {step}, "
-                         f"more than --max_mismatch {cfg.max_mismatch}: stopped before the update")  # fmt: skip
+    On-policy, without a KL term, the ratio to the old policy is 1 and the gradient is that of
+    sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
+    micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
+    """
+    how = dict(mask=micro.mask, temperature=cfg.temperature)
+    if cfg.updates == 1 and not cfg.kl:
+        return model(micro.ids, weight=micro.weight, **how)
+    logp, entropy = model(micro.ids, **how)
+    old = logp.detach() if old is None else old
+    loss = policy_loss(logp, old, micro.weight, cfg.clip_ratio)
+    if cfg.kl:
+        loss = loss + cfg.kl * (kl_to(reference, logp) * micro.mask).sum() / count
+    return loss, logp, entropy
 
 
 @torch.no_grad()
@@ -381,14 +317,7 @@ def main(given: dict):
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
-    def validate(step):
-        if held_out:
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
-
-    def save(done):
-        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "rl", cfg.recipe, done), done, [optimizer], log)
-
-    for step in run.loop(first, cfg.steps, cfg, world, save):
+    for step in common.loop(first, cfg.steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, sampler, log, step)
         began = time.monotonic()

@@ -54,20 +54,33 @@ def main(given: dict):
         folder = cfg.questions or meta["questions"]
         form = problems.form(folder)
         rows = problems.load(folder, cfg.split)[: cfg.first]
-        prompts = [tokens.encode(enc, problems.prompt(form, row["question"])) for row in rows]
-        prefix = tokens.encode(enc, problems.few_shot(form, problems.shots(folder, cfg.shots, rows)))
-    max_new = cfg.max_new or run.longest(meta)
-    sampler = Sampler(checkpoint.load_model(saved, Model, ModelConfig, world))
-    for row, prompt in zip(rows, prompts, strict=True):
-        print(f"\n{tokens.decode(enc, prompt)}" + (f"   [answer {row['answer']}]" if "answer" in row else ""))
-        for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):  # one by one, to show each when it is there
-            samples = sampler([prompt], 1, max_new, [seed], [enc.eot_token], cfg.temperature, prefix)
-            cut = bool(samples.truncated)
-            text = tokens.decode(enc, samples.tokens[0, : int(samples.lengths) - (not cut)].tolist())
-            graded = grader.grade_all([text], [row["answer"]], [not cut]) if "answer" in row else ()
-            reward = "".join(f"{grader.reward(*marks, cfg.format_reward):4.1f} " for marks in graded)
-            nats = float(samples.logp_1.sum() / samples.lengths)  # log-prob a token at temperature 1
-            print(f"  {reward}{nats:6.2f} |{text}{' ...' if cut else ''}", flush=True)
+        texts = [problems.prompt(form, row["question"]) for row in rows]
+        shown = problems.shots(folder, cfg.shots, rows)
+        prefix = tokens.encode(encoding, problems.few_shot(form, shown))
+    max_new = cfg.max_new or common.longest(meta)
+    sampler = Sampler(model)
+    for row, text in zip(rows, texts, strict=True):
+        right = f"   [answer {row['answer']}]" if "answer" in row else ""
+        print(f"\n{text}{right}")
+        prompt = tokens.encode(encoding, text)
+        # one by one, to show each as soon as it is there
+        for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):
+            ends = [encoding.eot_token]
+            samples = sampler([prompt], 1, max_new, [seed], ends, cfg.temperature, prefix)
+            print(line_of(samples, row, encoding, cfg), flush=True)
+
+
+def line_of(samples, row: dict, encoding, cfg: Config) -> str:
+    """Reward (if the right answer is known), nats per token, and the text of one answer."""
+    truncated = bool(samples.truncated)
+    length = int(samples.lengths)
+    text = tokens.decode(encoding, samples.tokens[0, : length - (not truncated)].tolist())
+    nats = float(samples.logp_1.sum() / length)
+    reward = ""
+    if "answer" in row:
+        ((correct, formatted),) = grader.grade_all([text], [row["answer"]], [not truncated])
+        reward = f"{grader.reward(correct, formatted, cfg.format_reward):4.1f} "
+    return f"  {reward}{nats:6.2f} |{text}{' ...' if truncated else ''}"
 
 
 if __name__ == "__main__":

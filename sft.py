@@ -34,12 +34,20 @@ class Config(common.PostTraining):
     compile: bool = False  # torch.compile the blocks: pays for runs of several minutes
 
 
-def tokenise(enc, rows, solutions: str, seed: int, form=problems.Form()) -> list[tuple[list[int], list[int]]]:
+# What a checkpoint of the paper's sizes gets instead; the paper gives neither.
+PAPER = dict(batch=64, lr=2e-5, max_new=512)
+
+
+def tokenise(run: common.Setup) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
-    if solutions != "all" and not (solutions.isdigit() and int(solutions)):
-        raise ValueError(f"--solutions takes a whole number from 1, or all, not {solutions!r}")
-    pairs = problems.solution_pairs(rows, solutions, seed)
-    return [(tokens.encode(enc, problems.prompt(form, question)), problems.answer_ids(enc, text)) for question, text in pairs]
+    cfg = run.cfg
+    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
+        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
+    pairs = []
+    for question, solution in problems.solution_pairs(run.train, cfg.solutions, cfg.seed):
+        prompt = tokens.encode(run.encoding, problems.prompt(run.form, question))
+        pairs.append((prompt, problems.answer_ids(run.encoding, solution)))
+    return pairs
 
 
 @record_function("data")
@@ -67,15 +75,16 @@ def sft_gradients(run: common.Setup, batch: problems.Batch):
     return run.world.sum(loss)[0], gradients, norm
 
 
-def main(cfg):
-    name = cfg.recipe or {"1": "sft", "all": "sft-gold"}.get(cfg.solutions, f"sft-{cfg.solutions}")
-    cfg, world, model, parent, state = run.begin(cfg, name, SIZES, Model, ModelConfig)
-    enc = tokens.encoding(parent["encoding"])
-    if not cfg.steps and cfg.epochs <= 0:
-        raise ValueError("--epochs must be above 0, or --steps")
-    rows = problems.load(cfg.questions, "train")[: cfg.limit or None]
-    held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions] if cfg.eval_questions else []
-    pairs, pad = tokenise(enc, rows, cfg.solutions, cfg.seed, problems.form(cfg.questions)), tokens.pad_id(enc)
+def recipe_of(cfg: Config) -> str:
+    names = {"1": "sft", "all": "sft-gold"}
+    return cfg.recipe or names.get(cfg.solutions, f"sft-{cfg.solutions}")
+
+
+def main(given: dict):
+    cfg, before = common.configure(Config, given, PAPER)
+    run = common.begin(cfg, before, recipe_of(cfg))
+    cfg, world, model = run.cfg, run.world, run.model
+    pairs = tokenise(run)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
 
     optimizer = adam(model)
@@ -88,15 +97,7 @@ def main(cfg):
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "sft", cfg.recipe)
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
-    def validate(step):
-        if held_out:
-            sampler.refresh()
-            log.add(step, validation=solve(sampler, enc, held_out, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, world, form=problems.form(cfg.questions)))
-
-    def save(done):
-        checkpoint.save_state(cfg.out, model, checkpoint.child_meta(cfg, parent, "sft", name, done), done, [optimizer], log)
-
-    for step in run.loop(first, steps, cfg, world, save):
+    for step in common.loop(first, steps, cfg, world, save):
         if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, sampler, log, step)
         began = time.monotonic()

@@ -378,29 +378,3 @@ def make_batch(prompts_ids, answers_ids, weights, pad, logps=None):
         if logp is not None:
             logp[row, targets] = torch.as_tensor(logps[row], dtype=torch.float32)
     return Batch(ids, mask, weight, logp)
-
-
-class Form(NamedTuple):
-    prompt: str = "Question: {}\nAnswer:"
-    between_shots: str = "\n\n"
-
-
-def form(folder):
-    return Form(" Q : {} A :", "")
-
-
-def prompt(form, question):
-    return PROMPTS[form].format(question) if isinstance(form, str) else form.prompt.format(question)
-
-
-def until_next_question(form, text):
-    before, begun, _ = text.partition(stop_string(form))
-    return before, bool(begun)
-
-
-def stop_string(form):
-    return form.prompt.split("{}")[0].rstrip()
-
-
-def few_shot(form, shots):
-    return "".join(f"{prompt(form, shot['question'])} {shot['solutions'][0]}{form.between_shots}" for shot in shots)

@@ -150,6 +150,19 @@ def write_form(folder, form: Form):
     files.write_json(Path(folder) / "prompt.json", form._asdict())
 
 
+def check_form(form: Form, path, enc):
+    """Raises ValueError if the encoding lacks a word of the prompt itself: `path` needs another."""
+    start, end = form.prompt.split("{}")
+    for part in (start.rstrip(), end):
+        try:
+            tokens.encode(enc, part)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the prompt {form.prompt!r} cannot be asked: {error}; write a prompt.json "
+                'beside the questions, {"prompt": " Q : {} A :"} for instance'
+            ) from None
+
+
 def prompt(form: Form, question):
     return form.prompt.replace("{}", question)
 
@@ -202,8 +215,10 @@ def check_lengths(rows, path, enc, form: Form, room: Room, skip=False) -> tuple[
     To be called before the first step, so that no step of a long run meets another one. Without
     `skip` the first that does not fit is a ValueError, with `path`, id, length and limit. With it
     a question whose prompt does not fit is left out, of the others the solutions that do not, and
-    the second value is a line that says so, for the console ("" if all fit).
+    the second value is a line that says so, for the console ("" if all fit). A prompt that the
+    encoding lacks the words of is a ValueError in any case.
     """
+    check_form(form, path, enc)
     fitting = []
     faults = []
     for row in rows:

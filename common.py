@@ -242,7 +242,7 @@ def read_comments(cls) -> list[tuple[str, str]]:
     for line in inspect.getsource(cls).splitlines():
         if match := re.match(r"    (\w+): [^#]+?(?:  # (.*))?$", line):
             name, beside = match.groups()
-            found.append((name, "; ".join([" ".join(above)] * bool(above) + [beside or ""])))
+            found.append((name, "; ".join(filter(None, [" ".join(above), beside]))))
         above = [*above, line[6:]] if line.startswith("    # ") else []
     return found
 

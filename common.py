@@ -76,7 +76,7 @@ Fraction = Annotated[float, Range(0, 1)]
 class Shared:
     """Flags of all trainers: where and how a run works. None but --dtype changes its result."""
 
-    micro: Count = 64  # rows per forward pass; never changes the result
+    micro: Count = 64  # rows of text, or answers, per forward pass; never changes the result
     compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
     # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
@@ -109,12 +109,15 @@ class PostTraining(Shared):
     eval_questions: Whole = 20  # validation questions (0: no validation)
     eval_n: Count = 32  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
+    # answers that share a row of training, and so the work for their prompt
+    answers_per_row: Count = 4  # never changes the result
     seed: Whole = 0  # of the order of the questions and of the sampling
 
 
 # what a resumed run may change: where and how it works, and how paths are spelled
 OPERATIONAL = {field.name for field in dataclasses.fields(Shared)} - {"dtype"}
 OPERATIONAL |= {"init", "out", "questions", "data", "text", "tasks", "rows", "peak_tflops"}
+OPERATIONAL |= {"answers_per_row"}
 
 
 def parse_flags(Config, argv: list[str], doc: str = "") -> dict:

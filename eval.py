@@ -245,14 +245,21 @@ def held_out_losses(model, rows, micro: int, world, end: int | None = None) -> l
     losses = torch.zeros(count, dtype=torch.float64)
     for places in torch.arange(world.rank, count, world.size).split(micro):
         part = rows[places.numpy() % len(rows)]
-        starts = None
+        layout = None
         if end is not None:
-            starts = torch.from_numpy(tokens.document_starts(part, end)).to(world.device)
+            layout = [x.to(world.device) for x in layout_of(part, end)]
         ids = torch.from_numpy(part).to(world.device)
         weight = torch.ones(len(ids), ids.shape[1] - 1, device=world.device)
-        _, logp, _ = model(ids, weight=weight, starts=starts)
+        _, logp, _ = model(ids[:, :-1], ids[:, 1:], weight=weight, layout=layout)
         losses[places] = -logp.double().mean(1).cpu()
     return world.sum(*losses.tolist())[: len(rows)]
+
+
+def layout_of(rows, end: int) -> tuple[torch.Tensor, ...]:
+    """The model.Layout of rows of text (B, T + 1), in which the id `end` ends a document."""
+    position, document = tokens.documents(rows[:, :-1], end)
+    branch = torch.zeros(position.shape, dtype=torch.long)
+    return torch.from_numpy(position), torch.from_numpy(document), branch
 
 
 # -------------------------------------------------------------------------- rows of a checkpoint

@@ -110,7 +110,7 @@ class PostTraining(Shared):
     eval_n: Count = 32  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
     # answers that share a row of training, and so the work for their prompt
-    answers_per_row: Count = 4  # never changes the result
+    answers_per_row: Count = 8  # never changes the result
     seed: Whole = 0  # of the order of the questions and of the sampling
 
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 import pytest
 from helpers import DATASETS, ROOT
 
-from data import grader, problems, questions, tokens
+from data import grader, latex, problems, questions, tokens
 
 NUMBERS = {
     "18": 18, " 18 ": 18, "-5": -5, "+5": 5, "007": 7, "1,234": 1234, "1,234,567.50": Fraction(2469135, 2), "3.0": 3,
@@ -34,21 +34,21 @@ EXPRESSION = r"\sqrt{2}"  # a reference that takes the worker
 
 
 def worker():
-    return grader.worker(os.getpid())
+    return latex.worker(os.getpid())
 
 
 @pytest.fixture()
 def uncached():
-    grader.equivalent.cache_clear()
+    latex.equivalent.cache_clear()
 
 
 @pytest.fixture()
 def impatient(uncached, monkeypatch):
     """A worker with one second for each answer."""
-    monkeypatch.setattr(grader, "SECONDS", 1)
-    grader.worker.cache_clear()
+    monkeypatch.setattr(latex, "SECONDS", 1)
+    latex.worker.cache_clear()
     yield
-    grader.worker.cache_clear()
+    latex.worker.cache_clear()
 
 
 # ---- numbers
@@ -195,10 +195,10 @@ def check_math(names):
     """Of the answers that take algebra, those that math-verify cannot read; of all, those not recognised when written
     otherwise."""
     answers = math_answers()
-    tidy = {name: grader.tidy(answers[name])[0] for name in names}
+    tidy = {name: latex.tidy(answers[name])[0] for name in names}
     algebra = [name for name, text in tidy.items()
-               if grader.number(text) is None and not (grader.WORDS.fullmatch(text) or grader.BASED.fullmatch(text))]  # fmt: skip
-    unreadable = [name for name in algebra if grader.equivalent(tidy[name], tidy[name]) != (True, True)]
+               if grader.number(text) is None and not (latex.WORDS.fullmatch(text) or latex.BASED.fullmatch(text))]  # fmt: skip
+    unreadable = [name for name in algebra if latex.equivalent(tidy[name], tidy[name]) != (True, True)]
     return unreadable, [name for name in names if not grader.grade(f"#### {otherwise(answers[name])}", answers[name])]
 
 
@@ -214,8 +214,8 @@ def test_all_math_answers_are_read():
 
 def different_answers(step):
     """Pairs of different MATH answers that look alike: neighbours in the alphabet, of those that are not numbers."""
-    every = sorted({answer for answer in math_answers().values() if grader.number(grader.tidy(answer)[0]) is None})
-    pairs = [(a, b) for a, b in itertools.pairwise(every) if grader.tidy(a) != grader.tidy(b)]
+    every = sorted({answer for answer in math_answers().values() if grader.number(latex.tidy(answer)[0]) is None})
+    pairs = [(a, b) for a, b in itertools.pairwise(every) if latex.tidy(a) != latex.tidy(b)]
     return pairs[::step]
 
 
@@ -272,7 +272,7 @@ def test_verifier_does_not_hang(name):
 def test_each_answer_takes_bounded_time(impatient, name):
     """Seen to fail (hang) without the limit on processor time, for the towers. The next answer is graded as ever."""
     assert grader.grade(r"#### \frac{2}{\sqrt{2}}", EXPRESSION)
-    grader.equivalent.cache_clear()
+    latex.equivalent.cache_clear()
     began = time.perf_counter()
     assert not grader.grade(f"#### {(HARD | HARDER)[name]}", EXPRESSION)
     assert time.perf_counter() - began < BOUND
@@ -294,8 +294,8 @@ def test_many_hard_answers_in_a_row(uncached):
 
 def test_memory_is_bounded(impatient, monkeypatch):
     """A number of 250 MB: the process gives up by itself, before its time. Seen to fail without RLIMIT_AS."""
-    monkeypatch.setattr(grader, "SECONDS", 30)
-    monkeypatch.setattr(grader, "MEMORY", 2**27)
+    monkeypatch.setattr(latex, "SECONDS", 30)
+    monkeypatch.setattr(latex, "MEMORY", 2**27)
     assert grader.grade(r"#### \frac{2}{\sqrt{2}}", EXPRESSION)
     process = worker().process
     assert resource.prlimit(process.pid, resource.RLIMIT_AS) == (2**27, 2**27)
@@ -309,7 +309,7 @@ def test_memory_is_bounded(impatient, monkeypatch):
 def test_a_killed_worker_is_replaced(impatient, when):
     """Seen to fail without the second try (a right answer was then wrong)."""
     assert grader.grade(r"#### \frac{2}{\sqrt{2}}", EXPRESSION)
-    grader.equivalent.cache_clear()
+    latex.equivalent.cache_clear()
     before = worker().process
     if when == "stopped":  # it hangs without using the processor
         os.kill(before.pid, signal.SIGSTOP)
@@ -324,8 +324,8 @@ def test_a_killed_worker_is_replaced(impatient, when):
 
 
 def test_one_pair_is_asked_once(uncached, monkeypatch):
-    asked, real = [], grader.Worker.ask
-    monkeypatch.setattr(grader.Worker, "ask", lambda self, *pair: asked.append(pair) or real(self, *pair))
+    asked, real = [], latex.Worker.ask
+    monkeypatch.setattr(latex.Worker, "ask", lambda self, *pair: asked.append(pair) or real(self, *pair))
     texts = [r"#### \sqrt{8}/2", r"so #### \sqrt{8}/2", r"#### \sqrt{3}", "#### \\sqrt{2}", "no answer", r"#### \sqrt{8}/2"]
     graded = grader.grade_all(texts, [EXPRESSION] * 6, [True] * 5 + [False])
     assert [correct for correct, _ in graded] == [True, True, False, True, False, False]
@@ -335,11 +335,11 @@ def test_one_pair_is_asked_once(uncached, monkeypatch):
 def test_a_worker_that_cannot_start_says_so(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="pip install -r requirements.txt"):
-        grader.Worker().ask("1", "1")
+        latex.Worker().ask("1", "1")
 
 
 def test_the_worker_ends_with_its_parent():
-    code = "from data import grader; grader.compare('x', 'y'); print(grader.worker(__import__('os').getpid()).process.pid)"
+    code = "from data import grader, latex; grader.compare('x', 'y'); print(latex.worker(__import__('os').getpid()).process.pid)"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     deadline = time.time() + 10
     while os.path.exists(f"/proc/{child.stdout.strip()}") and time.time() < deadline:
@@ -370,9 +370,9 @@ def test_the_worker_runs_no_code(tmp_path):
     made = tmp_path / "made"
     code = f"""
 import sys
-from data import grader
+from data import latex
 from sympy import sympify
-sys.addaudithook(grader.no_code)
+sys.addaudithook(latex.no_code)
 assert sympify("12") + sympify("0.5") == 12.5 and str(sympify("x")) == "x"
 for text in ("open({str(made)!r}, 'w')", "(1).__class__", "x.__init__", "print(1)", "eval('1')"):
     try:
@@ -393,11 +393,11 @@ def test_each_rank_has_its_worker(tmp_path):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
-from data import grader, problems
+from data import grader, latex
 dist.init_process_group("gloo")
 assert grader.grade("#### \\\\frac{{2}}{{\\\\sqrt{{2}}}}", "\\\\sqrt{{2}}") and not grader.grade("#### 9^{{9^{{9^9}}}}", "\\\\sqrt{{2}}")
 pids = [None, None]
-dist.all_gather_object(pids, grader.worker(os.getpid()).process.pid)
+dist.all_gather_object(pids, latex.worker(os.getpid()).process.pid)
 assert len(set(pids)) == 2
 if dist.get_rank() == 0:
     print("workers", *pids)

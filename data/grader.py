@@ -1,14 +1,15 @@
 """One grader for reward, validation and test: is what a text says after its last #### the answer?
 
 The grader sees the end of an answer and the reference, never the prompt. Numbers are compared
-exactly, here; LaTeX and words are read in data/latex.py. Nothing that a model wrote is executed.
+exactly, here; LaTeX and words are read in data/latex.py, and what takes algebra is compared by
+data/algebra.py in processes of its own. Nothing that a model wrote is executed.
 """
 
 import collections
 import re
 from fractions import Fraction
 
-from data import latex
+from data import algebra, latex
 from data.latex import boxed
 
 ENDING = "####"
@@ -79,25 +80,42 @@ def askable(answer):
 # ---- is it right
 
 
-def compare(said, meant):
-    """(is `said` the reference `meant`, can it be read as an answer at all); it may be None."""
+def judge(said, meant):
+    """((correct, readable), None), or (None, the two texts) where only algebra can tell."""
     if not said or len(said) > LONGEST:
-        return False, False
+        return (False, False), None
     if number(said) is None or number(meant) is None:
         said, meant = latex.normal(said, meant)
-    value = number(said)
     truth = number(meant)
+    value = number(said)
     if value is not None and truth is not None:
         if ("%" in said) == ("%" in meant):
-            return value == truth, True
+            return (value == truth, True), None
         # 50% is 50 where per cent are asked for, and 0.5
-        return value in (truth, truth * 100 if "%" in said else truth / 100), True
+        return (value in (truth, truth * 100 if "%" in said else truth / 100), True), None
     if said == meant:
-        return True, True
+        return (True, True), None
     if truth is not None and latex.is_left_to_the_grader(said):
-        return False, False
+        return (False, False), None
     marks = latex.compare_words(said, meant) or latex.compare_bases(said, meant)
-    return marks or latex.equivalent(said, meant)
+    return (marks, None) if marks else (None, (said, meant))
+
+
+def compare_all(pairs):
+    """[(is `said` the reference `meant`, can it be read as an answer)] of pairs (said, meant).
+
+    `said` may be None. Equal pairs are judged once; those that take algebra, by several processes
+    at a time, with the results that one process gives.
+    """
+    judged = {pair: judge(*pair) for pair in dict.fromkeys(pairs)}
+    questions = list(dict.fromkeys(question for _, question in judged.values() if question))
+    solved = dict(zip(questions, algebra.equivalent_all(questions), strict=True))
+    return [judged[pair][0] or solved[judged[pair][1]] for pair in pairs]
+
+
+def compare(said, meant):
+    """(is `said` the reference `meant`, can it be read as an answer at all); it may be None."""
+    return compare_all([(said, meant)])[0]
 
 
 def grade(text, answer):
@@ -109,14 +127,14 @@ def grade_all(texts, answers, ended):
     """[(correct, well_formed)] of a batch of texts and their reference answers.
 
     Well-formed: one ending, and an answer that can be read, right or wrong. A text that did not
-    end by itself (`ended` is false) is neither. Equal pairs of answer and reference are compared
-    once.
+    end by itself (`ended` is false) is neither.
     """
-    graded = []
-    for text, answer, done in zip(texts, answers, ended, strict=True):
-        correct, readable = compare(final_answer(text), answer) if done else (False, False)
-        graded.append((correct, readable and text.count(ENDING) == 1))
-    return graded
+    said = [final_answer(text) if done else None for text, done in zip(texts, ended, strict=True)]
+    marks = compare_all(list(zip(said, answers, strict=True)))
+    return [
+        (correct, readable and text.count(ENDING) == 1)
+        for text, (correct, readable) in zip(texts, marks, strict=True)
+    ]
 
 
 def reward(correct, well_formed, format_reward):

@@ -112,7 +112,7 @@ def serve(seconds, memory):
 
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Eq, Expr, FiniteSet, I, Interval, N, Symbol, Tuple
+    from sympy import Eq, Expr, FiniteSet, Float, I, Interval, N, Symbol, Tuple
     from sympy.core.random import seed
 
     logging.disable()
@@ -136,16 +136,33 @@ def serve(seconds, memory):
         return found
 
     def same(said, meant):
+        # 0, 1 is not the point (0, 1), which math-verify takes for an interval
         for one, other in ((said, meant), (meant, said)):
             if isinstance(one, FiniteSet) and isinstance(other, Tuple | Interval):
-                return (
-                    False  # 0, 1 is not the point (0, 1), which math-verify takes for an interval
-                )
-        both = isinstance(said, Expr) and isinstance(meant, Expr)
-        if both and said.is_number and meant.is_number and meant != 0:
-            gap = N(said - meant, 30)  # verify() rounds to 15 places, and 2^{-98} would be 2^{-99}
-            if gap.is_finite:
+                return False
+        if isinstance(said, FiniteSet) and isinstance(meant, FiniteSet):
+            entries = [*said, *meant]
+            numbers = all(isinstance(entry, Expr) and entry.is_number for entry in entries)
+            if numbers and len(said) == len(meant):
+                return all(any(same(one, other) for other in said) for one in meant)
+        for kind in (Tuple, Interval):
+            if isinstance(said, kind) and isinstance(meant, kind):
+                if said.args and len(said.args) == len(meant.args):  # all reals have none
+                    parts = zip(said.args, meant.args, strict=True)
+                    return all(one == other or same(one, other) for one, other in parts)
+        if not (isinstance(said, Expr) and isinstance(meant, Expr)):
+            return by_math_verify(said, meant)
+        if said.is_number and meant.is_number:
+            # verify() rounds to 15 places, and 2^{-98} would be 2^{-99}
+            gap = N(said - meant, 15, maxn=1000)
+            if gap.is_finite and (said - meant).has(Float):  # decimals are read as floats
                 return bool(abs(gap) <= 1e-12 * abs(N(meant)))
+            parts = gap.as_real_imag()
+            if all(part.is_Float or part.is_Integer for part in parts):
+                return all(part == 0 or part._prec == 1 for part in parts)  # no digit is certain
+        return by_math_verify(said, meant)
+
+    def by_math_verify(said, meant):
         return verify(
             meant, said, float_rounding=10, allow_set_relation_comp=True, timeout_seconds=None
         )

@@ -17,10 +17,11 @@ LONGEST = 300  # characters of an answer that are looked at; the longest answer 
 NUMBER = re.compile(
     r"(?:(-?|\+)\$?|\$(-))"  # a sign and a dollar, in either order
     r"(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?"  # digits that may be grouped by commas, and decimals
+    r"(?:e([-+]?\d{1,2}))?"  # a power of ten
     r"(?:/(\d+))?%?\.?",  # a denominator, per cent, a full stop
     re.ASCII,
 )
-FRACTION = re.compile(r"([-+]?)\\[dtc]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
+FRACTION = re.compile(r"([-+]?)(\d*)\\[dtc]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
 LAST_NUMBER = re.compile(
     r"(?:(?<![\w)}])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?%?", re.ASCII
 )
@@ -44,25 +45,26 @@ def flexible_answer(text):
 def number(text):
     r"""The exact value (Fraction) of a text that is a number and nothing else, or None.
 
-    Numbers: 18  -5  +5  1,234  3.0  .5  $18.  -$5  20% (= 20)  1/2  \frac{1}{2}
-    Not numbers: "18 dollars", "1 8", "3 + 4", "1e5", "12,34", and whatever is longer than 100
+    Numbers: 18  -5  +5  1,234  3.0  .5  $18.  -$5  20% (= 20)  1e5  1/2  \frac{1}{2}  3 1/2
+    Not numbers: "18 dollars", "1 8", "3 + 4", "12,34", and whatever is longer than 100
     characters, so that a million digits cost nothing. Nothing is evaluated.
     """
-    text = text.strip() if text and len(text) <= 100 else ""
+    text = latex.mixed(text.strip()) if text and len(text) <= 100 else ""
     if match := FRACTION.fullmatch(text):
-        sign, above, below = match.groups()
-        value = Fraction(int(above), int(below)) if int(below) else None
-        return -value if value and sign == "-" else value
+        sign, whole, above, below = match.groups()
+        if not int(below) or (whole and not 0 < int(above) < int(below)):
+            return None
+        value = int(whole or 0) + Fraction(int(above), int(below))
+        return -value if sign == "-" else value
     match = NUMBER.fullmatch(text)
     if match is None:
         return None
-    sign, dollar_sign, whole, decimals, denominator = match.groups()
+    sign, dollar_sign, whole, decimals, exponent, denominator = match.groups()
     if not (whole or decimals) or (denominator and not int(denominator)):
         return None
-    whole = whole.replace(",", "") or "0"
-    value = Fraction(whole + decimals) if decimals else Fraction(int(whole))
-    if denominator:
-        value /= int(denominator)
+    value = Fraction(whole.replace(",", "") + (decimals or ""))
+    value *= Fraction(10) ** int(exponent or 0)
+    value /= int(denominator or 1)
     return -value if sign == "-" or dollar_sign else value
 
 
@@ -88,6 +90,8 @@ def judge(said, meant):
         said, meant = latex.normal(said, meant)
     truth = number(meant)
     value = number(said)
+    if value is None and truth is not None:
+        value = number(latex.counted(said))  # 18 dollars
     if value is not None and truth is not None:
         if ("%" in said) == ("%" in meant):
             return (value == truth, True), None
@@ -97,7 +101,11 @@ def judge(said, meant):
         return (True, True), None
     if truth is not None and latex.is_left_to_the_grader(said):
         return (False, False), None
-    marks = latex.compare_words(said, meant) or latex.compare_bases(said, meant)
+    marks = (
+        latex.compare_words(said, meant)
+        or latex.compare_bases(said, meant)
+        or latex.refuse(said, meant)
+    )
     return (marks, None) if marks else (None, (said, meant))
 
 

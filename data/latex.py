@@ -60,6 +60,7 @@ TIDY = [
     (r"\\(?:mbox|text(?:normal|rm|bf|it)|math(?:rm|bf|it))\b", r"\\text"),
     (r"\\text\{(-?[\d.,]+|[\dA-F]+(?=\}_))\}", r"\1"),  # a number in bold, with its base or without
     (r"\\text\{ ?, ?(and|or) ?\}", r"\\text{\1}"),
+    (r"(\\[dtc]?frac) ?(\d) (\d)(?!\d)", r"\1{\2}{\3}"),
     (r"\\[dt]?frac\\pi ?(\d)", r"\\frac{\\pi}{\1}"),  # math-verify cannot read it as MATH writes it
     # what stands around all of it
     (r"^=(?!=)", ""),

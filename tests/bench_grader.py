@@ -190,7 +190,7 @@ def groups(solutions):
             [
                 (mark.format(answer), answer)
                 for answer, mark in zip(math, itertools.cycle(marks), strict=False)
-                if not re.search(r"^[01]|7|^-?\\infty$|text|mbox| 0 & 0 .* 0 & 0 ", answer)
+                if not re.search(r"^[01]|7|^-?\\infty$|text|mbox|= 0$| 0 & 0 .* 0 & 0 ", answer)
             ],
         )
     return made

@@ -348,7 +348,12 @@ def test_all_math_answers_are_read():
 REFUSED = {  # right answers without LaTeX that the grader refuses
     ("1/29,322,216", r"\dfrac{1}{29,\!322,\!216}"),  # a list as well
     ("12/5,525", r"\frac{12}{5,\!525}"),
+    ("2469/20,000", r"\dfrac{2469}{20,\!000}"),
     ("((-7)/(23))", r"\frac{-7}{23}"),  # a sum that is left to the grader
+    ("((-100)/(9))", r"\frac{-100}{9}"),
+    ("-((5)/(3)).", r"-\frac{5}{3}."),
+    ("35/2 pi", r"\frac{35}{2} \pi"),  # what is above the stroke
+    ("3 \\sec ((1)/(2)) θ", r"3 \sec \frac{1}{2} \theta"),
 }
 
 

@@ -846,14 +846,16 @@ class Sampler:
         Samples on the CPU, and slot-steps used. noise (R, max_new); of `step`, the sizes are set
         here."""
         R, max_new = noise.shape
+        Q = len(prompts)
+        n = R // Q  # with Q and max_new, what the scripts read when memory runs out
         P = round_up(max(map(len, prompts)), self.span)
         # One span more than is used: a slice is then never the whole, which a compiler would tell
         # apart.
-        self._reserve(R, len(prompts), P + self.span, round_up(max_new, self.span) + self.span)
+        self._reserve(R, Q, P + self.span, round_up(max_new, self.span) + self.span)
         step = step._replace(rows=R, prompt=P)
         last, size = self._prefill_prompts(prompts, step)
         self._start_rows(size, noise, step)
-        self._draw(last.repeat_interleave(R // len(prompts), 0), step)
+        self._draw(last.repeat_interleave(n, 0), step)
         slots = R
         for t in range(max_new - 1):  # answers have t + 1 tokens, the last of them not in the cache
             if t % self.CHECK == self.CHECK - 1:

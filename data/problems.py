@@ -353,22 +353,30 @@ def text_batch(stream, batch, step, world):
     return Batch(ids, rows[:, 1:], mask, mask / (batch * stream.length), torch.zeros(ids.shape))
 
 
-def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
-    """Lists of ids to a Batch; answers to one prompt share a row, `per_row` of them at most.
+def tree_rows(prompts, answers, per_row: int) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The rows of `make_batch`: (prompt, numbers of the answers that follow it) of each.
 
-    weights: for each answer one number, or one per token of it. logps: for each answer (length,).
-    T is a multiple of 8, so that few shapes occur. The mask comes from lengths: ids may hold any
-    value.
+    Answers to one prompt share a row, `per_row` of them at most, like lengths together.
     """
-    together = {}  # prompt -> its answers, by number
+    together = {}
     for number, prompt in enumerate(prompts):
         assert prompt, "the first answer token needs something before it"
         together.setdefault(tuple(prompt), []).append(number)
     rows = []
     for prompt, numbers in together.items():
-        numbers.sort(key=lambda number: -len(answers[number]))  # like lengths share a row
-        for i in range(0, len(numbers), per_row):
-            rows.append((prompt, numbers[i : i + per_row]))
+        numbers.sort(key=lambda number: -len(answers[number]))
+        rows += [(prompt, numbers[i : i + per_row]) for i in range(0, len(numbers), per_row)]
+    return rows
+
+
+def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
+    """Lists of ids to a Batch, whose rows are those of `tree_rows`.
+
+    weights: for each answer one number, or one per token of it. logps: for each answer (length,).
+    T is a multiple of 8, so that few shapes occur. The mask comes from lengths: ids may hold any
+    value.
+    """
+    rows = tree_rows(prompts, answers, per_row)
     lengths = [len(prompt) - 1 + sum(len(answers[i]) for i in some) for prompt, some in rows]
     shape = (len(rows), -(-max(lengths) // 8) * 8)
     integers = dict(dtype=torch.long)

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import checkpoint, grader, problems, ranks, report, run, tasks, tokens
+from data import checkpoint, grader, problems, ranks, run, tasks, tokens
 from model import Model, ModelConfig, Sampler, log_probs
+from results import stats
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def solve(sampler, enc, rows, n, max_new, temperature, seed, world, shots=(), ks
            "log_prob": float(counts[5].sum() / counts[6].sum())}  # fmt: skip
     for k in ks:
         if k <= n:
-            each = report.pass_at_k(n, correct, k)
-            out[f"pass@{k}"], out[f"se@{k}"] = float(each.mean()), report.standard_error(each)
+            each = stats.pass_at_k(n, correct, k)
+            out[f"pass@{k}"], out[f"se@{k}"] = float(each.mean()), stats.standard_error(each)
     return out
 
 
@@ -232,6 +233,8 @@ def evaluate(path, cfg, world) -> list[dict]:
 
 def main(cfg):
     if cfg.report:
+        from results import report  # pandas, scipy and matplotlib, which no evaluation needs
+
         return report.report(cfg.report, cfg.json)
     if not cfg.checkpoints:
         raise ValueError("name at least one checkpoint, or --report RESULTS")

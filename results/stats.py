@@ -1,12 +1,11 @@
-"""The statistics behind the report: pass@k, the mean of paired values, its interval and p-value.
+"""pass@k, and the mean of paired values with its interval and p-value.
 
-A replicate is a training seed. `cells` is a DataFrame of values: one row per question, one column
-per (pre-training seed, training seed); NaN where a seed was not asked that question. eval.py
-imports this file, so scipy is loaded where a report needs it.
+A replicate is a training seed. `cells` is a DataFrame, one row per question and one column per
+(pre-training seed, training seed). eval.py imports this file: scipy waits for a report.
 """
 
 from functools import cache
-from math import comb, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -30,14 +29,6 @@ def standard_error(values):
     return float(np.std(values, ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def best_of_4(values):
-    """Expected value of the largest of 4 drawn at random; of all if there are fewer than 4."""
-    values = np.sort(values)
-    if len(values) < 4:
-        return float(values[-1])
-    return float(values @ [comb(i, 3) for i in range(len(values))] / comb(len(values), 4))
-
-
 def holm(p_values):
     """Holm's adjusted p-values, in the order given."""
     order = np.argsort(p_values, kind="stable")
@@ -49,7 +40,6 @@ def holm(p_values):
 
 @cache
 def quantile(p, df):
-    """The t with P(T <= t) = p, of Student's t."""
     from scipy import stats
 
     return float(stats.t.ppf(p, df))
@@ -69,32 +59,28 @@ class Estimate(NamedTuple):
 
 
 def estimate(cells, pooled=False):
-    """Estimate of the mean of cells, on the questions that all seeds of a run share.
+    """Estimate of the mean, on the questions that all seeds of a pre-training run share.
 
     value = mean + seed + question + noise: the seed means vary by var(seed) + var(noise)/Q, the
-    question means by var(question) + var(noise)/S. SE^2 is the sum of their variances over S and
-    Q: the variance of the mean, and var(noise)/(S Q) once more.
-    With 2 or 3 pre-training runs the variance of seeds is taken within each; from 4 on, or if
-    pooled (where all seeds count as those of one run), it is that of all replicates. Runs with
-    other questions each add the variance of their own.
+    question means by var(question) + var(noise)/S. SE^2, the sum of the first over S and the
+    second over Q, is the variance of the mean and var(noise)/(S Q) more. With 2 or 3 runs the
+    variance of seeds is that within a run, with 4 or more that of the runs' means; pooled: of all
+    seeds. Runs with questions of their own each add the variance of these.
     """
     names = cells.columns.unique(0)
-    tables = [cells[name].dropna() for name in names]  # (Q, S) each
-    same = all(table.index.equals(tables[0].index) for table in tables)
-    runs = [table.to_numpy().T for table in tables]
+    tables = [cells[name].dropna() for name in names]
+    runs = [table.to_numpy().T for table in tables]  # (S, Q) each
     told = {name: float(values.mean()) for name, values in zip(names, runs, strict=True)}
-    replicates = len(runs) >= 4
-    if replicates:
+    if many := len(runs) >= 4:
         runs = [values.mean(0, keepdims=True) for values in runs]
-    sets = [np.concatenate(runs)] if same else runs
     groups = [values.mean(1) for values in runs]
     means = np.concatenate(groups)
-    if replicates or pooled:
-        groups = [means]
-    seeds = len(means)
-    df = seeds - len(groups)
-    spread = sum(((group - group.mean()) ** 2).sum() for group in groups)
-    variance = spread / df / seeds if df else 0.0
+    groups = [means] if many or pooled else groups
+    seeds, df = len(means), len(means) - len(groups)
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    variance = within / df / seeds if df else 0.0
+    same = all(table.index.equals(tables[0].index) for table in tables)
+    sets = [np.concatenate(runs)] if same else runs
     for values in sets:
         variance += (len(values) / seeds * standard_error(values.mean(0))) ** 2
     questions = sum(values.shape[1] for values in sets)
@@ -103,11 +89,11 @@ def estimate(cells, pooled=False):
 
 
 def p_value(kind, e):
-    """Of a difference: two-sided. Of an equivalence: the smaller of inside and outside 2 points."""
+    """Two-sided for a difference; for an equivalence the smaller of inside and outside."""
     from scipy import stats
 
     se = max(e.se, 1e-12)
     if kind == "difference > 0":
         return float(2 * stats.t.sf(abs(e.mean) / se, e.df))
-    inside = float(stats.t.sf((MARGIN - abs(e.mean)) / se, e.df))  # the larger one-sided p-value
+    inside = float(stats.t.sf((MARGIN - abs(e.mean)) / se, e.df))  # the larger of two one-sided
     return min(inside, 1 - inside)

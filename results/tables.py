@@ -1,0 +1,198 @@
+"""What the report says in words: report.md of a folder, the block of findings, the terminal."""
+
+from results.findings import BASE, FINDINGS, RL, SAME, SEEDS, SFT, SFT_RL, decide
+from results.rows import RECIPES, Arm, tokens_name
+from results.stats import MARGIN
+
+ABOUT = """In %, differences in points. ±: half of the 95% interval over seeds and questions; SE: one
+standard error over questions, where no pre-training run has two seeds. By run: the mean of each
+pre-training run, with its lowest and highest seed. The rules are in results/findings.py.
+"""
+METRICS = {  # heading -> metric; those below the line are of the main questions alone
+    "pass@1": "pass@1",
+    "pass@8": "pass@8",
+    "pass@32": "pass@32",
+    "32 in format": "pass@k, 32 in format",
+    "formatted": "in format",
+    "flexible@1": "right in any format",
+    "flops": "FLOPs",
+    "accuracy": "general capability",
+    "loss": "text loss (nats per token)",
+}
+
+
+def table(header, rows):
+    """Markdown, without the columns in which no row has anything."""
+    kept = [i for i in range(len(header)) if any(str(row[i]) not in ("", "-") for row in rows)]
+    lines = [[line[i] for i in kept] for line in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n" if rows else ""
+
+
+def shown(e, metric="", sign=""):
+    if not e or metric == "flops":
+        return f"{e.mean:.3g}" if e and not sign else "-"
+    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    error = f" ±{scale * e.half():.{digits}f}{'' if e.df else ' SE'}" if e.half() else ""
+    return f"{scale * e.mean:{sign}.{digits}f}{error}"
+
+
+def span(finding, e):
+    """An estimate with the interval of its kind, in points."""
+    if not e.df:
+        return f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} SE"
+    half = e.half(0.9 if finding.kind == SAME else 0.95)
+    return f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}]"
+
+
+def said(finding, v):
+    reason = f" ({v.reason})" if v.reason else ""
+    return f"**{v.verdict}**{reason} {span(finding, v.estimate) if v.estimate else ''}".strip()
+
+
+def block(records):
+    """{name: verdicts} -> the table of the nine findings, one column per record."""
+    rows = []
+    for i, finding in enumerate(FINDINGS, 1):
+        told = [said(finding, verdicts[str(i)]) for verdicts in records.values()]
+        rows.append([i, finding.claim, finding.paper, *told])
+    return table(["", "finding", "paper", *(name.replace("-", " ") for name in records)], rows)
+
+
+def in_full(r, verdicts):
+    """The findings of one record, also with all seeds pooled."""
+    rows, pooled = [], decide(r, pooled=True)
+    for finding, (number, v) in zip(FINDINGS, verdicts.items(), strict=True):
+        cells = [number, f"{finding.rule} ({finding.kind})", said(finding, v)]
+        if e := v.estimate:
+            runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
+            cells += [f"{v.p:.2g} ({v.holm:.2g})", f"{e.seeds} x {e.questions}", runs]
+            cells += [", ".join(map(tokens_name, v.tokens)), said(finding, pooled[number])]
+        rows.append(cells + [""] * (8 - len(cells)))
+    header = ["", "primary contrast", "verdict", "p (Holm)", "seeds x questions", "by run"]
+    return table([*header, "checkpoints", "all seeds pooled"], rows)
+
+
+def references(r, arm):
+    """What an arm is compared with: base, rl, sft and sft->rl; "rl-dr" with rl, "a->b" with a and
+    b, "rl-x" with "sft-x"; another number of rollouts, share, world or model with the usual."""
+    if arm.recipe == "base":
+        return [arm._replace(shots=0)] if arm.shots else []
+    found = [x._replace(world=arm.world, model=arm.model) for x in (BASE, RL, SFT, SFT_RL)]
+    found += [r.with_rollouts(5)] * (arm.group > 0)
+    found += [Arm(arm.recipe)] * bool(arm.share or arm.world or arm.model)
+    change = "" if arm.recipe.startswith("sft") else arm.recipe.partition("-")[2]
+    for other in (other for other in r.arms if other == arm._replace(recipe=other.recipe)):
+        name = other.recipe
+        varied = arm.recipe.startswith(name + "-") or name in arm.recipe.split("->")
+        if varied or change and name.startswith(f"sft-{change}"):
+            found.append(other)
+    return [other for other in dict.fromkeys(found) if other != arm]
+
+
+def by_run(r, arm, tokens, asked):
+    ends = r.values(arm, tokens, "pass@1", asked).mean() * 100
+    runs = ends.groupby(level=0).agg(["mean", "min", "max"]).itertuples()
+    return "; ".join(
+        f"{run}: {mean:.1f} ({low:.1f} to {high:.1f})" for run, mean, low, high in runs
+    )
+
+
+def levels(r, asked):
+    """Every arm on a question set, each followed by its differences."""
+    rows, metrics = [], list(METRICS)[: len(METRICS) if asked == r.main else -2]
+    for t, arm in ((t, arm) for t in r.tokens for arm in r.arms):
+        found = {metric: r.level(arm, t, metric, asked) for metric in metrics}
+        if not any(found.values()):
+            continue
+        seeds = max(e.seeds for e in found.values() if e)
+        cells = [shown(e, metric) for metric, e in found.items()]
+        last = by_run(r, arm, t, asked) if found["pass@1"] else ""
+        rows.append([tokens_name(t), f"**{arm}**", seeds, *cells, last])
+        for other in references(r, arm):
+            gaps = [m != "flops" and r.gap(m, arm, other, t, asked) for m in metrics]
+            if any(gaps):
+                seeds = max(e.seeds for e in gaps if e)
+                cells = [shown(e, m, "+") for m, e in zip(metrics, gaps, strict=True)]
+                rows.append([tokens_name(t), f"{arm} - {other}", seeds, *cells, ""])
+    heads = [METRICS[metric] for metric in metrics]
+    return table(["tokens", asked or "arm", "seeds", *heads, "pass@1 by run"], rows)
+
+
+def training(r):
+    """What all runs of the folder took, each counted once."""
+    trained = r.frame[r.frame.flops.notna()]
+    base = trained.recipe == "base"  # whose seeds are draws of shots
+    runs = trained.assign(seed=trained.seed.where(~base, 0)).drop_duplicates(
+        ["config_hash", "seed"]
+    )
+    told = f"{len(runs)} runs, {runs.seconds.sum():,.0f} seconds, {runs.flops.sum():.2e} FLOPs"
+    return f"Training, without evaluation, runs side by side: {told}.\n"
+
+
+def page(r, verdicts, pictures, torn):
+    """The text of report.md."""
+    parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
+    if any(v.estimate for v in verdicts.values()) and r.split == "test":
+        bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
+        room = [f"{tokens_name(t)} {shown(e)}" for t, e in bases.items() if e]
+        room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
+        parts += ["## Findings\n", in_full(r, verdicts), room]
+    parts += [f"![{name}]({name})\n" for name in pictures]
+    for asked in r.benchmarks or [""]:
+        parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]
+    return "\n".join([*parts, training(r)])
+
+
+# ---- the terminal
+
+
+def grid(r, width=100):
+    """Recipes by checkpoints: one block of columns per metric, side by side if that fits."""
+    names = {"pass@1": "pass@1", "pass@8": "pass@8", "pass@32": "pass@32", "accuracy": "general"}
+    found = {arm: [[r.level(arm, t, m) for t in r.tokens] for m in names] for arm in r.arms}
+    found = {arm: levels for arm, levels in found.items() if any(map(any, levels))}
+    left = max([len(str(arm)) for arm in found], default=0)
+    heads = "".join(f"{tokens_name(t):>7}" for t in r.tokens)
+    together = left + 4 * (len(heads) + 1) <= width
+    lines = []
+    for chosen in [range(4)] if together else [[i] for i in range(4)]:
+        titles = " ".join(f"{[*names.values()][i]:>{len(heads)}}" for i in chosen)
+        lines += [f"{'':{left}}{titles}", f"{'':{left}}{' '.join([heads] * len(chosen))}"]
+        for arm, levels in found.items():
+            blocks = [
+                [f"{100 * e.mean:7.1f}" if e else f"{'-':>7}" for e in levels[i]] for i in chosen
+            ]
+            lines.append(f"{str(arm):{left}}{' '.join(''.join(cells) for cells in blocks)}")
+    return lines
+
+
+def arrow(kind, e):
+    flat = MARGIN if kind == SAME else e.half() * (1 if e.df else 2)  # two standard errors
+    return "→" if abs(e.mean) <= flat else "↑" if e.mean > 0 else "↓"
+
+
+def directions(r, verdicts):
+    """What the rows say about the findings, and about recipes that the paper does not have."""
+    lines, absent = [], []
+    seeds = max([v.estimate.seeds for v in verdicts.values() if v.estimate], default=0)
+    if 0 < seeds < SEEDS:
+        lines += [f"{'one seed' if seeds == 1 else f'{seeds} seeds'}: a direction, no verdict"]
+    for (number, v), finding in zip(verdicts.items(), FINDINGS, strict=True):
+        if e := v.estimate:
+            verdict = f" {v.verdict:14}" if seeds >= SEEDS else ""
+            paper = "→" if finding.kind == SAME else "↑"
+            here = f"{arrow(finding.kind, e)} {span(finding, e)}"
+            lines += [f"{number}{verdict} {here:24} paper {paper}  {finding.claim}"]
+        else:
+            absent.append(number)
+    lines += (
+        [f"no rows for findings {', '.join(absent)}"] if 0 < len(absent) < len(FINDINGS) else []
+    )
+    own = [arm for arm in r.arms if arm.recipe not in RECIPES]
+    for arm, other in ((arm, other) for arm in own for other in references(r, arm)[-1:]):
+        gaps = {t: r.gap("pass@1", arm, other, t) for t in r.tokens}
+        told = [
+            f"{tokens_name(t)} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps.items() if e
+        ]
+        lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told and len(own) < 9 else []
+    return lines

@@ -20,35 +20,27 @@ PAPER = pd.read_csv(Path(__file__).with_name("paper.csv")).set_index(["metric", 
 
 
 def style(r, arm):
-    """Colour, marker and label; those of an unknown recipe follow from its place."""
-    names = [*RECIPES, *(a.recipe for a in r.arms if a.recipe not in RECIPES)]
-    place = names.index(arm.recipe) if arm.recipe in names else 0
-    colour = RECIPES.get(arm.recipe) or UNKNOWN[place % len(UNKNOWN)]
-    dashed = "-" if arm == Arm(arm.recipe, arm.shots) else "--"
-    marker = MARKERS[place % len(MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 5, "label": str(arm), "ls": dashed}
+    """Colour, marker and label; those of an arm that RECIPES does not have follow its place."""
+    usual = arm.recipe in RECIPES and arm == Arm(arm.recipe, arm.shots)
+    place = [*RECIPES].index(arm.recipe) if usual else r.arms.index(arm)
+    colour = RECIPES[arm.recipe] if usual else UNKNOWN[place % len(UNKNOWN)]
+    return {"color": colour, "marker": MARKERS[place % len(MARKERS)], "ms": 5, "label": str(arm)}
 
 
 def plot(axis, x, found, **look):
     """A line through Estimates, in %, with their 95% intervals; two standard errors over
     questions where no pre-training run has two seeds."""
-    points = [
-        (at, 100 * e.mean, 100 * (e.half() if e.df else 2 * e.se))
-        for at, e in zip(x, found, strict=True)
-        if e
-    ]
-    if points:
-        axis.errorbar(*zip(*points, strict=True), capsize=2, elinewidth=0.8, **look)
+    points = [(at, e) for at, e in zip(x, found, strict=True) if e]
+    half = [100 * (e.half() if e.df else 2 * e.se) for _, e in points]
+    mean = [100 * e.mean for _, e in points]
+    axis.errorbar([at for at, _ in points], mean, half, capsize=2, elinewidth=0.8, **look)
 
 
 def trained(r):
     """Arms of the main world and model with rows at half of the checkpoints or more."""
     arms = [arm for arm in r.arms if arm == Arm(arm.recipe) and arm.recipe != "base"]
-    return [
-        arm
-        for arm in arms
-        if 2 * sum(bool(r.level(arm, t, "pass@1")) for t in r.tokens) >= len(r.tokens)
-    ][: len(MARKERS)]
+    rows = {arm: sum(r.level(arm, t, "pass@1") is not None for t in r.tokens) for arm in arms}
+    return [arm for arm in arms if 2 * rows[arm] >= len(r.tokens)][: len(MARKERS)]
 
 
 def save(figure, path):
@@ -90,18 +82,15 @@ def draw_pass1(r, path):
         if arm.recipe in theirs.index:
             known = theirs.loc[arm.recipe].notna()
             axis.plot(right[known], theirs.loc[arm.recipe][known], **look)
-    axis.set_xticks(
-        [*ours, *right[[0, 1, 3, 6, 8]]],
-        [*map(tokens_name, r.tokens), *(f"{billions[i]:g}B" for i in (0, 1, 3, 6, 8))],
-    )
+    few = [0, 1, 3, 6, 8]
+    names = [*map(tokens_name, r.tokens), *(f"{t:g}B" for t in billions[few])]
+    axis.set_xticks([*ours, *right[few]], names)
     axis.axvspan(1.175, 2.75, color="#000000", alpha=0.05, linewidth=0)
     axis.set(xlim=(-0.15, 2.75), ylim=(0, max(64, axis.get_ylim()[1])))
     axis.set(xlabel="pre-training tokens (log scale)", ylabel="pass@1: right answers (%)")
-    for x, text in (
-        (0.5, f"this repository\n(model {r.model}, world {r.world})"),
-        (1.96, "the paper\n(1B parameters, GSM8K)"),
-    ):
-        axis.text(x, 0.99, text, ha="center", va="top", transform=axis.get_xaxis_transform())
+    look = {"ha": "center", "va": "top", "transform": axis.get_xaxis_transform()}
+    axis.text(0.5, 0.99, f"this repository\n(model {r.model}, world {r.world})", **look)
+    axis.text(1.96, 0.99, "the paper\n(1B parameters, GSM8K)", **look)
     return save(figure, path)
 
 
@@ -114,11 +103,8 @@ def draw_recipes(r, path):
             plot(above, x, [r.level(arm, t, metric) for t in r.tokens], **style(r, arm))
         for recipe, values in PAPER.loc[metric].iterrows():
             known = values.dropna()
-            below.plot(
-                known.index.astype(float),
-                known,
-                **style(r, Arm(recipe, BASE.shots if recipe == "base" else 0)),
-            )
+            arm = BASE if recipe == "base" else Arm(recipe)
+            below.plot(known.index.astype(float), known, **style(r, arm))
         title = metric.replace("accuracy", "general")
         above.set(title=f"{title}, ours", xscale="log", xlabel="tokens")
         above.set_xticks(r.tokens, map(tokens_name, r.tokens))
@@ -148,7 +134,7 @@ def draw_curves(r, path, arms, sets, panels):
                 axis.plot([x[s] for s in points], [100 * e.mean for e in points.values()], **look)
                 last = max(points)  # the interval of the end, a little beside it
                 plot(axis, [x[last] * (1.02 + 0.02 * i)], [points[last]], color=look["color"])
-            axis.set(title=f"{asked}, {tokens_name(t)}: {field}", xlabel=against)
+            axis.set(title=f"{asked}, {tokens_name(t)}: {field}", xlabel=against, ylim=(0, 103))
         row[0].set_ylabel("validation (%)")
     return save(figure, path)
 
@@ -182,7 +168,7 @@ def draw_questions(r, path):
 
 def draw(r, folder):
     """Writes every figure that the rows allow; -> their file names."""
-    if not r.main:
+    if not r.main or any(" lr=" in arm.recipe for arm in r.arms):  # a sweep is a table
         return []
     names = [draw_pass1(r, folder / "pass1.png"), draw_recipes(r, folder / "recipes.png")]
     panels = [("pass@1", "step"), ("pass@32", "step"), ("formatted", "step")]

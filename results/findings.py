@@ -1,4 +1,4 @@
-"""The paper's nine findings, one primary contrast each, and the rules of a verdict.
+"""The paper's nine findings (claims.csv), one primary contrast each, and the rules of a verdict.
 
 Fixed before the run (RESULTS.md lists what changed since). A contrast is paired on the same
 questions and seeds; its error is `stats.estimate`'s. p: two-sided for a difference, of two
@@ -15,6 +15,7 @@ within a run, with the variance of its questions, then over the runs.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -52,66 +53,12 @@ def difference(r, metric, first, second, which=slice(None), **limits):
     return r.cells(metric, minus(first, second, tokens), limits.get("asked", "")), tokens
 
 
-class Finding(NamedTuple):
-    claim: str
-    paper: str
-    kind: str
-    rule: str  # the contrast in words
-    contrast: Callable  # Record -> cells, the checkpoints; raises Missing
-
-
-FINDINGS = []
-MORE, SAME = "difference > 0", "equivalence"
-
-
-def finding(claim, paper, kind=MORE):
-    """Numbers the contrast below it; the docstring of the contrast is its rule in words."""
-
-    def add(contrast):
-        FINDINGS.append(Finding(claim, paper, kind, contrast.__doc__.strip("."), contrast))
-        return contrast
-
-    return add
-
-
-@finding("RL works early", "after 4B tokens: 1.8 -> 15.6, 6B: 2.4 -> 19.9")
-def early(r):
-    """pass@1: rl - base at the middle checkpoint."""
-    return difference(r, "pass@1", RL, BASE, slice(1), low=0.3)
-
-
-@finding("with one solution a question RL beats SFT", "rl - sft: 6B +1.1, 10B +5.3, 44B +17.0")
-def beats_sft(r):
-    """pass@1: rl - sft, mean of the checkpoints from the middle on."""
-    return difference(r, "pass@1", RL, SFT, low=0.3)
-
-
-@finding(
-    "expansion depends on the pipeline: RL adds more pass@32 to the base than to SFT",
-    "10B: +20.5 and -3.1, 44B: +13.1 and -3.5; none of it on MATH",
-)
 def pipeline(r):
-    """pass@32: (rl - base) - (sft->rl - sft), mean where base pass@32 is 30 to 80%."""
     tokens = checkpoints(r, "pass@32", RL, BASE, SFT_RL, SFT, low=0.3, high=0.8)
     return r.cells("pass@32", minus(RL, BASE, tokens) + minus(SFT, SFT_RL, tokens)), tokens
 
 
-@finding(
-    "RL leaves general capability unchanged",
-    "44B, six benchmarks: rl +0.4, sft -6.1, sft-gold -7.1",
-    SAME,
-)
-def unchanged(r):
-    """accuracy: rl - base, mean of all checkpoints."""
-    return difference(r, "accuracy", RL, BASE)
-
-
-@finding(
-    "parallel averaging has the best pass@32 of one solution",
-    "mix - best: 6B +6.3, 10B +7.2, 44B +3.9; pass@1 below rl",
-)
 def averaging(r):
-    """pass@32: mix - the best of rl, sft and sft->rl at each checkpoint, mean of all."""
     rivals = RL, SFT, SFT_RL
     tokens = checkpoints(r, "pass@32", MIX, *rivals)
     terms = []
@@ -121,28 +68,19 @@ def averaging(r):
     return r.cells("pass@32", terms), tokens
 
 
-@finding(
-    "hard questions: more math in the text beats a larger model",
-    "no figures; 44B on MATH: base 1, rl 10, sft 21, sft->rl 33",
-)
 def data_or_size(r):
-    """hard pass@1: rl in the world with more math - rl as the larger model, last checkpoint."""
     asked = "hard" if "hard" in r.benchmarks else ""  # MATH rows are in a folder of their own
     more_math, larger = Arm("rl", world=r.another[0]), Arm("rl", model=r.another[1])
     return difference(r, "pass@1", more_math, larger, slice(-1, None), asked=asked)
 
 
-@finding("64 and 5 rollouts end at the same place", "no figures", SAME)
 def rollouts(r):
-    """pass@1: rl n=64 - rl n=5, mean of the question sets and checkpoints that have both."""
     many, few = r.with_rollouts(64), r.with_rollouts(5)
     asked = [a for a in r.benchmarks if any(r.gap("pass@1", many, few, t, a) for t in r.tokens)]
     return difference(r, "pass@1", many, few, asked="+".join(asked))
 
 
-@finding("early RL is brittle", "two seeds at 4 to 10B: 15 and 4; best of 4 reported")
 def brittle(r):
-    """pass@1 of rl: distance of a seed from the median, at the middle checkpoint - at the last."""
     ends = {t: r.values(RL, t, "pass@1").mean() for t in checkpoints(r, "pass@1", RL, low=0.3)}
     tokens = [t for t, end in ends.items() if end.groupby(level=0).size().min() >= SEEDS]
     if len(tokens) < 2:
@@ -152,12 +90,33 @@ def brittle(r):
     return (distance[0] - distance[1]).to_frame("distance").T, [tokens[0], tokens[-1]]
 
 
-@finding("shots in the prompt measure the base best", "8 shots; 0-shot falls behind from 28B on")
 def shots(r):
-    """pass@1: base with the most shots - base 0-shot, last checkpoint; replicates are draws."""
     counts = [arm.shots for arm in r.arms if arm == BARE._replace(shots=arm.shots)]
     most = BARE._replace(shots=max(counts, default=0) or 8)
     return difference(r, "pass@1", most, BARE, slice(-1, None))
+
+
+class Finding(NamedTuple):
+    claim: str
+    paper: str  # its numbers
+    kind: str  # "difference > 0" or "equivalence"
+    rule: str  # the contrast in words
+    contrast: Callable  # Record -> cells, the checkpoints; raises Missing
+
+
+CONTRASTS = (
+    lambda r: difference(r, "pass@1", RL, BASE, slice(1), low=0.3),
+    lambda r: difference(r, "pass@1", RL, SFT, low=0.3),
+    pipeline,
+    lambda r: difference(r, "accuracy", RL, BASE),
+    averaging,
+    data_or_size,
+    rollouts,
+    brittle,
+    shots,
+)
+CLAIMS = pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples(index=False)
+FINDINGS = [Finding(*claim, contrast) for claim, contrast in zip(CLAIMS, CONTRASTS, strict=True)]
 
 
 class Verdict(NamedTuple):
@@ -183,7 +142,7 @@ def decide(r, findings=tuple(FINDINGS), seeds=SEEDS, pooled=False):
             outcomes.append((str(missing), None, [], 1.0))
     adjusted, verdicts = holm([p for *_, p in outcomes]), {}
     for i, (reason, e, tokens, p) in enumerate(outcomes):
-        same = findings[i].kind == SAME
+        same = findings[i].kind == "equivalence"
         if reason or adjusted[i] >= 0.05:
             verdict = "not tested" if reason else "not resolved"
         else:

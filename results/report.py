@@ -25,7 +25,7 @@ def one(folder, brief=False):
     pictures = figures.draw(r, folder)
     write(folder / "report.md", tables.page(r, verdicts, pictures, torn))
     lines = [f"{folder}: {r.split} questions", *torn]
-    lines += [] if brief else tables.grid(r)
+    lines += [] if brief else [tables.grid(r), ""]
     lines += tables.directions(r, verdicts)
     lines += [f"figure: {folder / name}" for name in pictures[:1]]
     print("\n".join([*lines, f"tables: {folder / 'report.md'}", ""]))

@@ -99,21 +99,25 @@ def read(folder):
     return frame.reindex(columns=frame.columns.union(OPTIONAL, sort=False)), torn
 
 
+@cache
+def index_of(names):
+    return pd.Index(names)  # one object for each set of questions: pandas aligns these at once
+
+
 def of_row(row, metric):
-    """-> names and values (Q,) of the questions, task items or windows of text of a row."""
+    """-> Series of the questions, task items or windows of text of a row."""
     if metric in ("accuracy", "loss"):
-        values = np.array(row["right" if metric == "accuracy" else "losses"], dtype=float)
-        return range(len(values)), values
+        return pd.Series(row["right" if metric == "accuracy" else "losses"], dtype=float)
     if metric in row and not metric.startswith("pass@"):  # a field that is one number
         if pd.isna(row[metric]):
             raise Missing(f"no {metric}")
-        return [metric], np.array([row[metric]])
+        return pd.Series({metric: row[metric]})
     n = int(row["n"])
     in_format = round(32 / max(row["formatted"], 1 / n)) if metric == "32 in format" else 0
     k = in_format or int(metric.removeprefix("pass@"))  # so many answers have 32 in the format
     if n < k:
         raise Missing(f"no {metric} from {n} answers per question")
-    return row["ids"], pass_at_k(n, row["correct"], k)
+    return pd.Series(pass_at_k(n, row["correct"], k), index_of(tuple(row["ids"])))
 
 
 def combined(terms):
@@ -127,12 +131,15 @@ def combined(terms):
     units = set.intersection(*(set(v.columns) for v in trained or [v for _, v, _ in terms]))
     total = 0
     for weight, values, is_base in terms:
+        runs = values.columns.get_level_values(0)
+        kept = sorted(unit for unit in units if unit[0] in runs)
         if is_base and trained:
-            runs = {run: values[run].mean(axis=1, skipna=False) for run in values.columns.unique(0)}
-            values = pd.DataFrame({unit: runs[unit[0]] for unit in units if unit[0] in runs})
-        total = total + weight * values[sorted(units.intersection(values.columns))]
+            means = [values.to_numpy()[:, runs == run].mean(axis=1) for run, _ in kept]
+            values = pd.DataFrame(dict(zip(kept, means, strict=True)), values.index)
+        total = total + weight * (values[kept] if len(kept) < values.shape[1] else values)
     cells = total.dropna(axis=1, how="all")
-    if cells.empty or any(cells[run].dropna().empty for run in cells.columns.unique(0)):
+    asked, runs = cells.notna().to_numpy(), cells.columns.get_level_values(0)
+    if cells.empty or not all(asked[:, runs == run].all(axis=1).any() for run in set(runs)):
         raise Missing("no seed with the same questions in all arms")
     return cells
 
@@ -225,37 +232,28 @@ class Record:
     def values(self, arm, tokens, metric, asked="", split=""):
         """-> DataFrame of questions x (pre-training seed, seed); raises Missing.
 
-        metric: "pass@8", "32 in format" (pass@k at the k of which 32 have the format),
-        a field of a row ("formatted"), "loss", "accuracy" (of all tasks) or "facts accuracy" (of one).
-        asked: question sets of the same weight, "a+b".
+        metric: "pass@8"; "32 in format", pass@k at the k of which 32 have the format; "loss";
+        "accuracy" of all tasks; or a field of the rows. asked: question sets of one weight, "a+b".
         """
-        task, _, what = metric.rpartition(" ") if "accuracy" in metric else ("", "", metric)
         places = [("pass", name, "") for name in (asked or self.main).split("+")]
-        if what in ("accuracy", "loss"):  # measured without shots
+        if metric in ("accuracy", "loss"):  # measured without shots
             arm = arm._replace(shots=0)
-            tasks = ["text"] if what == "loss" else [task] if task else self.tasks
-            places = [("text" if what == "loss" else "general", "", name) for name in tasks]
+            places = [("general", "", name) for name in self.tasks]
+            places = [("text", "", "text")] if metric == "loss" else places
         elif arm.shots == BEST:
             arm = self.best(arm, tokens, metric, asked, split)
         tables = []
         for kind, name, part in places:
             rows = self.rows(kind, arm, tokens, name, part, split)
-            columns = {(row["pretrain_seed"], row["seed"]): of_row(row, what) for row in rows}
-            units = pd.MultiIndex.from_tuples(columns) if columns else ()
-            names = [*{tuple(ids): 0 for ids, _ in columns.values()}]
-            if len(names) == 1:  # all seeds have the same questions
-                values = np.stack([x for _, x in columns.values()], axis=1)
-                tables.append(pd.DataFrame(values, list(names[0]), units))
-            elif names:
-                each = [pd.Series(x, ids) for ids, x in columns.values()]
-                tables.append(pd.concat(each, axis=1, keys=units))
-        if not tables or len(tables) < len(places):
-            raise Missing(f"no rows for {arm} at {tokens_name(tokens)}")
-        if len(tables) == 1:
-            return tables[0].sort_index(axis=1)
+            if not rows:
+                raise Missing(f"no rows for {arm} at {tokens_name(tokens)}")
+            each = {(row["pretrain_seed"], row["seed"]): of_row(row, metric) for row in rows}
+            tables.append(pd.DataFrame(each).sort_index(axis=1))
+        if len(tables) < 2:
+            return tables[0]
         items = sum(table.count() for table in tables) / len(tables)
         scaled = [table * (items / table.count()) for table in tables]
-        return pd.concat(scaled, keys=range(len(scaled)), join="inner").sort_index(axis=1)
+        return pd.concat(scaled, keys=range(len(scaled)), join="inner")
 
     def cells(self, metric, terms, asked=""):
         """terms (weight, arm, tokens) -> DataFrame of their paired sum; raises Missing."""

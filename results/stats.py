@@ -67,10 +67,11 @@ def estimate(cells, pooled=False):
     variance of seeds is that within a run, with 4 or more that of the runs' means; pooled: of all
     seeds. Runs with questions of their own each add the variance of these.
     """
-    names = cells.columns.unique(0)
-    tables = [cells[name].dropna() for name in names]
-    runs = [table.to_numpy().T for table in tables]  # (S, Q) each
-    told = {name: float(values.mean()) for name, values in zip(names, runs, strict=True)}
+    names, matrix = cells.columns.get_level_values(0), cells.to_numpy()
+    tables = {name: matrix[:, names == name] for name in names.unique()}
+    asked = [~np.isnan(table).any(axis=1) for table in tables.values()]
+    runs = [table[rows].T for table, rows in zip(tables.values(), asked, strict=True)]  # (S, Q)
+    told = {name: float(values.mean()) for name, values in zip(tables, runs, strict=True)}
     if many := len(runs) >= 4:
         runs = [values.mean(0, keepdims=True) for values in runs]
     groups = [values.mean(1) for values in runs]
@@ -79,7 +80,7 @@ def estimate(cells, pooled=False):
     seeds, df = len(means), len(means) - len(groups)
     within = sum(((group - group.mean()) ** 2).sum() for group in groups)
     variance = within / df / seeds if df else 0.0
-    same = all(table.index.equals(tables[0].index) for table in tables)
+    same = all(np.array_equal(rows, asked[0]) for rows in asked)
     sets = [np.concatenate(runs)] if same else runs
     for values in sets:
         variance += (len(values) / seeds * standard_error(values.mean(0))) ** 2

@@ -1,12 +1,14 @@
 """What the report says in words: report.md of a folder, the block of findings, the terminal."""
 
-from results.findings import BASE, FINDINGS, RL, SAME, SEEDS, SFT, SFT_RL, decide
+import pandas as pd
+
+from results.findings import BASE, FINDINGS, RL, SEEDS, SFT, SFT_RL, decide
 from results.rows import RECIPES, Arm, tokens_name
 from results.stats import MARGIN
 
-ABOUT = """In %, differences in points. ±: half of the 95% interval over seeds and questions; SE: one
-standard error over questions, where no pre-training run has two seeds. By run: the mean of each
-pre-training run, with its lowest and highest seed. The rules are in results/findings.py.
+ABOUT = """In %, differences in points. ±: half of the 95% interval over seeds and questions; SE:
+one standard error over questions, where no pre-training run has two seeds. By run: the means of
+the pre-training runs. The rules are in results/findings.py.
 """
 METRICS = {  # heading -> metric; those below the line are of the main questions alone
     "pass@1": "pass@1",
@@ -40,7 +42,7 @@ def span(finding, e):
     """An estimate with the interval of its kind, in points."""
     if not e.df:
         return f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} SE"
-    half = e.half(0.9 if finding.kind == SAME else 0.95)
+    half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
     return f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}]"
 
 
@@ -73,11 +75,12 @@ def in_full(r, verdicts):
 
 
 def references(r, arm):
-    """What an arm is compared with: base, rl, sft and sft->rl; "rl-dr" with rl, "a->b" with a and
+    """What an arm is compared with: base, sft, rl and sft->rl; "rl-dr" with rl, "a->b" with a and
     b, "rl-x" with "sft-x"; another number of rollouts, share, world or model with the usual."""
     if arm.recipe == "base":
         return [arm._replace(shots=0)] if arm.shots else []
-    found = [x._replace(world=arm.world, model=arm.model) for x in (BASE, RL, SFT, SFT_RL)]
+    known = [x._replace(world=arm.world, model=arm.model) for x in (BASE, SFT, RL, SFT_RL)]
+    found = known[: known.index(arm) if arm in known else None]  # rl - sft, and not sft - rl
     found += [r.with_rollouts(5)] * (arm.group > 0)
     found += [Arm(arm.recipe)] * bool(arm.share or arm.world or arm.model)
     change = "" if arm.recipe.startswith("sft") else arm.recipe.partition("-")[2]
@@ -89,14 +92,6 @@ def references(r, arm):
     return [other for other in dict.fromkeys(found) if other != arm]
 
 
-def by_run(r, arm, tokens, asked):
-    ends = r.values(arm, tokens, "pass@1", asked).mean() * 100
-    runs = ends.groupby(level=0).agg(["mean", "min", "max"]).itertuples()
-    return "; ".join(
-        f"{run}: {mean:.1f} ({low:.1f} to {high:.1f})" for run, mean, low, high in runs
-    )
-
-
 def levels(r, asked):
     """Every arm on a question set, each followed by its differences."""
     rows, metrics = [], list(METRICS)[: len(METRICS) if asked == r.main else -2]
@@ -106,7 +101,8 @@ def levels(r, asked):
             continue
         seeds = max(e.seeds for e in found.values() if e)
         cells = [shown(e, metric) for metric, e in found.items()]
-        last = by_run(r, arm, t, asked) if found["pass@1"] else ""
+        runs = found["pass@1"].runs.items() if found["pass@1"] else ()
+        last = ", ".join(f"{run}: {100 * mean:.1f}" for run, mean in runs)
         rows.append([tokens_name(t), f"**{arm}**", seeds, *cells, last])
         for other in references(r, arm):
             gaps = [m != "flops" and r.gap(m, arm, other, t, asked) for m in metrics]
@@ -120,11 +116,8 @@ def levels(r, asked):
 
 def training(r):
     """What all runs of the folder took, each counted once."""
-    trained = r.frame[r.frame.flops.notna()]
-    base = trained.recipe == "base"  # whose seeds are draws of shots
-    runs = trained.assign(seed=trained.seed.where(~base, 0)).drop_duplicates(
-        ["config_hash", "seed"]
-    )
+    seed = r.frame.seed.where(r.frame.recipe != "base", 0)  # those of a base are draws of shots
+    runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["config_hash", "seed"])
     told = f"{len(runs)} runs, {runs.seconds.sum():,.0f} seconds, {runs.flops.sum():.2e} FLOPs"
     return f"Training, without evaluation, runs side by side: {told}.\n"
 
@@ -146,53 +139,42 @@ def page(r, verdicts, pictures, torn):
 # ---- the terminal
 
 
-def grid(r, width=100):
-    """Recipes by checkpoints: one block of columns per metric, side by side if that fits."""
-    names = {"pass@1": "pass@1", "pass@8": "pass@8", "pass@32": "pass@32", "accuracy": "general"}
-    found = {arm: [[r.level(arm, t, m) for t in r.tokens] for m in names] for arm in r.arms}
-    found = {arm: levels for arm, levels in found.items() if any(map(any, levels))}
-    left = max([len(str(arm)) for arm in found], default=0)
-    heads = "".join(f"{tokens_name(t):>7}" for t in r.tokens)
-    together = left + 4 * (len(heads) + 1) <= width
-    lines = []
-    for chosen in [range(4)] if together else [[i] for i in range(4)]:
-        titles = " ".join(f"{[*names.values()][i]:>{len(heads)}}" for i in chosen)
-        lines += [f"{'':{left}}{titles}", f"{'':{left}}{' '.join([heads] * len(chosen))}"]
-        for arm, levels in found.items():
-            blocks = [
-                [f"{100 * e.mean:7.1f}" if e else f"{'-':>7}" for e in levels[i]] for i in chosen
-            ]
-            lines.append(f"{str(arm):{left}}{' '.join(''.join(cells) for cells in blocks)}")
-    return lines
+def grid(r):
+    """Recipes by checkpoints, in %."""
+    columns = {}
+    for metric, name in {
+        **{f"pass@{k}": f"pass@{k}" for k in (1, 8, 32)},
+        "accuracy": "general",
+    }.items():
+        for t in r.tokens:
+            found = {str(arm): r.level(arm, t, metric) for arm in r.arms}
+            columns[name, tokens_name(t)] = {arm: 100 * e.mean for arm, e in found.items() if e}
+    frame = pd.DataFrame(columns).reindex([*map(str, r.arms)]).dropna(how="all")
+    return frame.to_string(float_format="{:.1f}".format, na_rep="-", line_width=100)
 
 
 def arrow(kind, e):
-    flat = MARGIN if kind == SAME else e.half() * (1 if e.df else 2)  # two standard errors
+    flat = MARGIN if kind == "equivalence" else e.half() * (1 if e.df else 2)  # two standard errors
     return "→" if abs(e.mean) <= flat else "↑" if e.mean > 0 else "↓"
 
 
 def directions(r, verdicts):
     """What the rows say about the findings, and about recipes that the paper does not have."""
-    lines, absent = [], []
     seeds = max([v.estimate.seeds for v in verdicts.values() if v.estimate], default=0)
-    if 0 < seeds < SEEDS:
-        lines += [f"{'one seed' if seeds == 1 else f'{seeds} seeds'}: a direction, no verdict"]
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
+    lines = [f"{count}: a direction, no verdict"] if 0 < seeds < SEEDS else []
     for (number, v), finding in zip(verdicts.items(), FINDINGS, strict=True):
         if e := v.estimate:
             verdict = f" {v.verdict:14}" if seeds >= SEEDS else ""
-            paper = "→" if finding.kind == SAME else "↑"
             here = f"{arrow(finding.kind, e)} {span(finding, e)}"
-            lines += [f"{number}{verdict} {here:24} paper {paper}  {finding.claim}"]
-        else:
-            absent.append(number)
-    lines += (
-        [f"no rows for findings {', '.join(absent)}"] if 0 < len(absent) < len(FINDINGS) else []
-    )
-    own = [arm for arm in r.arms if arm.recipe not in RECIPES]
-    for arm, other in ((arm, other) for arm in own for other in references(r, arm)[-1:]):
-        gaps = {t: r.gap("pass@1", arm, other, t) for t in r.tokens}
-        told = [
-            f"{tokens_name(t)} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps.items() if e
-        ]
-        lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told and len(own) < 9 else []
+            paper = "→" if finding.kind == "equivalence" else "↑"
+            lines.append(f"{number}{verdict} {here:24} paper {paper}  {finding.claim}")
+    absent = ", ".join(number for number, v in verdicts.items() if not v.estimate)
+    lines += [f"no rows for findings {absent}"] if absent and seeds else []
+    own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
+    for arm in own[:8]:
+        other = references(r, arm)[-1]
+        gaps = [(tokens_name(t), r.gap("pass@1", arm, other, t)) for t in r.tokens]
+        told = [f"{t} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps if e]
+        lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told else []
     return lines

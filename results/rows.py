@@ -7,7 +7,6 @@ from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from results.stats import estimate, pass_at_k
@@ -238,7 +237,7 @@ class Record:
         places = [("pass", name, "") for name in (asked or self.main).split("+")]
         if metric in ("accuracy", "loss"):  # measured without shots
             arm = arm._replace(shots=0)
-            places = [("general", "", name) for name in self.tasks]
+            places = [("general", "", name) for name in self.tasks or [""]]
             places = [("text", "", "text")] if metric == "loss" else places
         elif arm.shots == BEST:
             arm = self.best(arm, tokens, metric, asked, split)

@@ -75,20 +75,21 @@ def in_full(r, verdicts):
 
 
 def references(r, arm):
-    """What an arm is compared with: base, sft, rl and sft->rl; "rl-dr" with rl, "a->b" with a and
-    b, "rl-x" with "sft-x"; another number of rollouts, share, world or model with the usual."""
+    """What an arm is compared with. First what it varies: "rl-dr" rl, "a->b" a and b, another
+    number of rollouts, share, world or model the usual; "rl-x" also "sft-x"; then base, sft, rl
+    and sft->rl, as far as they come before it."""
     if arm.recipe == "base":
         return [arm._replace(shots=0)] if arm.shots else []
-    known = [x._replace(world=arm.world, model=arm.model) for x in (BASE, SFT, RL, SFT_RL)]
-    found = known[: known.index(arm) if arm in known else None]  # rl - sft, and not sft - rl
-    found += [r.with_rollouts(5)] * (arm.group > 0)
-    found += [Arm(arm.recipe)] * bool(arm.share or arm.world or arm.model)
+    alike = {other.recipe: other for other in r.arms if other == arm._replace(recipe=other.recipe)}
     change = "" if arm.recipe.startswith("sft") else arm.recipe.partition("-")[2]
-    for other in (other for other in r.arms if other == arm._replace(recipe=other.recipe)):
-        name = other.recipe
-        varied = arm.recipe.startswith(name + "-") or name in arm.recipe.split("->")
-        if varied or change and name.startswith(f"sft-{change}"):
-            found.append(other)
+    parts = arm.recipe.split("->")
+    names = [name for name in alike if arm.recipe.startswith(name + "-") or name in parts]
+    names = sorted(names, key=len, reverse=True)
+    names += [name for name in alike if change and name.startswith(f"sft-{change}")]
+    found = [alike[name] for name in names] + [r.with_rollouts(5)] * (arm.group > 0)
+    found += [Arm(arm.recipe)] * bool(arm.share or arm.world or arm.model)
+    known = [x._replace(world=arm.world, model=arm.model) for x in (BASE, SFT, RL, SFT_RL)]
+    found += known[: known.index(arm) if arm in known else None]
     return [other for other in dict.fromkeys(found) if other != arm]
 
 
@@ -173,7 +174,7 @@ def directions(r, verdicts):
     lines += [f"no rows for findings {absent}"] if absent and seeds else []
     own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
     for arm in own[:8]:
-        other = references(r, arm)[-1]
+        other = references(r, arm)[0]
         gaps = [(tokens_name(t), r.gap("pass@1", arm, other, t)) for t in r.tokens]
         told = [f"{t} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps if e]
         lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told else []

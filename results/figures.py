@@ -130,6 +130,8 @@ def draw_curves(r, path, arms, sets, panels):
                 x = {step: step for step in points}
                 if against != "step":
                     x = {step: e.mean for step, e in r.curve(arm, t, against, asked).items()}
+                if not points:  # not validated in this way
+                    continue
                 look = style(r, arm)
                 axis.plot([x[s] for s in points], [100 * e.mean for e in points.values()], **look)
                 last = max(points)  # the interval of the end, a little beside it

@@ -136,7 +136,11 @@ def decide(r, findings=tuple(FINDINGS), seeds=SEEDS, pooled=False):
         try:
             cells, tokens = finding.contrast(r)
             e = estimate(cells, pooled)
-            reason = "" if e.seeds >= seeds and e.df else f"{e.seeds} seeds, needs {seeds}"
+            reason = (
+                ""
+                if e.seeds >= seeds and e.df
+                else f"{e.seeds} seed{'s' * (e.seeds > 1)}, needs {seeds}"
+            )
             outcomes.append((reason, e, tokens, 1.0 if reason else p_value(finding.kind, e)))
         except Missing as missing:
             outcomes.append((str(missing), None, [], 1.0))

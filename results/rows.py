@@ -168,8 +168,8 @@ class Record:
         self.benchmarks = sorted(frame.benchmark[frame.kind == "pass"].unique())
         self.main = self.benchmarks[0] if self.benchmarks else ""
         self.tasks = sorted(frame.benchmark[frame.kind == "general"].unique())
-        groups = frame.group[(frame.recipe == "rl") & (frame.group > 0)]
-        self.group = int(groups.mode()[0]) if len(groups) else 0
+        groups = [frame.group[frame.recipe == "rl"].mode(), frame.group.mode()]
+        self.group = int(next((usual[0] for usual in groups if len(usual)), 0))
         self.frame = self._with_arms(frame)
         found = [Arm(*key) for key in self.frame.groupby(list(Arm._fields)).groups]
         names = [*RECIPES, *sorted({arm.recipe for arm in found} - set(RECIPES))]

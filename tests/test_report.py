@@ -266,17 +266,6 @@ def test_a_checkpoint_with_few_seeds_does_not_shrink_a_contrast(eight_seeds):
     assert found.estimate.seeds == 8 and found.tokens == [*TOKENS[1:]]
 
 
-def test_test_rows_win_over_validation_rows(eight_seeds):
-    val = [
-        row
-        | {"split": "val"}
-        | ({"correct": [0] * 120} if "n" in row and row["recipe"] == "rl" else {})
-        for row in eight_seeds
-    ]
-    assert verdicts(val)["2"].verdict == "contradicted"
-    assert verdicts(val + eight_seeds)["2"] == verdicts(eight_seeds)["2"]
-
-
 # ---- rows
 
 
@@ -322,23 +311,15 @@ def test_runs_on_two_question_sets_are_two_arms():
     assert r.level(RL, TOKENS[0], "accuracy").mean > 0.9 and r.benchmarks == ["easy", "hard"]
 
 
-def test_shares_and_schedules_are_arms():
-    rows = []
-    for share, end in ((0.5, None), (0.25, None), (0.0, 1.0), (0.5, 0.5)):
-        seed = len(rows)
-        rows += rows_of("mix", 1, seed, share=share, **({} if end is None else {"share_end": end}))
-    r = record(rows)
-    assert [*map(str, r.arms)] == ["mix", "mix share=0-1", "mix share=0.25"]
-    assert r.level(Arm("mix"), TOKENS[1], "pass@1").seeds == 2
-
-
 # ---- what a person sees
 
 
 def test_one_seed_is_a_direction_said_once(tmp_path, capsys):
     curve = matrix(1)[0] | {"kind": "curve", "recipe": "rl", "split": "val"}
     points = [{"step": step, "formatted": 0.5, "pass@1": 0.1, "pass@32": 0.4} for step in (0, 5, 9)]
-    save(tmp_path, [*matrix(1), curve | {"points": points}])
+    short = [{"step": point["step"], "pass@1": 0.2} for point in points]  # without a pass@32
+    curves = [curve | {"points": points}, curve | {"points": short, "recipe": "mix"}]
+    save(tmp_path, [*matrix(1), *curves])
     found = report.report(tmp_path, as_json=True)
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1])["findings"] == dict.fromkeys(found, "not tested")

@@ -22,8 +22,9 @@ import torch
 from helpers import DATASETS, call, small_model
 
 import eval as evaluation
-from data import checkpoint, prepare, ranks, report, tasks, tokens
+from data import checkpoint, prepare, ranks, tasks, tokens
 from model import Sampler
+from results.rows import Arm, Record, read
 
 FILES = {"lambada_openai": "lambada/test.jsonl.gz", "hellaswag": "hellaswag/validation_raw_1000.jsonl.gz",
          "arc_easy": "arc/easy_test.jsonl.gz", "arc_challenge": "arc/challenge_test.jsonl.gz",
@@ -362,11 +363,12 @@ def test_from_files_to_the_report(source, world, tmp_path, capsys, model):
     checkpoint.save(tmp_path / "m.pt", model, meta)
     how = dict(results=tmp_path / "results", tasks=tmp_path / "tasks", limit=1, n=1, k=1, max_new=1, shots=0, device="cpu", compile="false")
     call("eval", tmp_path / "m.pt", **how)
-    rows = [row for row in report.read(tmp_path / "results")[0] if row["kind"] == "general"]
+    frame, _ = read(tmp_path / "results")
+    rows = frame[frame.kind == "general"].to_dict("records")
     assert {row["benchmark"] for row in rows} == set(FILES)
     for row in rows:
         assert len(row["right"]) == 3 and row["accuracy"] == row[tasks.BENCHMARKS[row["benchmark"]].metric] == sum(row["right"]) / 3
-    level = report.Results(rows).level("base", rows[0]["tokens"], "accuracy")
+    level = Record(frame).level(Arm("base"), rows[0]["tokens"], "accuracy")
     assert level.mean == pytest.approx(np.mean([row["accuracy"] for row in rows]))
 
 

@@ -24,7 +24,7 @@ def one(folder, brief=False):
     verdicts = decide(r)
     pictures = figures.draw(r, folder)
     write(folder / "report.md", tables.page(r, verdicts, pictures, torn))
-    lines = [f"{folder}: {r.split} questions", *torn]
+    lines = [f"{folder}: {r.split} questions, in %", *torn]
     lines += [] if brief else [tables.grid(r), ""]
     lines += tables.directions(r, verdicts)
     lines += [f"figure: {folder / name}" for name in pictures[:1]]

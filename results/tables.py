@@ -163,7 +163,11 @@ def directions(r, verdicts):
     """What the rows say about the findings, and about recipes that the paper does not have."""
     seeds = max([v.estimate.seeds for v in verdicts.values() if v.estimate], default=0)
     count = "one seed" if seeds == 1 else f"{seeds} seeds"
-    lines = [f"{count}: a direction, no verdict"] if 0 < seeds < SEEDS else []
+    lines = (
+        [f"{count}: a direction, no verdict (points; SE: one standard error over questions)"]
+        if 0 < seeds < SEEDS
+        else []
+    )
     for (number, v), finding in zip(verdicts.items(), FINDINGS, strict=True):
         if e := v.estimate:
             verdict = f" {v.verdict:14}" if seeds >= SEEDS else ""

@@ -86,11 +86,11 @@ def draw_pass1(r, path):
     names = [*map(tokens_name, r.tokens), *(f"{t:g}B" for t in billions[few])]
     axis.set_xticks([*ours, *right[few]], names)
     axis.axvspan(1.175, 2.75, color="#000000", alpha=0.05, linewidth=0)
-    axis.set(xlim=(-0.15, 2.75), ylim=(0, max(64, axis.get_ylim()[1])))
+    axis.set(xlim=(-0.15, 2.75), ylim=(0, max(60, axis.get_ylim()[1])))
     axis.set(xlabel="pre-training tokens (log scale)", ylabel="pass@1: right answers (%)")
-    look = {"ha": "center", "va": "top", "transform": axis.get_xaxis_transform()}
-    axis.text(0.5, 0.99, f"this repository\n(model {r.model}, world {r.world})", **look)
-    axis.text(1.96, 0.99, "the paper\n(1B parameters, GSM8K)", **look)
+    look = {"ha": "center", "va": "bottom", "transform": axis.get_xaxis_transform()}
+    axis.text(0.5, 1.01, f"this repository\n(model {r.model}, world {r.world})", **look)
+    axis.text(1.96, 1.01, "the paper\n(1B parameters, GSM8K)", **look)
     return save(figure, path)
 
 

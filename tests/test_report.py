@@ -82,11 +82,6 @@ def relabel(rows, names):
     return [row | {"recipe": names.get(row["recipe"], row["recipe"])} for row in rows]
 
 
-def cells(values):
-    """{(run, seed): {question: value}} as the statistics take it."""
-    return pd.DataFrame(values)
-
-
 @pytest.fixture(scope="module")
 def eight_seeds():
     return matrix()
@@ -111,7 +106,7 @@ def test_pass_at_k_equals_counting_every_subset():
 
 def test_one_run_of_one_question_is_a_t_test():
     values = [0.03, 0.05, 0.01, 0.04, 0.02]
-    e = estimate(cells({(0, i): {"q": x} for i, x in enumerate(values)}))
+    e = estimate(pd.DataFrame({(0, i): {"q": x} for i, x in enumerate(values)}))
     test = reference.ttest_1samp(values, 0)
     assert p_value("difference > 0", e) == pytest.approx(test.pvalue)
     low, high = test.confidence_interval(0.95)
@@ -129,15 +124,19 @@ def test_holm_by_hand():
 
 def test_standard_error_by_hand():
     seeds = {(0, 0): {"a": 0.0, "b": 1.0}, (0, 1): {"a": 2.0, "b": 3.0, "not shared": 9.0}}
-    e = estimate(cells(seeds))  # seed means .5, 2.5: variance 2; question means 1, 2: variance .5
+    e = estimate(
+        pd.DataFrame(seeds)
+    )  # seed means .5, 2.5: variance 2; question means 1, 2: variance .5
     assert (e.mean, e.df, e.seeds, e.questions) == (1.5, 1, 2, 2)
     assert e.se == pytest.approx(math.sqrt(2 / 2 + 0.5 / 2))
     two = {(run, seed): dict.fromkeys("ab", 10 * run + seed) for run in (0, 1) for seed in (0, 1)}
-    e = estimate(cells(two))  # the 10 points between two pre-training runs are in no interval
+    e = estimate(
+        pd.DataFrame(two)
+    )  # the 10 points between two pre-training runs are in no interval
     assert e.df == 2 and e.se == pytest.approx(math.sqrt(0.5 / 4)) and e.runs == {0: 0.5, 1: 10.5}
-    e = estimate(cells(two), pooled=True)  # of 0, 1, 10, 11: variance 101 / 3
+    e = estimate(pd.DataFrame(two), pooled=True)  # of 0, 1, 10, 11: variance 101 / 3
     assert e.df == 3 and e.se == pytest.approx(math.sqrt(101 / 3 / 4))
-    e = estimate(cells({(run, i): {"a": run + i} for run in range(4) for i in (0, 1)}))
+    e = estimate(pd.DataFrame({(run, i): {"a": run + i} for run in range(4) for i in (0, 1)}))
     assert e.df == 3 and e.se == pytest.approx(math.sqrt(statistics.variance(range(4)) / 4))
 
 
@@ -147,7 +146,7 @@ def test_runs_with_question_sets_of_their_own():
     names = {0: [f"q{i}" for i in range(40)], 1: [f"q{i}" for i in range(38, 50)]}
     units = (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)
     values = {unit: {q: rng.random() for q in names[unit[0]]} for unit in units}
-    e = estimate(cells(values))
+    e = estimate(pd.DataFrame(values))
     means = {unit: statistics.fmean(found.values()) for unit, found in values.items()}
     runs = {run: [mean for unit, mean in means.items() if unit[0] == run] for run in (0, 1)}
     spread = sum(statistics.variance(same) * (len(same) - 1) for same in runs.values())
@@ -184,14 +183,16 @@ def test_intervals_cover_the_truth(runs, seed_sd, question_sd):
 
 
 def test_a_base_serves_every_seed_with_the_mean_of_its_draws_and_pairs_them_with_itself():
-    base = cells({(0, 7): {"a": 0.0, "b": 1.0}, (0, 8): {"a": 0.5, "b": 0.5}})
-    rl = cells({(0, 1): {"a": 1.0, "b": 1.0}, (0, 2): {"a": 0.0, "b": 1.0}, (1, 3): {"a": 1.0}})
+    base = pd.DataFrame({(0, 7): {"a": 0.0, "b": 1.0}, (0, 8): {"a": 0.5, "b": 0.5}})
+    rl = pd.DataFrame(
+        {(0, 1): {"a": 1.0, "b": 1.0}, (0, 2): {"a": 0.0, "b": 1.0}, (1, 3): {"a": 1.0}}
+    )
     gain = combined([(1, rl, False), (-1, base, True)])
     assert gain[0].to_dict() == {1: {"a": 0.75, "b": 0.25}, 2: {"a": -0.25, "b": 0.25}}
     assert [*gain] == [(0, 1), (0, 2)]  # run 1 has no base
     assert [*combined([(1, base, True), (-1, base, True)])] == [(0, 7), (0, 8)]
     with pytest.raises(Missing):
-        combined([(1, rl, False), (-1, cells({(5, 1): {"a": 1.0}}), False)])
+        combined([(1, rl, False), (-1, pd.DataFrame({(5, 1): {"a": 1.0}}), False)])
 
 
 # ---- rules
@@ -211,7 +212,7 @@ def test_a_base_serves_every_seed_with_the_mean_of_its_draws_and_pairs_them_with
 def test_equivalence_is_the_90_percent_interval_against_2_points(mean, se, verdict):
     noise = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5])
     noise *= se * math.sqrt(8) / noise.std(ddof=1)
-    found = cells({(0, seed): {"one question": mean + x} for seed, x in enumerate(noise)})
+    found = pd.DataFrame({(0, seed): {"one question": mean + x} for seed, x in enumerate(noise)})
     e = estimate(found)
     inside, outside = abs(mean) + e.half(0.9) < MARGIN, abs(mean) - e.half(0.9) > MARGIN
     assert (p_value("equivalence", e) < 0.05) == (inside or outside)

@@ -12,7 +12,6 @@ from scipy import stats as reference
 
 from results import rows
 from results.findings import decide
-from results.report import report
 
 RESULTS = ROOT / "results"
 SAVED = json.loads((ROOT / "tests/saved_verdicts.json").read_text())  # before they were merged
@@ -105,16 +104,3 @@ def test_the_records_run_with_the_rates_that_the_sweep_chose():
 def test_at_most_20_files_of_rows():
     assert 0 < len([*RESULTS.rglob("*.jsonl")]) <= 20
     assert len([row for path in RESULTS.glob("*/rows.jsonl") for row in open(path)]) == 4132
-
-
-@pytest.mark.slow
-def test_the_committed_pages_are_what_the_report_writes(tmp_path):
-    for path in RESULTS.glob("*/rows.jsonl"):
-        (tmp_path / "results" / path.parent.name).mkdir(parents=True)
-        (tmp_path / "results" / path.parent.name / "rows.jsonl").symlink_to(path)
-    report(tmp_path / "results")
-    for page in RESULTS.rglob("*.md"):
-        if page.name in ("report.md", "findings.md"):
-            assert (
-                tmp_path / "results" / page.relative_to(RESULTS)
-            ).read_text() == page.read_text()

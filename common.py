@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -99,9 +100,8 @@ class PostTraining(Shared):
     """Flags of sft.py, rl.py and mix.py, which start from a checkpoint and read questions."""
 
     init: str  # checkpoint to start from
-    out: str = (
-        ""  # checkpoint to write (default: INIT-RECIPE.pt; with a seed, INIT-RECIPE-sSEED.pt)
-    )
+    # checkpoint to write (default: INIT-RECIPE.pt; with a seed, INIT-RECIPE-sSEED.pt)
+    out: str = ""
     recipe: str = ""  # name in files, rows and reports; a variant of a recipe needs one of its own
     questions: str = ""  # folder with train.jsonl and val.jsonl (default: the checkpoint's)
     limit: Whole = 0  # use only the first so many training questions (0: all)
@@ -206,28 +206,44 @@ READERS = {
 def print_help(Config, doc: str):
     """The fields of Config with their comments and defaults, its own first, then inherited ones."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
+    width = max(map(len, fields))
     told = set()
     lines = [(doc or "").strip()]
     for cls in Config.__mro__[:-1]:
-        lines += ["", "flags:" if cls is Config else f"{(cls.__doc__ or '').split(':')[0]}:"]
-        comment = []
-        for line in inspect.getsource(cls).splitlines():
-            if found := re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line):
-                name, beside = found.groups()
-                if name not in fields or name in told:
-                    continue
+        title = "flags" if cls is Config else (cls.__doc__ or "").split(":")[0].rstrip(".")
+        lines += ["", f"{title}:"]
+        for name in comments_of(cls):
+            if name in fields and name not in told:
                 told.add(name)
                 default = fields[name].default
-                note = " ".join([*comment, beside or ""])
+                note = comment_on(Config, name)
                 note += "" if default is dataclasses.MISSING else f" [{default}]"
-                lines.append(f"  --{name:<{max(map(len, fields))}} {note}")
-                comment = []
-            elif line.startswith("    # "):
-                comment.append(line.strip("# "))
+                lines.append(f"  --{name:<{width}} {note}")
     with contextlib.suppress(BrokenPipeError):  # --help | head
         print("\n".join(lines), flush=True)
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
+
+
+@functools.cache
+def comments_of(cls) -> dict[str, str]:
+    """The fields that the class itself declares, each with the comments above and beside it."""
+    found = {}
+    above = []
+    for line in inspect.getsource(cls).splitlines():
+        if field := re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line):
+            name, beside = field.groups()
+            found[name] = "; ".join(filter(None, [" ".join(above), beside]))
+            above = []
+        elif line.startswith("    # "):
+            above.append(line.strip("# "))
+    return found
+
+
+def comment_on(Config, name: str) -> str:
+    """The comment on a field; one that has another default and no comment has the inherited one."""
+    comments = (comments_of(cls).get(name) for cls in Config.__mro__[:-1])
+    return next(filter(None, comments), "")
 
 
 def main(script, Config, doc: str, argv: list[str] | None = None):

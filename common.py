@@ -540,6 +540,7 @@ def load(path) -> dict:
     claimed = sum(math.prod(x.shape) * x.itemsize for x in tensors)
     if claimed > path.stat().st_size:  # one number repeated without end is a tensor, too
         raise ValueError(f"{path} claims {claimed:,} bytes of weights and has fewer: refused")
+    saved["path"] = str(path)  # for messages
     meta = saved["meta"]
     # tokens in a row of pre-training: files from elsewhere and older ones do not say
     meta.setdefault("length", meta.get("run", {}).get("length", saved["config"]["context"]))
@@ -576,7 +577,7 @@ def load_model(saved: dict, world: World) -> Model:
             model = Model(ModelConfig(**config), world.compute)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
-            f"the checkpoint is of another model than its config says: {str(error)[:150]}"
+            f"{saved['path']} is of another model than its config says: {str(error)[:150]}"
         ) from None
     return fill_model(model, saved, world)
 
@@ -587,33 +588,34 @@ def fill_model(model, saved: dict, world: World):
 
     Sizes are compared before memory is taken. Raises ValueError as `load_model`.
     """
+    path = saved["path"]
     if saved["config"] != dataclasses.asdict(model.config):
-        raise ValueError(f"the checkpoint is of another model: {saved['config']}")
+        raise ValueError(f"{path} is of another model: {saved['config']}")
     here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     there = {name: tuple(x.shape) for name, x in saved["model"].items()}
     for name in here | there:
         if here.get(name) != there.get(name):
             raise ValueError(
-                "the checkpoint is of another model than its config says: "
+                f"{path} is of another model than its config says: "
                 f"{name} is {there.get(name)}, not {here.get(name)}"
             )
     place(model, world)
     for name, p in model.named_parameters():
         source = saved["model"][name]
         if not source.isfinite().all():
-            raise ValueError(f"the checkpoint has weights that are NaN or infinite, in {name}")
+            raise ValueError(f"{path} has weights that are NaN or infinite, in {name}")
         put(p, source)
     return model
 
 
-def encoding_of(meta: dict, model: Model):
-    """The tiktoken encoding of a checkpoint. Raises ValueError if the model has other ids."""
-    encoding = tokens.encoding(meta["encoding"])
+def encoding_of(saved: dict):
+    """The tiktoken encoding of a checkpoint. Raises ValueError if its model has other ids."""
+    encoding = tokens.encoding(saved["meta"]["encoding"])
+    known = saved["config"]["vocab"]
     vocab = tokens.vocab_size(encoding)
-    if vocab != model.config.vocab:
+    if vocab != known:
         raise ValueError(
-            f"the checkpoint knows {model.config.vocab} ids, its encoding {encoding.name} has "
-            f"{vocab}"
+            f"{saved['path']} knows {known} ids, its encoding {encoding.name} has {vocab}"
         )
     return encoding
 
@@ -706,11 +708,12 @@ def configure(Config, given: dict, paper: dict):
     return Config(**(defaults | given)), before
 
 
-def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
+def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
-    is trained on, if there is one. Raises ValueError if something does not fit.
+    is trained on, if there is one. answers: whether training questions are answered by the model.
+    Raises ValueError if something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -728,19 +731,41 @@ def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
             f"{cfg.questions} is all for training: give --eval_questions 0, or a folder that has "
             "val.jsonl beside train.jsonl"
         )
-    train = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    encoding = encoding_of(before)
+    form = problems.form(cfg.questions)
+    context = before["config"]["context"]
+    room = problems.Room(
+        context,
+        max_new=cfg.max_new if answers else 0,
+        solutions=None if text else getattr(cfg, "solutions", None),
+        seed=cfg.seed,
+    )
+    train = questions_of(cfg, "train", cfg.limit or None, encoding, form, room)
     held_out = []
     if cfg.eval_questions:
-        held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions]
+        room = problems.Room(context, cfg.max_new)
+        held_out = questions_of(cfg, "val", cfg.eval_questions, encoding, form, room)
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations
-    encoding = encoding_of(parent, model)
-    form = problems.form(cfg.questions)
     return Setup(cfg, world, model, parent, state, contents, encoding, form, train, held_out)
+
+
+def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> list[dict]:
+    """The first `count` questions of a split (None: all), those that fit into `room`.
+
+    Raises ValueError, with the question's file and id, for one that does not; with --skip_long it
+    is left out, and one line says how many are.
+    """
+    rows = problems.load(cfg.questions, split)[:count]
+    path = problems.place(cfg.questions, split)
+    rows, left_out = problems.check_lengths(rows, path, encoding, form, room, cfg.skip_long)
+    if left_out and is_first():
+        say(left_out)
+    return rows
 
 
 def claim(cfg, contents: dict, others=()) -> dict | None:

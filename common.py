@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -219,10 +220,7 @@ def print_help(Config, doc: str):
                 note = comment_on(Config, name)
                 note += "" if default is dataclasses.MISSING else f" [{default}]"
                 lines.append(f"  --{name:<{width}} {note}")
-    with contextlib.suppress(BrokenPipeError):  # --help | head
-        print("\n".join(lines), flush=True)
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
+    print("\n".join(lines), flush=True)
 
 
 @functools.cache
@@ -246,11 +244,57 @@ def comment_on(Config, name: str) -> str:
     return next(filter(None, comments), "")
 
 
+class Unhurt:
+    """A stream that a script may always write to: what cannot be written is left out.
+
+    Nobody may read it any more (`rl.py 2>&1 | head -1`), its terminal may be gone or its disk full:
+    none of this ends a run. A character that its encoding lacks is written as \\xb1.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the beginning
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text) -> int:
+        with self.guard():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.guard():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def guard(self):
+        try:
+            yield
+        except OSError:  # what is left in the buffer would fail again, at the latest at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(script, Config, doc: str, argv: list[str] | None = None):
     """Parse the flags, run script(given), turn an error of the user into one line and status 2."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        # begin again: a path with an umlaut is no text in such a locale, and rows are UTF-8
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    out = Unhurt(sys.stdout)
+    err = Unhurt(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            guarded(script, Config, doc, sys.argv[1:] if argv is None else argv)
+        finally:
+            out.flush()
+            err.flush()
+
+
+def guarded(script, Config, doc: str, argv: list[str]):
     given: dict = {}
     try:
-        given = parse_flags(Config, sys.argv[1:] if argv is None else argv, doc)
+        given = parse_flags(Config, argv, doc)
         script(given)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
@@ -290,9 +334,7 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
 
 
 def say(text: str):
-    """A line to stderr; a terminal that went away, or a pipe that nobody reads, is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------- ranks
@@ -466,8 +508,10 @@ def can_compile(cfg, world: World) -> bool:
         x = torch.ones(8, device=world.device)
         torch.compile(lambda x: (x * 2).sin(), dynamic=False)(x)
     except Exception as error:  # compilers fail in many ways, none of which should stop a run
-        cause = next((line for line in str(error).splitlines() if "rror" in line), str(error))
-        say(f"torch.compile does not work here ({cause.strip()[:200]}): running without --compile")
+        lines = str(error).splitlines() or [type(error).__name__]
+        cause = next((line for line in lines if "error: " in line), lines[0])
+        if is_first():
+            say(f"torch.compile does not work here ({cause.strip()[:200]}): running without")
         torch._dynamo.reset()
         return False
     return True
@@ -869,7 +913,9 @@ def loop(first: int, steps: int, cfg, world: World, save):
             os.kill(os.getpid(), number)
 
     # a closed terminal sends SIGHUP, a scheduler SIGUSR1 before the time is up
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive it
+        numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         for step in profiled(range(first, steps), cfg, world):
@@ -943,9 +989,8 @@ class Log:
         known = [name for name in self.shown if values.get(name) is not None]
         told = "  ".join(f"{name} {values[name]:.3g}" for name in known)
         name = self.path.name.removesuffix(".metrics.jsonl")
-        with contextlib.suppress(OSError):  # a terminal that went away
-            self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
-            self.bar.update(step + 1 - self.bar.n)
+        self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
+        self.bar.update(step + 1 - self.bar.n)
 
     def add(self, step: int, **values):
         """A line beside the steps (a validation, say): `step` updates were done."""
@@ -1014,8 +1059,7 @@ class Log:
         if self.active:
             self.flush()
             self.file.close()
-            with contextlib.suppress(OSError):
-                self.bar.close()
+            self.bar.close()
 
 
 def history(out) -> tuple[list[dict], dict]:

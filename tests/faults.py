@@ -25,11 +25,11 @@ SCRIPTS = ("pretrain.py", "sft.py", "rl.py", "mix.py", "common.py", "data/files.
 OURS = {str(ROOT / name) for name in SCRIPTS}
 
 
-def fork(action, said=os.devnull, stdout=os.devnull) -> int:
+def fork(action, said=os.devnull, redirect=None) -> int:
     """Run action() in a child process; -> its id.
 
-    said, stdout: files of its stderr and stdout. The exit status is that of a script; 99 and a
-    traceback for anything unforeseen.
+    said: the file of its stderr; redirect(): sets descriptors 1 and 2 in another way. The exit
+    status is that of a script; 99 and a traceback for anything unforeseen.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -38,9 +38,10 @@ def fork(action, said=os.devnull, stdout=os.devnull) -> int:
         return child
     status = 99
     try:
-        how = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        os.dup2(os.open(said, how), 2)
-        os.dup2(os.open(stdout, how), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        if redirect:
+            redirect()
         sys.stderr = open(2, "w", closefd=False, encoding="utf-8")
         sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
         # whoever started pytest in the background had them ignored
@@ -73,8 +74,8 @@ def wait(child, seconds=120) -> int:
     raise TimeoutError(f"no end after {seconds} s")
 
 
-def ran(action, said=os.devnull) -> int:
-    return wait(fork(action, said))
+def ran(action, said=os.devnull, redirect=None) -> int:
+    return wait(fork(action, said, redirect))
 
 
 def failed(action, said) -> str:

@@ -249,7 +249,7 @@ def test_full_disk_keeps_the_old_checkpoint(world, tmp_path, monkeypatch):
     assert same_weights(path, world.base) and list(tmp_path.iterdir()) == [path]
 
 
-# ----------------------------------------------------------------------------- what it says of itself
+# ---------------------------------------------------------------------- what it says of itself
 
 
 def test_config_hash_ignores_where_and_how():

@@ -264,12 +264,12 @@ class Subject(NamedTuple):
 
 def open_subject(path, cfg: Config, world) -> Subject:
     saved = common.load(path)
+    encoding = common.encoding_of(saved)
     model = common.load_model(saved, world).eval()
     sampler = Sampler(model, cfg.rows, common.can_compile(cfg, world))
     name = f"{Path(path).name}: batches of answers"
     hidden = world.rank > 0
     bar = functools.partial(tqdm, desc=name, leave=False, mininterval=2, disable=hidden)
-    encoding = common.encoding_of(saved["meta"], model)
     return Subject(Path(path), saved["meta"], model, sampler, encoding, bar)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import common
 import rl
+import sft
 from common import Count, Fraction, Positive, Whole
 from data import problems, tokens
 from eval import validate
@@ -83,6 +84,7 @@ def text_stream(cfg: Config, before: dict):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     rl.check(cfg)
+    sft.check(cfg)
     text = text_stream(cfg, before)
     run = common.begin(cfg, before, recipe_of(cfg), text)
     cfg, world, model = run.cfg, run.world, run.model

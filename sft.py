@@ -38,11 +38,14 @@ class Config(common.PostTraining):
 PAPER = dict(batch=64, lr=2e-5, max_new=512)
 
 
+def check(cfg):
+    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
+        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
+
+
 def tokenise(run: common.Setup) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
     cfg = run.cfg
-    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
-        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
     pairs = []
     for question, solution in problems.solution_pairs(run.train, cfg.solutions, cfg.seed):
         prompt = tokens.encode(run.encoding, problems.prompt(run.form, question))
@@ -85,7 +88,8 @@ def recipe_of(cfg: Config) -> str:
 
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
-    run = common.begin(cfg, before, recipe_of(cfg))
+    check(cfg)
+    run = common.begin(cfg, before, recipe_of(cfg), answers=False)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))

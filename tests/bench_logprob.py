@@ -225,7 +225,7 @@ def sft_step(net, rows):
     ids = torch.randint(net.config.vocab, (rows, 129), generator=generator)
     weight = torch.full((rows, 128), 1 / (128 * rows))
     net.zero_grad(set_to_none=True)
-    net(ids, weight=weight)[0].backward()
+    net(ids[:, :-1], ids[:, 1:], weight=weight)[0].backward()
 
 
 def memory_of(side: str) -> int:

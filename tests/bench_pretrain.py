@@ -57,7 +57,7 @@ def our_step(args, world, checkpointed):
 
     def step():
         weight = torch.full(ids[:, 1:].shape, 1 / count, device=world.device)
-        loss = model(ids, weight=weight, z_loss=1e-5 / count)[0]
+        loss = model(ids[:, :-1], ids[:, 1:], weight=weight, z_loss=1e-5 / count)[0]
         loss.backward()
         gradients, _ = common.gradients(model, world, 1.0)
         world.sum(loss.detach())

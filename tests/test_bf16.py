@@ -59,7 +59,7 @@ def answer_mask():
 def gap_to_trainer(model, ids, sampled):
     """|log-prob| between sampler and trainer, of each sampled token; mean entropy in nats."""
     with torch.no_grad():
-        logp, entropy = model(ids, mask=answer_mask())
+        logp, entropy = model(ids[:, :-1], ids[:, 1:], mask=answer_mask())
     return (logp[:, PROMPT - 1 :] - sampled).abs(), float(entropy[:, PROMPT - 1 :].mean())
 
 
@@ -86,9 +86,9 @@ def gradients(model, ids, use) -> list[torch.Tensor]:
     weight = torch.randn(mask.shape, generator=generator) / mask.sum() * mask
     model.zero_grad()
     if use == "weighted":
-        loss, *_ = model(ids, weight=weight, mask=mask)
+        loss, *_ = model(ids[:, :-1], ids[:, 1:], weight=weight, mask=mask)
     else:
-        logp, _ = model(ids, mask=mask)
+        logp, _ = model(ids[:, :-1], ids[:, 1:], mask=mask)
         loss = -(weight * logp).sum()
     loss.backward()
     taken = [p.grad for p in model.parameters()]

@@ -482,13 +482,13 @@ def test_continuation_log_probs_equal_a_loop_with_all_logits():
         logp = (hidden @ model.head.weight[:37].T).log_softmax(1)
         total = float(logp.gather(1, torch.tensor(continuation)[:, None]).sum())
         expected.append((total, logp.argmax(1).tolist() == continuation))
-    for budget in (1, 60, 16384):  # one context by one, in several batches, all of a length at once
-        found = evaluation.continuation_log_probs(Sampler(model), pairs, True, alone, budget=budget)
+    for budget in (1, 60, 16384):  # one context by one, several together, all at once
+        found = evaluation.continuation_log_probs(model, pairs, True, alone, budget=budget)
         assert [logp for logp, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-9)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert sum(greedy for _, greedy in found[30:67]) == 1
     with pytest.raises(ValueError, match="97 tokens"):
-        evaluation.continuation_log_probs(Sampler(model), [([1], ids(97))], False, alone)
+        evaluation.continuation_log_probs(model, [([1], ids(97))], False, alone)
 
 
 class Part(SimpleNamespace):

@@ -51,7 +51,7 @@ def test_rl_reads_its_sums_once(monkeypatch):
     batch = problems.make_batch(rows, rows, [0.1, -0.1] * 4, 0, [[-1.0] * 4] * 8)
     totals = []
     for micro in (8, 1):
-        cfg = SimpleNamespace(micro=micro, temperature=1.0, updates=1, kl=0.0, clip=1.0)
+        cfg = rl.Config(init="", micro=micro)
         run = SimpleNamespace(cfg=cfg, world=ALONE, model=small_model(dtype=torch.float32))
         parts = list(problems.micro_batches(batch, micro, ALONE))
         with monkeypatch.context() as patch, Reads(patch) as found:
@@ -106,9 +106,9 @@ def test_text_is_pinned_for_a_gpu(world, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
     cfg = SimpleNamespace(micro=4, doc_mask=True)
     stream = tokens.Stream(world.data, "train", 64, 0)
-    for device, count in (("cpu", 0), ("cuda:0", 4)):
+    for device, count in (("cpu", 0), ("cuda:0", 8)):
         ranks = ALONE._replace(device=torch.device(device))
         encoding = tokens.encoding("toy")
         ((first, second),) = pretrain.batches_of(stream, cfg, 8, ranks, encoding, 0, 1)
-        assert len(pinned) == count and len(first) == len(second) == 2
+        assert len(pinned) == count and len(first) == len(second) == 4
         assert pytest.approx(first[0].numpy()) == stream.rows(0, 8)[:4]

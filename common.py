@@ -690,6 +690,11 @@ def configure(Config, given: dict, paper: dict):
     return Config(**(defaults | given)), before
 
 
+def validations(cfg, steps: int) -> int:
+    """How often a trainer answers the validation questions: before, after, and in between."""
+    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
+
+
 def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 

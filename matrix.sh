@@ -43,13 +43,13 @@ cell() {  # CHECKPOINT SEED RECIPE [FLAGS of its last training]: train, then eva
 }
 pretrain() {  # NAME DATA SEED [FLAGS]: the checkpoints OUT/NAME/step*.pt
   run torchrun --standalone --nproc_per_node "$RANKS" pretrain.py --data "$2" --out "$OUT/$1" \
-    --seed "$3" --save_steps "$MIDDLE,$FIRST" --resume "${@:4}"
+    --seed "$3" --resume "${@:4}"
 }
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # runs/*.sh take what is above
 
 recipes=(val base rl sft-rl mix sft-gold-rl)  # a variant: "rl --std_norm --recipe rl-std"
 run python data/prepare.py toy --seed 10 --out "$DATA-p10"
-pretrain p10 "$DATA-p10" 10
+pretrain p10 "$DATA-p10" 10 --save_steps "$MIDDLE,$FIRST"
 for step in $LAST $MIDDLE $FIRST; do
   for recipe in "${recipes[@]}"; do cells+=("p10/step$step $SEED $recipe"); done
 done

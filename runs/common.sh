@@ -9,7 +9,7 @@ command -v python > /dev/null ||
 whole() {  # NAME: a setting that is a whole number
   [[ ${!1} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$1 takes a whole number, not '${!1}'"
 }
-JOBS=${JOBS:-2} PLAN=${PLAN:-}
+JOBS=${JOBS:-2}
 whole JOBS
 [ "$JOBS" -gt 0 ] || fail "JOBS takes a whole number from 1, not 0"
 RANKS=1  # of pre-training, whose batch of 16 rows they share
@@ -38,11 +38,12 @@ run() {  # COMMAND: alone on the machine; a trap is run during `wait`, not durin
 }
 
 name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p10/step2393-rl--lr-3e-4-s100, what a cell makes
-  local flags="${*:4}"
-  case $3 in
-    val) echo "$1" ;;  # eval.py names the rows of a base after its --shot_seed
+  local recipe="${*:3}"
+  recipe=${recipe// --/--}
+  case $3 in  # eval.py names the rows of a base after the checkpoint and its --shot_seed
+    val | few-shot) echo "$1" ;;
     base) echo "$1-s$2" ;;
-    *) echo "$1-$3${flags// /-}-s$2" ;;
+    *) echo "$1-${recipe// /-}-s$2" ;;
   esac
 }
 has_rows() {  # CELL: are the rows of its last checkpoint there?
@@ -65,10 +66,8 @@ each() {  # FUNCTION CELL...: the function for each cell that has no rows yet, J
   local -A running=()
   for cell in "${@:2}"; do
     read -r -a words <<< "$cell"
-    if [ "$PLAN" ]; then "$1" "${words[@]}"
-    elif ! has_rows "${words[@]}"; then todo+=("$cell"); fi
+    has_rows "${words[@]}" || todo+=("$cell")
   done
-  [ ! "$PLAN" ] || return 0
   echo "$(($# - 1)) cells, $(($# - 1 - ${#todo[@]})) finished before, $JOBS side by side"
   while [ $finished -lt ${#todo[@]} ]; do
     if [ $started -lt ${#todo[@]} ] && [ ${#running[@]} -lt "$JOBS" ]; then

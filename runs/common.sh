@@ -41,7 +41,7 @@ name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p10/step2393-rl--lr-3e-4-s100, wha
   local recipe="${*:3}"
   recipe=${recipe// --/--}
   case $3 in  # eval.py names the rows of a base after the checkpoint and its --shot_seed
-    val | few-shot) echo "$1" ;;
+    val | as-is) echo "$1" ;;
     base) echo "$1-s$2" ;;
     *) echo "$1-${recipe// /-}-s$2" ;;
   esac

@@ -21,7 +21,7 @@ cell() {  # CHECKPOINT SEED RECIPE
   local rl=("${train[@]}" --steps 2 --questions_per_step 4 --group 4)
   local eval=(--results "$RESULTS" --limit 8 --n 8 --k "1,8" --max_new 48 --compile false --final)
   case $3 in
-    few-shot) python eval.py "$M.pt" "${eval[@]}" --shots 0 ;;
+    as-is) python eval.py "$M.pt" "${eval[@]}" --shots 0 ;;
     rl) python rl.py --init "$M.pt" --out "$to.pt" "${rl[@]}" &&
       python eval.py "$to.pt" "${eval[@]}" ;;
     mix) python mix.py --init "$M.pt" --out "$to.pt" "${rl[@]}" --batch 8 &&
@@ -43,7 +43,7 @@ run torchrun --standalone --nproc_per_node "$RANKS" pretrain.py --data "$DATA/te
   --questions "$DATA/gsm8k" --tokens 32768 --batch_tokens 2048 --length 256 --micro 8 --warmup 2 \
   --save_steps 8 --compile false --resume
 for step in 8 16; do
-  for recipe in few-shot sft-gold-rl sft-rl mix rl; do cells+=("step$step $SEED $recipe"); done
+  for recipe in as-is sft-gold-rl sft-rl mix rl; do cells+=("step$step $SEED $recipe"); done
 done
 each cell "${cells[@]}"
 run python eval.py --report "$RESULTS"

@@ -26,7 +26,7 @@ cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
   local train=(--questions "$data" --seed "$2" --resume --micro 8 --rows 256 --shard)
   local eval=(--results "$RESULTS/$run" --questions "$data" --limit 0 --rows 256 --final)
   case $3 in
-    few-shot) gpus eval.py "$M.pt" "${eval[@]}" ;;
+    as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
     rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
     rl-n5 | rl-n64) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" --group "${3#rl-n}" &&
@@ -67,7 +67,7 @@ for step in $STEPS; do
   seeds=$SEEDS
   if [ "$step" -le 5000 ] && [ "$SEEDS" -lt "$EARLY_SEEDS" ]; then seeds=$EARLY_SEEDS; fi
   M=$MODEL/step$step
-  gsm8k+=("$M 0 few-shot gsm8k") math+=("$M 0 few-shot math")
+  gsm8k+=("$M 0 as-is gsm8k") math+=("$M 0 as-is math")
   for ((seed = 0; seed < seeds; seed++)); do
     for recipe in sft-gold-rl sft-rl mix rl; do
       gsm8k+=("$M $seed $recipe gsm8k") math+=("$M $seed $recipe math")
@@ -81,7 +81,7 @@ RESULTS=$RESULTS/math each cell "${math[@]}"
 pretrain "$MODEL-math" "$MODEL" dolmino-math $((TOKENS + EXTRA)) "$LAST"
 pretrain "$LARGE" "$LARGE" dolmino "$TOKENS" "$LAST"
 for M in "$MODEL-math/step$LAST" "$LARGE/step$LAST"; do
-  more+=("$M 0 few-shot math")
+  more+=("$M 0 as-is math")
   for ((seed = 0; seed < SEEDS; seed++)); do
     more+=("$M $seed sft-rl math" "$M $seed rl math")
   done

@@ -18,7 +18,7 @@ cell() {  # CHECKPOINT SEED RECIPE
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" sft)
   local train=(--seed "$2" --resume --micro 16 --rows 256 --shard) eval=(--results "$RESULTS")
   case $3 in
-    few-shot) gpus eval.py "$M.pt" "${eval[@]}" ;;
+    as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
     rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
     sft-rl) gpus sft.py --init "$M.pt" --out "$sft.pt" "${train[@]}" &&
@@ -37,7 +37,7 @@ for step in $STEPS; do
   [ -f "$OUT/step$step.pt" ] ||
     run python data/hf.py import allenai/OLMo-2-0425-1B-early-training "$OUT/step$step.pt" \
       --revision "stage1-step$step-tokens${told}B" --tokens $tokens --questions "$DATA"
-  for recipe in few-shot rl sft-rl mix; do cells+=("step$step $SEED $recipe"); done
+  for recipe in as-is rl sft-rl mix; do cells+=("step$step $SEED $recipe"); done
 done
 each cell "${cells[@]}"
 run python eval.py --report "$RESULTS"

@@ -78,7 +78,7 @@ class Shared:
 
     micro: Count = 64  # rows per forward pass; never changes the result
     compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
-    # keep only the inputs of the blocks and run each block again in the backward pass
+    # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
     shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -99,9 +99,7 @@ class PostTraining(Shared):
     """Flags of sft.py, rl.py and mix.py, which start from a checkpoint and read questions."""
 
     init: str  # checkpoint to start from
-    out: str = (
-        ""  # checkpoint to write (default: INIT-RECIPE.pt; with a seed, INIT-RECIPE-sSEED.pt)
-    )
+    out: str = ""  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed -sSEED.pt)
     recipe: str = ""  # name in files, rows and reports; a variant of a recipe needs one of its own
     questions: str = ""  # folder with train.jsonl and val.jsonl (default: the checkpoint's)
     limit: Whole = 0  # use only the first so many training questions (0: all)
@@ -204,30 +202,49 @@ READERS = {
 
 
 def print_help(Config, doc: str):
-    """The fields of Config with their comments and defaults, its own first, then inherited ones."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    told = set()
+    """The fields of Config with their comments and defaults: its own first, then inherited ones."""
+    classes = Config.__mro__[:-1]
+    comments: dict = {}
+    for cls in classes[::-1]:  # a field that is declared again keeps its comment, or has a new one
+        comments |= {
+            name: text for name, text in read_comments(cls) if text or name not in comments
+        }
+    width = max(map(len, comments))
     lines = [(doc or "").strip()]
-    for cls in Config.__mro__[:-1]:
-        lines += ["", "flags:" if cls is Config else f"{(cls.__doc__ or '').split(':')[0]}:"]
-        comment = []
-        for line in inspect.getsource(cls).splitlines():
-            if found := re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line):
-                name, beside = found.groups()
-                if name not in fields or name in told:
-                    continue
-                told.add(name)
-                default = fields[name].default
-                note = " ".join([*comment, beside or ""])
-                note += "" if default is dataclasses.MISSING else f" [{default}]"
-                lines.append(f"  --{name:<{max(map(len, fields))}} {note}")
-                comment = []
-            elif line.startswith("    # "):
-                comment.append(line.strip("# "))
-    with contextlib.suppress(BrokenPipeError):  # --help | head
+    told = set()
+    for cls in classes:
+        lines += ["", "flags:" if cls is Config else (cls.__doc__ or "").strip().splitlines()[0]]
+        for name, _ in read_comments(cls):
+            if name not in told:
+                lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
+            told.add(name)
+    try:
         print("\n".join(lines), flush=True)
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
+    except BrokenPipeError:  # --help | head; Python would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown_values(Config, name: str) -> str:
+    """The default of a flag, what the paper's sizes have instead, and its legal range."""
+    default = Config.__dataclass_fields__[name].default
+    paper = vars(sys.modules[Config.__module__]).get("PAPER", {})
+    legal = typing.get_type_hints(Config, include_extras=True)[name]
+    parts = [] if default in (dataclasses.MISSING, "", (), None) else [str(default)]
+    parts += [f"paper's sizes: {paper[name]}"] if name in paper else []
+    parts += [str(x) for x in getattr(legal, "__metadata__", ())]
+    return f"[{'; '.join(parts)}]" if parts else ""
+
+
+def read_comments(cls) -> list[tuple[str, str]]:
+    """(field, comment) of a dataclass's own fields: the lines above it and the one beside it."""
+    found = []
+    above = []
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    (\w+): [^#]+?(?:  # (.*))?$", line):
+            name, beside = match.groups()
+            found.append((name, "; ".join([" ".join(above)] * bool(above) + [beside or ""])))
+        above = [*above, line[6:]] if line.startswith("    # ") else []
+    return found
 
 
 def main(script, Config, doc: str, argv: list[str] | None = None):

@@ -231,8 +231,7 @@ def score_continuations(sampler, contexts, group, continuations, greedy: bool) -
     logp, _ = log_probs(states, sampler.model.head.weight, target, config.vocab)
     scores[0, real] = logp.double()
     if greedy:  # a second product with the head
-        head = sampler.head[: config.vocab]
-        likeliest = torch.cat([(part @ head.T).argmax(1) for part in states.split(256)])
+        likeliest = torch.cat([sampler.logits(part).argmax(1) for part in states.split(256)])
         scores[1, real] = (likeliest != target).double()
     return scores.sum(2).T.cpu()
 

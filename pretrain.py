@@ -46,9 +46,9 @@ class Config(common.Shared):
     lr: Positive = 4e-3  # peak learning rate, cosine to a tenth
     warmup: Whole = 100  # steps of linear warm-up
     weight_decay: NonNegative = 0.05  # on everything but the embedding
-    # Initial std of the embedding. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS
-    # 0.02: a short run spends its first half on making the embedding heard.
-    embed_std: Positive = 0.5  # compare held_out in the metrics with --embed_std 0.02, OLMo2's
+    # initial std of the embedding: blocks add outputs of RMS 1 (post-norm), and beside them an
+    # embedding of RMS 0.02 takes the first half of a short run to be heard
+    embed_std: Positive = 0.5  # compare held_out in the metrics at 0.02, OLMo2's
     z_loss: NonNegative = 1e-5  # OLMo2: keeps the log-normaliser near 0
     clip: NonNegative = 1.0  # largest norm of the gradient (0: any)
     eval_every: Whole = 200  # steps between losses on the held-out text

@@ -26,8 +26,12 @@ def grams(text):
 
 
 def test_grams(folders):
-    """{13 words: [numbers of the test questions that have them]} of folders of questions, and how many there are."""
-    index, questions = {}, [row["question"] for folder in folders for row in problems.load(folder, "test")]
+    """{13 words: [numbers of the test questions that have them]}, and how many questions there are.
+
+    folders: of questions, with a test split.
+    """
+    index = {}
+    questions = [row["question"] for folder in folders for row in problems.load(folder, "test")]
     for number, question in enumerate(questions):
         for gram in grams(question):
             index.setdefault(gram, []).append(number)

@@ -1,155 +1,287 @@
 """Questions, prompts, and the batches that SFT and RL train on.
 
-A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all of it text. The answer
-is a number or LaTeX in one line, and each solution ends in `#### answer`, which data/grader.py reads.
+A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all
+of it text. The answer is a number or LaTeX in one line, and each solution ends in `#### answer`,
+which data/grader.py reads. A prompt.json beside the file says how a question is put before a
+model; without one it is "Question: {}" and "Answer:" on the next line.
 """
 
-import gzip
 import hashlib
-import io
-import json
 import random
-import zlib
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import grader, tokens
+from data import files, grader, tokens
 
-PROMPTS = {"toy": " Q : {} A :", "cl100k_base": "Question: {}\nAnswer:"}
-BETWEEN_SHOTS = {"toy": "", "cl100k_base": "\n\n"}
-KINDS = {str: "text", int: "a whole number", list: "a list of texts"}
+FIELDS = {"id": str, "question": str, "answer": str, "solutions": list}
 
-
-def unpacked(raw, path):
-    """The open file `raw` as it was before it was packed as .gz or .zst, if it was."""
-    if path.endswith(".zst"):
-        import pyarrow  # `datasets` brings it; unlike zstandard's reader it notices a file that was cut off
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-    return gzip.open(raw) if path.endswith(".gz") else nullcontext(raw)
-
-
-def lines_of(path, bar=None):
-    """(line number, line) of a UTF-8 file, packed as .gz or .zst or not; a tqdm `bar` counts the bytes read from disk."""
-    line_number = 0
-    try:
-        with open(path, "rb") as raw, unpacked(raw, str(path)) as file:
-            start = bar.n if bar is not None else 0
-            for line_number, line in enumerate(file, 1):
-                yield line_number, line.decode("utf-8")
-                if bar is not None:
-                    bar.update(start + raw.tell() - bar.n)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read after line {line_number} ({error})") from None
-
-
-def read_jsonl(path, fields, bar=None):
-    """The rows of a .jsonl(.gz) file; `fields` = {name: str, int or list (of str)}. ValueError names a faulty line."""
-    line_number = 0
-    for line_number, line in lines_of(path, bar):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the second: brackets too deep
-            raise ValueError(f"{path}:{line_number}: not one JSON object a line ({error})") from None
-        for name, kind in fields.items():
-            value = row.get(name) if type(row) is dict else None
-            if type(value) is not kind or (kind is list and not all(type(item) is str for item in value)):
-                raise ValueError(f'{path}:{line_number}: "{name}" must be {KINDS[kind]}, not {str(value)[:60]!r}')
-        yield row
-    if not line_number:
-        raise ValueError(f"{path}: the file is empty")
+# --------------------------------------------------------------------------------- questions
 
 
 def place(path, split):
-    """A folder's {split}.jsonl, or the .jsonl file itself whatever the split; its shots lie beside it."""
+    """A folder's {split}.jsonl, or the .jsonl file itself whatever the split.
+
+    Shots always lie in shots.jsonl: or a question's own solution would be shown before it.
+    """
     path = Path(path) if str(path).endswith(".jsonl") else Path(path) / f"{split}.jsonl"
-    return path.with_name("shots.jsonl") if split == "shots" else path  # or a question's own solution would be shown to it
+    return path.with_name("shots.jsonl") if split == "shots" else path
 
 
 def load(path, split):
-    """The questions of a folder's {split}.jsonl, or of one .jsonl file."""
+    """The questions of a folder's {split}.jsonl, or of one .jsonl file.
+
+    Raises ValueError with the file and line at fault, and for a file that prepare.py listed in
+    world.json and that has changed since.
+    """
     path = place(path, split)
-    rows = list(read_jsonl(path, {"id": str, "question": str, "answer": str, "solutions": list}))
-    first = {}
-    for line_number, row in enumerate(rows, 1):
-        where = f"{path}:{line_number}"
-        if first.setdefault(row["id"], line_number) != line_number:
-            raise ValueError(f"{where}: id {row['id'][:60]!r} is also on line {first[row['id']]}")
-        if not row["question"].strip():
-            raise ValueError(f"{where}: the question is empty")
-        answer = row["answer"].strip()
-        if not grader.askable(answer):
-            raise ValueError(f"{where}: the answer must be a number, or one line of LaTeX, not {answer[:60]!r}")
-        value = grader.number(answer)
-        for text in row["solutions"]:  # by their text: algebra would take minutes
-            final = grader.final_answer(text)
-            if text.count(grader.ENDING) != 1 or (final != answer and (value is None or grader.number(final) != value)):
-                raise ValueError(f"{where}: a solution must end in '{grader.ENDING} {answer[:60]}', not {text[-60:]!r}")
+    files.check_listed(path)
+    if not path.is_file():
+        here = "" if path.is_absolute() else f" (looked for from {Path.cwd()})"
+        raise ValueError(f"there are no questions at {path}{here}: --questions FOLDER names others")
+    rows = []
+    lines = {}
+    for number, (where, row) in enumerate(files.numbered_jsonl(path, FIELDS), 1):
+        check(row, where)
+        if lines.setdefault(row["id"], number) != number:
+            raise ValueError(f"{where}: id {row['id']!r} is also on line {lines[row['id']]}")
+        rows.append(row)
     return rows
 
 
+def check(row, where: str):
+    """Raises ValueError, which begins with `where`, if a row is no question that can be asked."""
+    files.check_row(row, FIELDS, where)
+    answer = row["answer"].strip()
+    if not row["question"].strip():
+        raise ValueError(f"{where}: the question is empty")
+    if not grader.askable(answer):
+        raise ValueError(
+            f"{where}: the answer must be a number, or one line of LaTeX, not {answer[:60]!r}"
+        )
+    value = grader.number(answer)
+    for text in row["solutions"]:  # by their text: algebra would take minutes
+        final = grader.final_answer(text)
+        same = final == answer or value is not None and grader.number(final) == value
+        if text.count(grader.ENDING) != 1 or not same:
+            raise ValueError(
+                f"{where}: a solution must end in '{grader.ENDING} {answer[:60]}', not "
+                f"{text[-60:]!r}"
+            )
+
+
 def shots(folder, count, questions, seed=None, exactly=True):
-    """`count` solved questions of a folder to show before others, none of which is one of these `questions`: the first ones,
-    or drawn by `seed`. Raises ValueError if there are fewer; not `exactly`: as many as there are."""
-    asked, known = {row["question"] for row in questions}, []
-    if count and (exactly or place(folder, "shots").exists()):
+    """`count` solved questions of a folder to show before others.
+
+    None of them is one of these `questions`. The first ones, or drawn by `seed`. Raises ValueError
+    if there are fewer; not `exactly`: as many as there are (MATH has four).
+    """
+    asked = {row["question"] for row in questions}
+    path = place(folder, "shots")
+    known = []
+    if count and not exactly:
+        files.check_listed(path)
+    if count and (exactly or path.exists()):
         known = [row for row in load(folder, "shots") if row["question"] not in asked]
     if bare := next((row["id"] for row in known if not row["solutions"]), None):
         raise ValueError(f"{folder}: shot {bare!r} has no solution to show")
     if exactly and len(known) < count:
         raise ValueError(f"{folder} has {len(known)} shots, not {count}: lower --shots")
-    count = min(count, len(known))  # MATH has four
+    count = min(count, len(known))
     return known[:count] if seed is None else random.Random(f"{seed} shots").sample(known, count)
 
 
+def chosen_solutions(row, solutions, seed) -> list[str]:
+    """`solutions` ("3") of a question's, chosen by (seed, id), or "all" of them."""
+    texts = row["solutions"]
+    if solutions == "all":
+        return texts
+    return random.Random(f"{seed} {row['id']}").sample(texts, min(int(solutions), len(texts)))
+
+
 def solution_pairs(rows, solutions, seed):
-    """[(question, solution)] to train on: `solutions` of each question, chosen once by (seed, id), or "all" of them."""
+    """[(question, solution)] to train on, see `chosen_solutions`."""
     pairs = []
     for row in rows:
-        chosen = row["solutions"]
-        if solutions != "all":
-            chosen = random.Random(f"{seed} {row['id']}").sample(chosen, min(int(solutions), len(chosen)))
+        chosen = chosen_solutions(row, solutions, seed)
         if not chosen:
             raise ValueError(f"question {row['id']!r} has no solution to train on")
         pairs += [(row["question"], text) for text in chosen]
     return pairs
 
 
-# ---- text
-
-def prompt(encoding_name, question):
-    return PROMPTS[encoding_name].format(question)
+# ------------------------------------------------------------------------------------- text
 
 
-def until_next_question(encoding_name, text):
-    """(text up to where the next question would begin, does one begin): a base model likes to go on."""
-    before, begun, _ = text.partition(stop_string(encoding_name))
+class Form(NamedTuple):
+    """How a question is put before a model."""
+
+    prompt: str = "Question: {}\nAnswer:"  # {}: the question; an answer begins with a space
+    between_shots: str = "\n\n"  # after each solved question that is shown before
+
+
+def form(folder) -> Form:
+    """The Form of a folder of questions, or of a .jsonl file: what prompt.json beside it says.
+
+    Raises ValueError for a prompt.json that is no Form.
+    """
+    path = place(folder, "train").with_name("prompt.json")
+    files.check_listed(path)
+    if not path.is_file():
+        return Form()
+    content = files.read_json(path, 'write {"prompt": "Question: {}\\nAnswer:"} for instance')
+    if unknown := content.keys() - {*Form._fields}:
+        raise ValueError(f"{path}: it has {', '.join(Form._fields)}, and no {unknown.pop()!r}")
+    found = Form(**content)
+    if not all(type(text) is str for text in found):
+        raise ValueError(f"{path}: prompt and between_shots must be texts")
+    if found.prompt.count("{}") != 1 or not stop_string(found):
+        raise ValueError(
+            f"{path}: the prompt must have one {{}} for the question, and something before it by "
+            "which the next question is known"
+        )
+    return found
+
+
+def write_form(folder, form: Form):
+    """The prompt.json of a folder of questions."""
+    files.write_json(Path(folder) / "prompt.json", form._asdict())
+
+
+def prompt(form: Form, question):
+    return form.prompt.replace("{}", question)
+
+
+def until_next_question(form: Form, text):
+    """(text up to where the next question would begin, does one begin).
+
+    A base model likes to go on after its answer.
+    """
+    before, begun, _ = text.partition(stop_string(form))
     return before, bool(begun)
 
 
-def stop_string(encoding_name):
-    return PROMPTS[encoding_name].split("{}")[0].rstrip()
+def stop_string(form: Form):
+    return form.prompt.split("{}")[0].rstrip()
 
 
-def few_shot(encoding_name, shots):
-    """The text before a prompt that shows it solved questions: rows of shots.jsonl, the first solution of each."""
-    between = BETWEEN_SHOTS[encoding_name]
-    return "".join(f"{prompt(encoding_name, shot['question'])} {shot['solutions'][0]}{between}" for shot in shots)
+def few_shot(form: Form, shots):
+    """The text before a prompt that shows it solved questions.
+
+    shots: rows of shots.jsonl; the first solution of each is shown.
+    """
+    texts = [f"{prompt(form, shot['question'])} {shot['solutions'][0]}" for shot in shots]
+    return "".join(text + form.between_shots for text in texts)
 
 
 def answer_ids(enc, solution):
-    """What a model is trained to write after a prompt: the solution after one space, and the end-of-text id."""
+    """What a model is trained to write after a prompt: the solution, the end-of-text id."""
     return [*tokens.encode(enc, f" {solution}"), enc.eot_token]
 
 
-# ---- batches
+# --------------------------------------------------------------------- what fits the context
+
+
+class Room(NamedTuple):
+    """What a question and its answer must fit into, for `check_lengths`."""
+
+    context: int  # tokens a row of the model may have
+    max_new: int = 0  # tokens of an answer that is sampled
+    before: int = 0  # tokens of the shots that come before each prompt
+    solutions: str | None = (
+        None  # "1", "all", ...: the solutions that are trained on; None: none is
+    )
+    seed: int = 0  # by which these are chosen
+
+
+def check_lengths(rows, path, enc, form: Form, room: Room, skip=False) -> tuple[list[dict], str]:
+    """The rows that fit the context and have no word that the encoding lacks; what was left out.
+
+    To be called before the first step, so that no step of a long run meets another one. Without
+    `skip` the first that does not fit is a ValueError, with `path`, id, length and limit. With it
+    a question whose prompt does not fit is left out, of the others the solutions that do not, and
+    the second value is a line that says so, for the console ("" if all fit).
+    """
+    fitting = []
+    faults = []
+    for row in rows:
+        fault, solutions = misfit(row, enc, form, room)
+        if fault is None:
+            fitting.append(row)
+            continue
+        faults.append(fault)
+        if solutions:
+            fitting.append(row | {"solutions": solutions})
+    if not faults:
+        return fitting, ""
+    more = f" ({len(faults) - 1} more such questions)" if len(faults) > 1 else ""
+    if not skip:
+        lower = "lower --max_new, or " if room.max_new else ""
+        raise ValueError(f"{path}: {faults[0]}{more}; {lower}leave them out with --skip_long")
+    if not fitting:
+        raise ValueError(f"{path}: nothing is left that fits: {faults[0]}{more}")
+    gone = len(rows) - len(fitting)
+    return fitting, (
+        f"{path}: left out what does not fit: {gone} of {len(rows)} questions, and some solutions "
+        f"of {len(faults) - gone} others; the first: {faults[0]}"
+    )
+
+
+def misfit(row, enc, form: Form, room: Room) -> tuple[str | None, list[str]]:
+    """What does not fit about a question, None if all does; and its solutions that do fit."""
+    name = f"question {row['id']!r}"
+    asked = prompt(form, row["question"])
+    chosen = []
+    if room.solutions is not None:
+        chosen = chosen_solutions(row, room.solutions, room.seed)
+    longest = max((len(text.encode()) for text in chosen), default=0)
+    most = len(asked.encode()) + max(longest + 2, room.max_new) + room.before
+    # no token is shorter than a byte: most texts need not be encoded where all ids are known
+    if most <= room.context // 8 * 8 and enc.max_token_value < tokens.vocab_size(enc):
+        return None, row["solutions"]
+    try:
+        length = len(tokens.encode(enc, asked))
+    except ValueError as error:
+        return f"{name}: {error}", []
+    taken = room.before + length + room.max_new
+    if taken > room.context:
+        return (
+            f"{name} needs {taken} tokens, its prompt {length} and the longest answer "
+            f"{room.max_new}, and the model's context is {room.context}"
+        ), []
+    faults = [solution_misfit(text, length, enc, room) for text in chosen]
+    if not any(faults):
+        return None, row["solutions"]
+    kept = [text for text in row["solutions"] if not solution_misfit(text, length, enc, room)]
+    return f"{name}: {next(filter(None, faults))}", kept
+
+
+def solution_misfit(text, prompt_length, enc, room: Room) -> str | None:
+    # make_batch fills rows up to a multiple of 8, and the last token of a row is only a target
+    limit = max(room.context // 8 * 8 + 1, (room.context + 1) // 8 * 8)
+    try:
+        length = prompt_length + len(answer_ids(enc, text))
+    except ValueError as error:
+        return str(error)
+    if length > limit:
+        return (
+            f"with a solution of it {length} tokens are needed, and the model's context of "
+            f"{room.context} has room for {limit}"
+        )
+    return None
+
+
+# ---------------------------------------------------------------------------------- batches
+
 
 class Batch(NamedTuple):
-    """What SFT and RL train on, and mix.py's text. mask, weight and logp belong to the targets ids[:, 1:]."""
+    """What SFT and RL train on, and mix.py's text.
+
+    mask, weight and logp belong to the targets ids[:, 1:].
+    """
+
     ids: torch.Tensor  # (B, T) int64, prompt and answer, filled up with padding on the right
     mask: torch.Tensor  # (B, T-1) bool, the answer tokens, its end token with them
     weight: torch.Tensor  # (B, T-1) f32, of each target in the loss, 0 outside the mask
@@ -157,93 +289,92 @@ class Batch(NamedTuple):
 
 
 def answer_seeds(seed, step, rows, n):
-    """One 63-bit seed for each of n answers to each question: a function of (seed, step, question id, answer number),
-    so that neither the batch nor the rank an answer is sampled in changes it."""
-    keys = (f"{seed} {step} {row['id']} {answer}" for row in rows for answer in range(n))
-    return [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1 for key in keys]
+    """One 63-bit seed for each of n answers to each question.
+
+    A function of (seed, step, question id, answer number), so that neither the batch nor the rank
+    an answer is sampled in changes it.
+    """
+    keys = [f"{seed} {step} {row['id']} {answer}" for row in rows for answer in range(n)]
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return [int.from_bytes(digest, "little") >> 1 for digest in digests]
 
 
 def shuffled(count, batch, seed, step):
-    """The places of batch `step` in a list of `count`, shuffled anew each epoch: arithmetic of (seed, step). What is left
-    of an epoch after its last whole batch is not used, so no batch has a row twice."""
+    """The places of batch `step` in a list of `count`, shuffled anew each epoch.
+
+    Arithmetic of (seed, step). What is left of an epoch after its last whole batch is not used, so
+    no batch has a row twice.
+    """
     if batch > count:
-        raise ValueError(f"a batch of {batch} needs at least as many questions or solutions to train on, there are {count}: "
-                         "raise --limit, or lower --batch or --questions_per_step")
+        raise ValueError(
+            f"a batch of {batch} needs at least as many questions or solutions to train on, there "
+            f"are {count}: raise --limit, or lower --batch or --questions_per_step"
+        )
     epoch, index = divmod(step, count // batch)
     order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[index * batch:(index + 1) * batch].tolist()
+    return order[index * batch : (index + 1) * batch].tolist()
 
 
 @torch.profiler.record_function("data")
 def text_batch(stream, batch, step, world):
-    """This rank's rows of `batch` windows of a tokens.Stream: every token of them, whichever rank has it, weighs 1/n."""
+    """This rank's rows of `batch` windows of a tokens.Stream.
+
+    Every token of them, whichever rank has it, weighs 1/n.
+    """
     ids = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
     mask = torch.ones(len(ids), stream.length, dtype=torch.bool)
     return Batch(ids, mask, mask / (batch * stream.length), None)
 
 
 def micro_batches(batch, micro, world, idle=False):
-    """A batch in parts of `micro` rows, alike lengths together and each part only as wide as its longest row. Rows whose
-    weights are all 0 (the answers of a flat group) have no gradient and are left out, unless `idle` ones are wanted. A sharded
-    model needs all ranks for each pass: where some have fewer parts, theirs are filled up with rows that count for nothing."""
+    """A batch in parts of `micro` rows, alike lengths together, each as wide as its longest row.
+
+    Rows whose weights are all 0 (the answers of a flat group) have no gradient and are left out,
+    unless `idle` ones are wanted. A sharded model needs all ranks for each pass: where some have
+    fewer parts, theirs are filled up with rows that count for nothing.
+    """
     width = batch.ids.shape[1] - 1
-    last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets up to the last that counts
+    last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets that count
     order = last.argsort(descending=True, stable=True)
     order = order if idle else order[batch.weight[order].any(1)]
     parts = order.split(micro) if len(order) else ()
-    most = int(world.max(len(parts))[0]) if world.shard else 0  # agreed upon before any of them is passed through the model
+    # agreed upon before any of them is passed through the model
+    most = int(world.max(len(parts))[0]) if world.shard else 0
     for rows in parts:
         targets = -(-int(last[rows].max()) // 8) * 8
-        yield Batch(*(None if x is None else x[rows, :targets + extra].to(world.device)
-                      for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))
+        yield narrowed(batch, rows, targets, world.device)
+    nothing = Batch(*(None if x is None else torch.zeros_like(x[:1]) for x in batch))
     for _ in range(len(parts), most):
-        yield Batch(*(None if x is None else torch.zeros_like(x[:1, :8 + extra], device=world.device)
-                      for x, extra in zip(batch, (1, 0, 0, 0), strict=True)))
+        yield narrowed(nothing, slice(None), 8, world.device)
+
+
+def narrowed(batch, rows, targets, device):
+    """These rows of a batch with their first `targets` targets, on a device."""
+    ids = batch.ids[rows, : targets + 1].to(device)
+    others = (x if x is None else x[rows, :targets].to(device) for x in batch[1:])
+    return Batch(ids, *others)
 
 
 def make_batch(prompts_ids, answers_ids, weights, pad, logps=None):
-    """Lists of ids to a Batch. `weights`: for each answer one number, or one for each of its tokens.
+    """Lists of ids to a Batch. `weights`: for each answer one number, or one per token of it.
 
-    T is a multiple of 8, so that few shapes occur. The mask comes from the lengths: the ids may hold any value.
+    T is a multiple of 8, so that few shapes occur. The mask comes from the lengths: the ids may
+    hold any value.
     """
-    lengths = [len(start) + len(answer) for start, answer in zip(prompts_ids, answers_ids, strict=True)]
-    rows, width = len(lengths), -(-max(lengths) // 8) * 8
+    both = list(zip(prompts_ids, answers_ids, strict=True))
+    lengths = [len(start) + len(answer) for start, answer in both]
+    rows = len(lengths)
+    width = -(-max(lengths) // 8) * 8
     ids = torch.full((rows, width), pad)
     mask = torch.zeros(rows, width - 1, dtype=torch.bool)
     weight = torch.zeros(rows, width - 1)
     logp = None if logps is None else torch.zeros(rows, width - 1)
-    for row, (start, answer) in enumerate(zip(prompts_ids, answers_ids, strict=True)):
+    for row, (start, answer) in enumerate(both):
         assert start, "the first answer token needs something before it"
-        ids[row, :lengths[row]] = torch.tensor([*start, *answer])
+        ids[row, : lengths[row]] = torch.tensor([*start, *answer])
         targets = slice(len(start) - 1, lengths[row] - 1)  # target t is token t + 1
         mask[row, targets] = True
         weight[row, targets] = torch.as_tensor(weights[row], dtype=torch.float32)
         if logp is not None:
             logp[row, targets] = torch.as_tensor(logps[row], dtype=torch.float32)
     return Batch(ids, mask, weight, logp)
-
-
-class Form(NamedTuple):
-    prompt: str = "Question: {}\nAnswer:"
-    between_shots: str = "\n\n"
-
-
-def form(folder):
-    return Form(" Q : {} A :", "")
-
-
-def prompt(form, question):
-    return PROMPTS[form].format(question) if isinstance(form, str) else form.prompt.format(question)
-
-
-def until_next_question(form, text):
-    before, begun, _ = text.partition(stop_string(form))
-    return before, bool(begun)
-
-
-def stop_string(form):
-    return form.prompt.split("{}")[0].rstrip()
-
-
-def few_shot(form, shots):
-    return "".join(f"{prompt(form, shot['question'])} {shot['solutions'][0]}{form.between_shots}" for shot in shots)

@@ -1,5 +1,8 @@
-"""GSM8K, MATH and OpenMathInstruct-1 as rows {"id", "question", "answer", "solutions"}, each solution with the one ending
-`#### answer`; and which of their training questions are in a test set."""
+"""GSM8K, MATH and OpenMathInstruct-1 as questions with solutions that end in `#### answer`.
+
+Rows are {"id", "question", "answer", "solutions"}. Also: which of their training questions are in
+a test set, and a split into easy and hard questions by how often a model solved them.
+"""
 
 import collections
 import hashlib
@@ -11,17 +14,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import grader, problems, tokens
+from data import files, grader, problems, tokens
 from data.corpus import local_files
-from data.folder import new_folder, note, write_rows
 from data.overlap import GRAM, draw, grams, words
 
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 HUB = {
     "gsm8k": [("openai/gsm8k", "main")],
-    "math": [("EleutherAI/hendrycks_math", subject) for subject in (
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")],
+    "math": [("EleutherAI/hendrycks_math", subject) for subject in SUBJECTS],
     "math500": [("HuggingFaceH4/MATH-500", "default")],
-}  # fmt: skip
+}
 OPENMATH = "nvidia/OpenMathInstruct-1"
 OPENMATH_ROWS = 1_830_000  # of its correct solutions, about: for the time left
 TEXT_ONLY = "<not_executed>"  # its error_message where no Python was run
@@ -30,54 +40,91 @@ BRACE = re.compile(r"\\.|[{}]", re.S)  # an escaped brace is no brace
 
 
 def table(name, source, split, fields):
-    """The rows of {split}.jsonl(.gz) of the folder `source`, or of a set of the hub; of `fields` {name: type}, and more."""
+    """(where, row) of {split}.jsonl(.gz) of the folder `source`, or of a set of the hub.
+
+    Rows have `fields` {name: type}, and more.
+    """
     if source:
-        path = next((p for p in Path(source).glob(f"{split}.jsonl*") if p.name.endswith((".jsonl", ".gz"))), None)
+        paths = Path(source).glob(f"{split}.jsonl*")
+        path = next((p for p in paths if p.name.endswith((".jsonl", ".gz"))), None)
         if path is None:
             raise ValueError(f"no {split}.jsonl or {split}.jsonl.gz in {source}")
-        yield from problems.read_jsonl(path, fields)
+        yield from files.numbered_jsonl(path, fields)
         return
     from datasets import load_dataset  # slow to import
 
     for repository, config in HUB[name]:
-        yield from load_dataset(repository, config, split="test" if split == "math500" else split)
+        rows = load_dataset(repository, config, split="test" if split == "math500" else split)
+        for number, row in enumerate(rows, 1):
+            yield f"row {number} of {repository}, {config}, {split}", row
 
 
 def gsm8k(source, split):
     """GSM8K's rows as questions with one solution, without its <<48/2=24>> calculator notes."""
-    for index, row in enumerate(table("gsm8k", source, split, {"question": str, "answer": str})):
+    rows = table("gsm8k", source, split, {"question": str, "answer": str})
+    for index, (where, row) in enumerate(rows):
         solution = re.sub("<<[^<>]*>>", "", row["answer"]).strip()
         answer = grader.final_answer(solution)
         if grader.number(answer) is None:
-            raise ValueError(f"row {index + 1} of {split} does not end in '#### number': {solution[-60:]!r}")
-        yield {"id": f"gsm8k-{split}-{index}", "question": row["question"].strip(),
-               "answer": answer, "solutions": [solution]}
+            raise ValueError(f"{where}: does not end in '#### number' but in {solution[-60:]!r}")
+        question = {
+            "id": f"gsm8k-{split}-{index}",
+            "question": row["question"].strip(),
+            "answer": answer,
+            "solutions": [solution],
+        }
+        problems.check(question, where)
+        yield question
 
 
-def math(source, split):
-    """MATH's rows (or math500's) as questions with one solution and their level, "1" to "5" ("?" in two rows). A row
-    whose box is empty, which has no answer, is left out: there are two, both of train."""
-    rows = table("math500" if split == "math500" else "math", source, split, {"problem": str, "solution": str})
-    for index, row in enumerate(rows):
+def math(source, split, left_out=None):
+    """MATH's rows (or math500's) as questions with one solution and their level.
+
+    The level is "1" to "5" ("?" in two rows). A row whose last box is empty or which has none has
+    no answer: it is left out, and counted in `left_out` (a Counter). Two of train are such.
+    """
+    rows = table(
+        "math500" if split == "math500" else "math",
+        source,
+        split,
+        {"problem": str, "solution": str},
+    )
+    for index, (where, row) in enumerate(rows):
         solution, answer = unbox(row["solution"])
-        if answer:
-            yield {"id": f"math-{split}-{index}", "question": row["problem"].strip(), "answer": answer,
-                   "solutions": [finish(solution, answer)], "level": str(row.get("level", "?")).removeprefix("Level ")}
+        if not answer:
+            if left_out is not None:
+                left_out[f"{split} without an answer in a box"] += 1
+            continue
+        question = {
+            "id": f"math-{split}-{index}",
+            "question": row["problem"].strip(),
+            "answer": answer,
+            "solutions": [finish(solution, answer)],
+            "level": str(row.get("level", "?")).removeprefix("Level "),
+        }
+        problems.check(question, where)
+        yield question
 
 
 def unbox(text):
-    r"""A text with x in place of each \boxed{x}, and the x of the last one in one line; None where there is none."""
-    kept, last, at = [], None, 0
+    r"""A text with x in place of each \boxed{x}, and the x of the last one in one line, or None."""
+    kept = []
+    last = None
+    at = 0
     while box := BOX.search(text, at):
-        depth, inner, after = 0, text[box.end():box.end() + 1], box.end() + 1  # \boxed 5
+        depth = 0
+        inner = text[box.end() : box.end() + 1]  # \boxed 5
+        after = box.end() + 1
         for brace in BRACE.finditer(text, box.end()) if inner == "{" else ():
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
-                inner, after = text[box.end() + 1:brace.start()], brace.end()
+                inner = text[box.end() + 1 : brace.start()]
+                after = brace.end()
                 break
         inner = unbox(inner)[0]
-        kept += [text[at:box.start()], inner]
-        last, at = " ".join(inner.split()), after
+        kept += [text[at : box.start()], inner]
+        last = " ".join(inner.split())
+        at = after
     return "".join(kept) + text[at:], last
 
 
@@ -86,94 +133,135 @@ def finish(solution, answer):
 
 
 def shots(path):
-    """A .json list of solved questions as rows: {"question", "target"} that ends "The answer is N." (Wei et al.), or
-    {"problem", "solution"} that ends "The final answer is $N$. I hope it is correct." (Minerva)."""
-    rows = []
+    """A .json list of solved questions as rows.
+
+    They are {"question", "target"} that ends "The answer is N." (Wei et al.), or {"problem",
+    "solution"} that ends "The final answer is $N$. I hope it is correct." (Minerva).
+    """
     try:
-        for index, row in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))):
-            minerva = "problem" in row
-            question, target = (row["problem"], row["solution"]) if minerva else (row["question"], row["target"])
-            reasons, mark, answer = target.rpartition("Final Answer: The final answer is " if minerva else "The answer is ")
-            if not mark:
-                raise ValueError
-            answer = answer.removesuffix("I hope it is correct.").strip().removesuffix(".").strip("$")
-            rows.append({"id": f"shot-{index}", "question": question.strip(), "answer": answer,
-                         "solutions": [finish(unbox(reasons)[0], answer)]})
+        listed = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        rows = [shot(index, row) for index, row in enumerate(listed)]
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): --shots takes a .json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{path}: must be a JSON list of {{"question": text, "target": text}} or of '
-                         f'{{"problem": text, "solution": text}}') from None
+        raise ValueError(
+            f'{path}: must be a JSON list of {{"question": text, "target": text}} or of '
+            '{"problem": text, "solution": text}'
+        ) from None
+    for number, row in enumerate(rows, 1):
+        problems.check(row, f"{path}: row {number}")
     return rows
 
 
-# ---- OpenMathInstruct-1
+def shot(index, row):
+    if "problem" in row:
+        question = row["problem"]
+        target = row["solution"]
+        mark = "Final Answer: The final answer is "
+    else:
+        question = row["question"]
+        target = row["target"]
+        mark = "The answer is "
+    reasons, found, answer = target.rpartition(mark)
+    if not found:
+        raise ValueError
+    answer = answer.removesuffix("I hope it is correct.").strip().removesuffix(".").strip("$")
+    return {
+        "id": f"shot-{index}",
+        "question": question.strip(),
+        "answer": answer,
+        "solutions": [finish(unbox(reasons)[0], answer)],
+    }
+
+
+# ----------------------------------------------------------------------- OpenMathInstruct-1
 
 
 def openmath_rows(source, bar):
-    """The rows of every .jsonl of a folder, or those of the hub's correct solutions, streamed; the bar counts them."""
-    fields = dict.fromkeys(("question", "generated_solution", "expected_answer", "error_message", "dataset"), str)
+    """The rows of every .jsonl of a folder, or those of the hub, streamed; the bar counts them."""
+    names = ("question", "generated_solution", "expected_answer", "error_message", "dataset")
     if source:
         paths = [Path(file.name) for file in local_files(source) if not file.prose]
         if not paths:
             raise ValueError(f"no .jsonl file at {source}")
         bar.reset(sum(path.stat().st_size for path in paths))
         for path in paths:
-            yield from problems.read_jsonl(path, fields, bar)
+            yield from files.read_jsonl(path, dict.fromkeys(names, str), bar)
         return
     from datasets import load_dataset
 
-    files = {"train": "correct_solutions/*.jsonl"}  # its own train and validation; 1.5 GB instead of 8.9 with the wrong ones
+    # its own train and validation; 1.5 GB instead of 8.9 with the wrong ones
+    correct = {"train": "correct_solutions/*.jsonl"}
     bar.reset(OPENMATH_ROWS)
-    for row in load_dataset(OPENMATH, data_files=files, split="train", streaming=True):
+    for row in load_dataset(OPENMATH, data_files=correct, split="train", streaming=True):
         yield row
         bar.update()
 
 
 def gather(rows, dataset, code, most, seed):
-    """OpenMathInstruct-1's rows to one row a question with at most `most` solutions, and counts of what was left out.
+    """OpenMathInstruct-1's rows to one row per question, and counts of what was left out.
 
-    Of the solutions of a question that are equal without case, punctuation and spacing the first stays. Those that are
-    kept are the `most` smallest of a draw fixed by (seed, question, words of the solution), so no more than that is ever
-    in memory: 15,000 questions x 23 solutions are about 300 MB, and 150 MB the draws of 1.8M solutions seen.
+    A question has at most `most` solutions. Of those that are equal without case, punctuation and
+    spacing the first stays. Those that are kept are the `most` smallest of a draw fixed by (seed,
+    question, words of the solution), so no more than that is ever in memory: 15,000 questions with
+    23 solutions each are about 300 MB, and the draws of all solutions half as much.
     """
-    found, seen, left_out = {}, set(), collections.Counter()
+    found = {}
+    seen = set()
+    left_out = collections.Counter()
     for row in rows:
-        question, answer = row["question"].strip(), " ".join(row["expected_answer"].split())
-        kept = found.setdefault(question, {"dataset": row["dataset"], "answer": answer, "heap": []})
+        question = row["question"].strip()
+        answer = " ".join(row["expected_answer"].split())
+        fresh = {"dataset": row["dataset"], "answer": answer, "heap": []}
+        kept = found.setdefault(question, fresh)
         place = draw(seed, f"{question} {words(row['generated_solution'])}")
+        correct = row["is_correct"] is True and answer == kept["answer"]
+        reason = None
         if dataset not in ("all", row["dataset"]):
-            left_out["of the other data set"] += 1
-        elif row["is_correct"] is not True or answer != kept["answer"] or not grader.askable(answer):
-            left_out["not correct"] += 1
+            reason = "of the other data set"
+        elif not correct or not grader.askable(answer):
+            reason = "not correct"
         elif not code and row["error_message"] != TEXT_ONLY:
-            left_out["with code"] += 1
+            reason = "with code"
         elif place in seen:
-            left_out["near-duplicates"] += 1
-        else:
-            seen.add(place)
-            heapq.heappush(kept["heap"], (-place, finish(unbox(row["generated_solution"])[0], answer)))
-            if len(kept["heap"]) > most:
-                heapq.heappop(kept["heap"])
-                left_out[f"beyond {most} a question"] += 1
+            reason = "near-duplicates"
+        if reason:
+            left_out[reason] += 1
+            continue
+        seen.add(place)
+        solution = finish(unbox(row["generated_solution"])[0], answer)
+        heapq.heappush(kept["heap"], (-place, solution))
+        if len(kept["heap"]) > most:
+            heapq.heappop(kept["heap"])
+            left_out[f"beyond {most} a question"] += 1
     rows = []
     for question, kept in found.items():
-        if kept["heap"]:
-            name = hashlib.sha256(question.encode()).hexdigest()[:12]
-            rows.append({"id": f"openmath-{kept['dataset']}-{name}", "question": question, "answer": kept["answer"],
-                         "solutions": [solution for _, solution in sorted(kept["heap"], reverse=True)]})
+        if not kept["heap"]:
+            if dataset in ("all", kept["dataset"]):
+                left_out["questions without any solution"] += 1
+            continue
+        name = hashlib.sha256(question.encode()).hexdigest()[:12]
+        row = {"id": f"openmath-{kept['dataset']}-{name}", "question": question}
+        row["answer"] = kept["answer"]
+        row["solutions"] = [solution for _, solution in sorted(kept["heap"], reverse=True)]
+        rows.append(row)
     return rows, dict(left_out)
 
 
-# ---- apart from the test set
+# -------------------------------------------------------------------- apart from the test set
 
 
 def apart(train, tests, shown, shot_count, val, seed, keep_overlap):
-    """Training questions to {"train", "val", "shots"} with no question of `tests` in them, and counts of what was left out.
+    """Training questions to {"train", "val", "shots"}, and counts of what was left out.
 
-    Equal means without case, punctuation and spacing. A question with 13 words in a row of a test question is left out
-    too, unless it is to be kept. Shots are the rows `shown`, or some training questions; neither is trained on."""
+    No question of `tests` is in them. Equal means without case, punctuation and spacing. A
+    question with 13 words in a row of a test question is left out too, unless it is to be kept.
+    Shots are the rows `shown`, or some training questions; neither is trained on.
+    """
     equal = {words(row["question"]) for row in tests}
     runs = {gram for row in tests for gram in grams(row["question"])}
-    left_out, rows = {"equal": 0, "overlap": 0}, []
+    left_out = {"equal": 0, "overlap": 0}
+    rows = []
     for row in train:
         if words(row["question"]) in equal:
             left_out["equal"] += 1
@@ -182,16 +270,25 @@ def apart(train, tests, shown, shot_count, val, seed, keep_overlap):
             rows += [row] if keep_overlap else []
         else:
             rows.append(row)
-    print(f"{left_out['equal']} training questions are also in test (without case and punctuation): left out")
-    print(f"{left_out['overlap']} more share {GRAM} words in a row with a test question: {'kept' if keep_overlap else 'left out'}")
-    shown = shown or sorted(rows, key=lambda row: draw("shots", row["id"]))[:shot_count]
+    kept = "kept" if keep_overlap else "left out"
+    same = f"{left_out['equal']} training questions are also in test"
+    print(f"{same} (without case and punctuation): left out")
+    print(f"{left_out['overlap']} more share {GRAM} words in a row with a test question: {kept}")
+    if not shown:
+        shown = sorted(rows, key=lambda row: draw("shots", row["id"]))[:shot_count]
     shown = [{**row, "solutions": row["solutions"][:1]} for row in shown]
     names = {words(row["question"]) for row in shown}
     # drawn from the distinct questions, so that copies of one stay on one side
-    rest = sorted({words(row["question"]) for row in rows} - names, key=lambda question: draw(seed, question))
-    held_out = set(rest[:val])
-    return {"train": [row for row in rows if words(row["question"]) not in held_out | names],
-            "val": [row for row in rows if words(row["question"]) in held_out], "shots": shown}, left_out
+    distinct = {words(row["question"]) for row in rows} - names
+    held_out = set(sorted(distinct, key=lambda question: draw(seed, question))[:val])
+    splits = {"train": [], "val": [], "shots": shown}
+    for row in rows:
+        question = words(row["question"])
+        if question not in names:
+            splits["val" if question in held_out else "train"].append(row)
+    left_out["shots"] = len(rows) - len(splits["train"]) - len(splits["val"])
+    print(f"{left_out['shots']} training questions are the shots, or equal to one: not trained on")
+    return splits, left_out
 
 
 def check_apart(splits):
@@ -201,56 +298,74 @@ def check_apart(splits):
         for row in rows:
             other = where.setdefault(words(row["question"]), split)
             if other != split:
-                raise ValueError(f"question {row['id']!r} of {split} is also in {other}: {row['question'][:60]!r}")
+                asked = row["question"][:60]
+                raise ValueError(f"question {row['id']!r} of {split} is also in {other}: {asked!r}")
 
 
-# ---- the commands of prepare.py
+# ------------------------------------------------------------------ the commands of prepare.py
 
 
 @dataclass(frozen=True)
 class Gsm8k:
-    source: str = ""  # a folder with train.jsonl and test.jsonl, .gz or not; empty: openai/gsm8k from the hub
-    shots: str = ""  # .json list of {"question", "target"} ending "The answer is N."; empty: 8 training questions
+    # a folder with train.jsonl and test.jsonl, .gz or not; empty: openai/gsm8k from the hub
+    source: str = ""
+    # .json list of {"question", "target"} ending "The answer is N."; empty: 8 training questions
+    shots: str = ""
     out: str = "data/out/gsm8k"  # the folder to make
     val: int = 500  # training questions held out for validation
-    keep_overlap: bool = False  # keep training questions with 13 words in a row of a test question (4 of 7,473)
+    # keep training questions with 13 words in a row of a test question (4 of 7,473)
+    keep_overlap: bool = False
     seed: int = 0  # of the choice of validation questions
     overwrite: bool = False  # replace the folder if it exists
 
 
 @dataclass(frozen=True)
 class Math:
-    source: str = ""  # a folder with train.jsonl and test.jsonl, .gz or not; empty: EleutherAI/hendrycks_math from the hub
-    shots: str = ""  # .json list of {"problem", "solution"} in Minerva's form; empty: 4 training questions
-    test: str = "test"  # or math500: the 500 of its test questions that many report (HuggingFaceH4/MATH-500)
+    # a folder with train.jsonl and test.jsonl, .gz or not; empty: EleutherAI/hendrycks_math, hub
+    source: str = ""
+    # .json list of {"problem", "solution"} in Minerva's form; empty: 4 training questions
+    shots: str = ""
+    # or math500: the 500 of its test questions that many report (HuggingFaceH4/MATH-500)
+    test: str = "test"
     out: str = "data/out/math"  # the folder to make
     val: int = 500  # training questions held out for validation
-    keep_overlap: bool = False  # keep training questions with 13 words in a row of a test question (a tenth of them)
+    # keep training questions with 13 words in a row of a test question (a tenth of them)
+    keep_overlap: bool = False
     seed: int = 0  # of the choice of validation questions
     overwrite: bool = False  # replace the folder if it exists
 
 
 @dataclass(frozen=True)
 class OpenMath:
-    source: str = ""  # a folder of .jsonl files with its columns; empty: nvidia/OpenMathInstruct-1 from the hub
-    tests: str = ""  # a folder with gsm8k/test.jsonl and math/test.jsonl, .gz or not; empty: from the hub
-    dataset: str = "all"  # gsm8k, math or all of it; the test questions are GSM8K's for gsm8k, else MATH's (paper)
+    # a folder of .jsonl files with its columns; empty: nvidia/OpenMathInstruct-1 from the hub
+    source: str = ""
+    # a folder with gsm8k/test.jsonl and math/test.jsonl, .gz or not; empty: from the hub
+    tests: str = ""
+    # gsm8k, math or all of it; the test questions are GSM8K's for gsm8k, else MATH's (paper)
+    dataset: str = "all"
     test: str = "test"  # or math500, instead of all MATH test questions
-    solutions_per_question: int = 23  # at most (paper: about 23 on average; the source has about 120)
+    # at most (paper: about 23 on average; the source has about 120)
+    solutions_per_question: int = 23
     code: bool = False  # also solutions that ran Python
-    shots: str = ""  # .json list of solved questions, as for gsm8k or math; empty: training questions
+    shots: str = (
+        ""  # .json list of solved questions, as for gsm8k or math; empty: training questions
+    )
     out: str = "data/out/openmath"  # the folder to make
-    val: int = 500  # questions held out for validation (paper: a held-out split, its size is not given)
-    keep_overlap: bool = False  # keep training questions with 13 words in a row of a test question
+    # questions held out for validation (paper: a held-out split, its size is not given)
+    val: int = 500
+    # keep training questions with 13 words in a row of a test question
+    keep_overlap: bool = False
     seed: int = 0  # of the choice of validation questions and of solutions
     overwrite: bool = False  # replace the folder if it exists
 
 
 @dataclass(frozen=True)
 class Split:
-    samples: str  # rows of eval.py CHECKPOINT --questions FOLDER/train.jsonl --limit 0 --n 64 --temperature 1
+    # rows of eval.py CHECKPOINT --questions FOLDER/train.jsonl --limit 0 --n 64 --temperature 1
+    samples: str
     questions: str  # the FOLDER
-    levels: tuple[int, ...] = (16, 8)  # easy: so many of the answers right, or more; hard: so many or fewer (paper, of 64)
+    # easy: so many of the answers right, or more; hard: so many or fewer (paper, of 64)
+    levels: tuple[int, ...] = (16, 8)
     most: int = 10_000  # questions of each (paper: 10k; OpenMathInstruct-1 has fewer)
     held_out: float = 0.1  # share of each for validation, and as much for test
     out: str = "data/out/split"  # the folder to make, with split-easy/ and split-hard/ in it
@@ -258,83 +373,166 @@ class Split:
     overwrite: bool = False  # replace the folder if it exists
 
 
-def write_questions(folder, name, rows, enc):
-    """Write {name}.jsonl, read it back through the checks of problems.load, and print the numbers to expect."""
-    rows = problems.load(write_rows(folder, name, rows), name)
-    prompts = [len(tokens.encode(enc, problems.prompt(enc.name, row["question"]))) for row in rows]
-    answers = [len(problems.answer_ids(enc, solution)) for row in rows for solution in row["solutions"]]
-    print(f"{name:<11} {len(rows):>6,} questions, {len(answers) / len(rows):4.1f} solutions each; "
-          f"tokens (longest): prompt {sum(prompts) / len(prompts):5.1f} ({max(prompts)}), "
-          f"solution {sum(answers) / len(answers):5.1f} ({max(answers)})")
+def write_questions(folder, name, rows, form, enc=None):
+    """Write {name}.jsonl and print the numbers to expect: of questions, of tokens if enc is given.
+
+    Raises ValueError with the id of a row that is no question.
+    """
+    if not rows:
+        raise ValueError(f"no question is left for {name}: take more questions, or another --val")
+    for row in rows:
+        problems.check(row, f"question {row['id']!r} of {name}")
+    files.write_rows(folder / f"{name}.jsonl", rows)
+    each = mean([len(row["solutions"]) for row in rows])
+    line = f"{name:<11} {len(rows):>6,} questions, {each:4.1f} solutions each"
+    if enc:
+        asked = [problems.prompt(form, row["question"]) for row in rows]
+        prompts = [len(tokens.encode(enc, text)) for text in asked]
+        texts = [text for row in rows for text in row["solutions"]]
+        answers = [len(problems.answer_ids(enc, text)) for text in texts]
+        line += f"; tokens (longest): prompt {mean(prompts):5.1f} ({max(prompts)})"
+        line += f", solution {mean(answers):5.1f} ({max(answers)})" if answers else ""
+    print(line)
 
 
-def write_splits(folder, cfg, train, test, others, shot_count, **left_out):
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def write_splits(folder, cfg, train, test, others, shot_count, left_out):
     """Train, val, test and shots; no question of test or of the `others` is trained on."""
     shown = shots(cfg.shots) if cfg.shots else []
-    splits, overlap = apart(train, [*test, *others], shown, shot_count, cfg.val, cfg.seed, cfg.keep_overlap)
-    splits = {"train": splits["train"], "val": splits["val"], "test": test, "shots": splits["shots"]}
-    check_apart(splits)
-    for split, rows in splits.items():
-        write_questions(folder, split, rows, tokens.encoding("cl100k_base"))
-    note(folder, questions={split: len(rows) for split, rows in splits.items()}, left_out=left_out | overlap)
+    for reason, count in left_out.items():
+        print(f"{count:,} {reason}: left out")
+    splits, overlap = apart(
+        train, [*test, *others], shown, shot_count, cfg.val, cfg.seed, cfg.keep_overlap
+    )
+    parts = {"train": splits["train"], "val": splits["val"], "test": test}
+    parts["shots"] = splits["shots"]
+    check_apart(parts)
+    form = problems.Form()
+    problems.write_form(folder, form)
+    for split, rows in parts.items():
+        write_questions(folder, split, rows, form, tokens.encoding("cl100k_base"))
+    counts = {split: len(rows) for split, rows in parts.items()}
+    files.note(folder, questions=counts, left_out=left_out | overlap)
+
+
+def sizes_of(*places) -> str:
+    """A fingerprint of the local files that questions are made of: their names and sizes."""
+    found = []
+    for place in filter(None, places):
+        paths = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob("*.json*"))
+        found += [[path.name, path.stat().st_size] for path in paths if path.is_file()]
+    return files.fingerprint(found)
 
 
 def make_gsm8k(cfg):
     """The GSM8K questions, each with its one solution."""
-    with new_folder(cfg, "gsm8k") as folder:
-        train, test = (list(gsm8k(cfg.source, split)) for split in ("train", "test"))
-        write_splits(folder, cfg, train, test, [], 8)
+    facts = {"source_files": sizes_of(cfg.source, cfg.shots)}
+    if files.finished(cfg, "gsm8k", **facts):
+        return
+    with files.new_folder(cfg, "gsm8k", **facts) as folder:
+        train = list(gsm8k(cfg.source, "train"))
+        test = list(gsm8k(cfg.source, "test"))
+        write_splits(folder, cfg, train, test, [], 8, {})
 
 
-def math_tests(source, name):
+def math_tests(source, name, left_out):
     """MATH's test questions that are asked, and all of them."""
     if name not in ("test", "math500"):
         raise ValueError(f"--test takes test or math500, not {name!r}")
-    whole = list(math(source, "test"))
-    return (whole if name == "test" else list(math(source, name))), whole
+    whole = list(math(source, "test", left_out))
+    asked = whole if name == "test" else list(math(source, name, left_out))
+    return asked, whole
 
 
 def make_math(cfg):
     """The MATH questions, each with its one solution and its level."""
-    with new_folder(cfg, "math") as folder:
-        test, whole = math_tests(cfg.source, cfg.test)
-        write_splits(folder, cfg, list(math(cfg.source, "train")), test, whole, 4)
+    facts = {"source_files": sizes_of(cfg.source, cfg.shots)}
+    if files.finished(cfg, "math", **facts):
+        return
+    with files.new_folder(cfg, "math", **facts) as folder:
+        left_out = collections.Counter()
+        test, whole = math_tests(cfg.source, cfg.test, left_out)
+        train = list(math(cfg.source, "train", left_out))
+        write_splits(folder, cfg, train, test, whole, 4, dict(left_out))
 
 
 def make_openmath(cfg):
     """OpenMathInstruct-1: the training questions of GSM8K and MATH, each with many solutions."""
     if cfg.dataset not in ("all", "gsm8k", "math") or cfg.solutions_per_question < 1:
-        raise ValueError("--dataset takes all, gsm8k or math, and --solutions_per_question at least 1")
-    with new_folder(cfg, "openmath" + f"-{cfg.dataset}" * (cfg.dataset != "all")) as folder:
+        raise ValueError(
+            "--dataset takes all, gsm8k or math, and --solutions_per_question at least 1"
+        )
+    name = "openmath" + f"-{cfg.dataset}" * (cfg.dataset != "all")
+    facts = {"source_files": sizes_of(cfg.source, cfg.tests, cfg.shots)}
+    if files.finished(cfg, name, **facts):
+        return
+    with files.new_folder(cfg, name, **facts) as folder:
+        left_out = collections.Counter()
         grade_school = list(gsm8k(cfg.tests and f"{cfg.tests}/gsm8k", "test"))
-        test, whole = math_tests(cfg.tests and f"{cfg.tests}/math", cfg.test)
+        test, whole = math_tests(cfg.tests and f"{cfg.tests}/math", cfg.test, left_out)
         test = grade_school if cfg.dataset == "gsm8k" else test
         with tqdm(unit_scale=True, desc="reading", mininterval=1) as bar:
             rows = openmath_rows(cfg.source, bar)
-            train, left_out = gather(rows, cfg.dataset, cfg.code, cfg.solutions_per_question, cfg.seed)
-        print(f"{sum(len(row['solutions']) for row in train):,} solutions of {len(train):,} questions; left out: " +
-              ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
-        write_splits(folder, cfg, train, test, [*grade_school, *whole], 8 if cfg.dataset == "gsm8k" else 4, **left_out)
+            most = cfg.solutions_per_question
+            train, gone = gather(rows, cfg.dataset, cfg.code, most, cfg.seed)
+        print(
+            f"{sum(len(row['solutions']) for row in train):,} solutions of {len(train):,} questions"
+        )
+        shot_count = 8 if cfg.dataset == "gsm8k" else 4
+        others = [*grade_school, *whole]
+        write_splits(folder, cfg, train, test, others, shot_count, dict(left_out) | gone)
+
+
+def counts_of(cfg, rows) -> dict:
+    """The last row of an evaluation, cfg.samples, that has all the questions `rows` {id: row}."""
+    found = None
+    for sample in files.read_jsonl(cfg.samples, {"kind": str}):
+        if sorted(sample.get("ids", ())) == sorted(rows):
+            found = sample
+    if found is None:
+        raise ValueError(
+            f"{cfg.samples} has no row of all {len(rows)} questions of "
+            f"{cfg.questions}/train.jsonl: eval.py --limit 0"
+        )
+    return found
 
 
 def make_split(cfg):
-    """Training questions that a model often solves, and those that it seldom solves, by the counts of its evaluation."""
+    """Questions that a model often solves, and those that it seldom solves, by its evaluation."""
     rows = {row["id"]: row for row in problems.load(cfg.questions, "train")}
-    found = [row for row in problems.read_jsonl(cfg.samples, {"kind": str}) if sorted(row.get("ids", ())) == sorted(rows)]
-    if not found:
-        raise ValueError(f"{cfg.samples} has no row of all {len(rows)} questions of {cfg.questions}/train.jsonl: eval.py --limit 0")
+    sample = counts_of(cfg, rows)
     if len(cfg.levels) != 2 or not 0 < cfg.held_out < 0.5:
         raise ValueError("--levels takes two counts, and --held_out a share between 0 and 0.5")
-    counts = dict(zip(found[-1]["ids"], found[-1]["correct"], strict=True))
+    counts = dict(zip(sample["ids"], sample["correct"], strict=True))
+    facts = {"n": sample["n"], "checkpoint": sample["checkpoint"]}
+    facts["sampled"] = files.fingerprint([rows, counts])
+    if files.finished(cfg, "split", **facts):
+        return
     easy, hard = cfg.levels
-    enc = tokens.encoding("toy" if str(found[-1].get("world")).startswith("toy") else "cl100k_base")
-    levels = {"easy": [name for name in rows if counts[name] >= easy], "hard": [name for name in rows if counts[name] <= hard]}
-    with new_folder(cfg, "split", n=found[-1]["n"], checkpoint=found[-1]["checkpoint"]) as folder:
+    levels = {
+        "easy": [name for name in rows if counts[name] >= easy],
+        "hard": [name for name in rows if counts[name] <= hard],
+    }
+    form = problems.form(cfg.questions)
+    shown = problems.load(cfg.questions, "shots")
+    with files.new_folder(cfg, "split", **facts) as folder:
         for level, names in levels.items():
-            names = sorted(names, key=lambda name: draw(cfg.seed, name))[:cfg.most]
-            held = max(1, round(cfg.held_out * len(names)))
             if len(names) < 3:
-                raise ValueError(f"{len(names)} of {len(rows)} questions are {level} for {found[-1]['checkpoint']}: change --levels")
-            for split, part in (("val", names[:held]), ("test", names[held:2 * held]), ("train", names[2 * held:])):
-                write_questions(folder, f"split-{level}/{split}", [rows[name] for name in part], enc)
-            write_rows(folder, f"split-{level}/shots", problems.load(cfg.questions, "shots"))
+                raise ValueError(
+                    f"{len(names)} of {len(rows)} questions are {level} for "
+                    f"{sample['checkpoint']}: change --levels"
+                )
+            kept = sorted(names, key=lambda name: draw(cfg.seed, name))[: cfg.most]
+            print(f"{len(names):,} of {len(rows):,} questions are {level}, {len(kept):,} are kept")
+            held = max(1, round(cfg.held_out * len(kept)))
+            parts = {"val": kept[:held], "test": kept[held : 2 * held], "train": kept[2 * held :]}
+            problems.write_form(folder / f"split-{level}", form)
+            for split, part in parts.items():
+                chosen = [rows[name] for name in part]
+                write_questions(folder, f"split-{level}/{split}", chosen, form)
+            files.write_rows(folder / f"split-{level}" / "shots.jsonl", shown)
+        between = len(rows) - len({*levels["easy"], *levels["hard"]})
+        print(f"{between:,} of {len(rows):,} questions are neither: left out")

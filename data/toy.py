@@ -1,10 +1,12 @@
-"""The default world: a small language with facts and word problems, all of it generated from a seed.
+"""The default world: a small language with facts and word problems, generated from a seed.
 
-Text (`text`), one document of each kind; every document starts with a space and all its words are in `words()`:
+Text (`text`), one document of each kind; every document starts with a space, and all its words are
+in `words()`:
 
-    facts       zoe hill of lima has a goat . she works as a nurse . the colour of zoe hill is red . ...
-    agreement   the goats near the bird under the boy jump at night . the king behind the girls waits here .
-    stories     mia gave the drum to leo and the hat to rosa . it was a warm day . leo was glad about the drum .
+    facts       zoe hill of lima has a goat . she works as a nurse . the colour of zoe hill is red .
+    agreement   the goats near the bird jump at night . the king behind the girls waits here .
+    stories     mia gave the drum to leo and the hat to rosa . it was a warm day . leo was glad
+                about the drum .
     drills      21 - 11 = 10 . 4 times 12 is 48 . 30 - 9 + 4 = 25 .
     problems    exercise : sam has 21 apples . he loses 11 . he finds 8 . how many now ?
                 work : first 21 - 11 = 10 then 10 + 8 = 18 . so the answer is 18 .
@@ -12,14 +14,16 @@ Text (`text`), one document of each kind; every document starts with a space and
 Questions (`questions`) are such problems, and their solutions all end in "#### answer":
 
     tom has 12 keys . ann has 5 more than tom . he sees 9 birds . how many together ?
-    12 + 5 = 17 , 12 + 17 = 29 . #### 29                  12 + 12 + 5 = 29 . they have 29 . #### 29
+    12 + 5 = 17 , 12 + 17 = 29 . #### 29
+    12 + 12 + 5 = 29 . they have 29 . #### 29
 
-No two splits share a question, the text being one of them: the arithmetic of a question, whatever its names, things,
-verbs, distractor and the order of its additions, decides by a hash which split may use it (`canonical`, `owner`).
-Only the drills are free of that rule where they are one operation long: they are the tables everyone learns.
+No two splits share a question, and the text counts as one of them. What decides is the arithmetic
+of a question, whatever its names, things, verbs, distractor and the order of its additions: a hash
+of it says which split may use it (`canonical`, `owner`). Only the drills are free of that rule
+where they are one operation long: they are the tables everyone learns.
 
-General capability (`tasks`): facts ask what the text states. For agreement and lastword a tenth of all subjects and
-stories is kept out of the text (`held_out`) and asked about.
+General capability (`tasks`): facts ask what the text states. For agreement and lastword a tenth of
+all subjects and stories is kept out of the text (`held_out`) and asked about.
 """
 
 import hashlib
@@ -29,22 +33,39 @@ from typing import NamedTuple
 
 import tiktoken
 
+PROMPT = " Q : {} A :"  # how its questions are put before a model; the form of EXACT below
+
 HE = "sam tom ben leo max omar ivan hugo finn paul".split()
 SHE = "ann eva mia zoe lena nora rosa tara iris jane".split()
 FAMILIES = "stone wood hill frost reed snow marsh vale moss birch".split()
 VALUES = {  # what each of the 200 people has one of
-    "home": "rome oslo lima cairo delhi quito dakar tunis berlin prague vienna lisbon dublin athens kyoto".split(),
-    "job": "baker nurse pilot farmer painter teacher doctor sailor tailor singer cook judge clerk miner guard".split(),
+    "home": (
+        "rome oslo lima cairo delhi quito dakar tunis berlin prague vienna lisbon dublin athens "
+        "kyoto"
+    ).split(),
+    "job": (
+        "baker nurse pilot farmer painter teacher doctor sailor tailor singer cook judge clerk "
+        "miner guard"
+    ).split(),
     "pet": "cat dog horse parrot rabbit turtle goat snake mouse duck pig frog".split(),
     "colour": "red blue green yellow brown black white purple orange pink".split(),
 }
-FACTS = {  # {p} is the full name; a sentence that starts with it may say he or she once the person is known
+# {p} is the full name; a sentence that starts with it may say he or she once the person is known
+FACTS = {
     "home": ["{p} lives in {home}", "the home of {p} is {home}", "you can meet {p} in {home}"],
     "job": ["{p} works as a {job}", "the job of {p} is {job}", "they know {p} as a {job}"],
     "pet": ["{p} has a pet {pet}", "the pet of {p} is a {pet}", "{p} feeds a {pet}"],
-    "colour": ["{p} likes {colour}", "the colour of {p} is {colour}", "{p} paints the door {colour}"],
+    "colour": [
+        "{p} likes {colour}",
+        "the colour of {p} is {colour}",
+        "{p} paints the door {colour}",
+    ],
 }
-TWO_FACTS = ["{p} the {job} lives in {home}", "{p} of {home} has a {pet}", "{p} the {job} likes {colour}"]
+TWO_FACTS = [
+    "{p} the {job} lives in {home}",
+    "{p} of {home} has a {pet}",
+    "{p} the {job} likes {colour}",
+]
 
 NOUNS = "cat dog horse duck goat bird boy girl king farmer teacher sailor".split()
 VERBS = "run sleep sing jump wait swim dance smile work play".split()
@@ -53,66 +74,117 @@ TAILS = ["", " every day", " at night", " here", " in the garden"]
 
 OBJECTS = "kite drum ball lamp book cup key ring hat coat bell map pen shoe".split()
 PLACES = "box bag drawer basket chest kitchen attic barn school shop".split()
-STORIES = [  # what happens to one object or two, then an end that asks for the first, for the second; {s}: a filler
+# what happens to one object or two, then an end that asks for the first, for the second;
+# {s}: a filler
+STORIES = [
     ("{a} bought a {x} for the {p} .{s}", ("{b} also wanted a",)),
     ("{a} lost the {x} in the {p} .{s}", ("{b} came to the {p} and found the",)),
-    ("{a} put the {x} in the {p} and the {y} in the {q} .{s}",
-     ("{b} looked in the {p} and found the", "{b} looked in the {q} and found the")),
-    ("{a} gave the {x} to {b} and the {y} to {c} .{s}", ("{b} was glad about the", "{c} was glad about the")),
-    ("{a} had a {x} and a {y} .{s}",
-     ("{he} lost the {y} . now {he} has only the", "{he} lost the {x} . now {he} has only the")),
+    (
+        "{a} put the {x} in the {p} and the {y} in the {q} .{s}",
+        ("{b} looked in the {p} and found the", "{b} looked in the {q} and found the"),
+    ),
+    (
+        "{a} gave the {x} to {b} and the {y} to {c} .{s}",
+        ("{b} was glad about the", "{c} was glad about the"),
+    ),
+    (
+        "{a} had a {x} and a {y} .{s}",
+        ("{he} lost the {y} . now {he} has only the", "{he} lost the {x} . now {he} has only the"),
+    ),
     ("{b} wanted a {x} but {c} wanted a {y} .{s}", ("so {a} gave {b} a", "so {a} gave {c} a")),
-    ("the {x} was in the {p} . the {y} was in the {q} .{s}",
-     ("{a} went to the {p} to get the", "{a} went to the {q} to get the")),
+    (
+        "the {x} was in the {p} . the {y} was in the {q} .{s}",
+        ("{a} went to the {p} to get the", "{a} went to the {q} to get the"),
+    ),
 ]
-FILLERS = ["", "", " it was a warm day .", " then the sun went down .", " it rained all day .", " nobody was at home ."]
+FILLERS = [
+    "",
+    "",
+    " it was a warm day .",
+    " then the sun went down .",
+    " it rained all day .",
+    " nobody was at home .",
+]
 
 THINGS = "apples pears coins books cards eggs stamps shells beads cups keys nuts".split()
 GAINS = "finds buys gets wins picks earns".split()
 LOSSES = "drops loses sells gives uses breaks".split()
 MULTIPLES = {2: ("doubles them", "twice"), 3: ("triples them", "three times")}
-DISTRACTORS = ["{he} is {n} years old .", "{he} sees {n} birds .", "{he} walks {n} miles .", "there are {n} trees ."]
+DISTRACTORS = [
+    "{he} is {n} years old .",
+    "{he} sees {n} birds .",
+    "{he} walks {n} miles .",
+    "there are {n} trees .",
+]
 OPENERS = ["", "", "", "", "", "", "so ", "first ", "we get ", "we know that ", "let us see : "]
 JOINERS = [" , ", " , ", " , ", " . ", " then ", " so "]
 CLOSERS = ["", "", "", "", " that is all .", " so {claim} .", " {claim} ."]
-NARRATED, SPELLED, BY_ADDING = 0.15, 0.1, 0.3  # shares of solutions: "he finds 8 so", "3 plus 4 is 7", 6 + 6 for 6 * 2
-ONCE, REGROUPED = 0.1, 0.4  # shares of those not narrated: one expression, terms in other orders and portions
+NARRATED = 0.15  # share of solutions that tell what happens: "he finds 8 so"
+SPELLED = 0.1  # that spell the signs: "3 plus 4 is 7"
+BY_ADDING = 0.3  # that write 6 + 6 for 6 * 2
+ONCE = 0.1  # share of those not narrated that are one expression
+REGROUPED = 0.4  # and that have the terms in other orders and portions
 SPELLING = str.maketrans({"+": "plus", "-": "minus", "*": "times", "=": "is"})
 
 EXACT = ("Q :", "A :")  # the form of post-training, with the ending "#### 18"
-HEADERS = [EXACT, ("problem :", "solution :"), ("question :", "answer :"), ("exercise :", "work :"), ("", ""),
-           ("{a} asks :", "{b} says :"), ("now this :", "we write :")]
+HEADERS = [
+    EXACT,
+    ("problem :", "solution :"),
+    ("question :", "answer :"),
+    ("exercise :", "work :"),
+    ("", ""),
+    ("{a} asks :", "{b} says :"),
+    ("now this :", "we write :"),
+]
 ENDINGS = ["#### {n}", "the answer is {n} .", "so it is {n} .", "result = {n} ."]
-OTHER = ("he she has had many more fewer than as does do have now how together and the they of with "
-         "? : . , ( ) + - * = ####").split()
+OTHER = (
+    "he she has had many more fewer than as does do have now how together and the they of with "
+    "? : . , ( ) + - * = ####"
+).split()
 
 SHARES = {"facts": 0.3, "agreement": 0.15, "stories": 0.55}  # of the tokens that are not math
-DRILLS, ANSWER_ONLY, WRONG, HARD, SHEETS = 0.25, 0.18, 0.05, 0.35, 0.7  # of math tokens, problems or documents
-LEVELS = {  # number of steps, each as often as it is named, the first number, the other numbers, the largest on the way
-    "short": ((1, 1, 2, 2, 2), (3, 30), (2, 12), 70),  # in the text, beside hard ones; never asked, but the shots are short
+DRILLS = 0.25  # of the math tokens
+ANSWER_ONLY = 0.18  # of the documents of problems: no working is shown
+WRONG = 0.05  # of the problems in the text: the last number is a slip
+HARD = 0.35  # of the problems in the text; the others are short
+SHEETS = 0.7  # of the documents of problems: several problems
+# number of steps, each as often as it is named; the first number; the other numbers; the largest
+# number on the way. Short ones are in the text beside hard ones, and never asked, but shown.
+LEVELS = {
+    "short": ((1, 1, 2, 2, 2), (3, 30), (2, 12), 70),
     "easy": ((1, 1, 2, 2, 3), (3, 30), (2, 12), 70),
     "hard": ((3, 3, 4, 4, 4), (10, 60), (3, 30), 150),
 }
 ASKED = ("easy", "hard")
-MULTIPLY, COMPARE, DISTRACT = 0.12, 0.25, 0.25
-OWNERS = {"text": 50, "train": 25, "val": 10, "test": 13, "shots": 2}  # percent of all arithmetic that is theirs
+MULTIPLY = 0.12  # of the steps
+COMPARE = 0.25  # of the problems: with another person's number
+DISTRACT = 0.25  # of the problems: with a number that is not needed
+# percent of all arithmetic that is theirs
+OWNERS = {"text": 50, "train": 25, "val": 10, "test": 13, "shots": 2}
 SHORT = 16  # tokens of a question that is shown as an example
 SOLUTIONS = 24  # a question; the paper's gold set has about 23
 
 
-# ---- the language ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- the language
+
 
 def plural(word):
     return word + "s"
 
 
 def words():
-    """All words in id order, each with its leading space; digits also without, to continue a number: " 1" "8"."""
+    """All words in id order, each with its leading space.
+
+    Digits also without one, to continue a number: " 1" "8".
+    """
     nouns = NOUNS + OBJECTS + PLACES + THINGS
-    parts = [HE, SHE, FAMILIES, *VALUES.values(), *FACTS.values(), TWO_FACTS, nouns, [plural(n) for n in NOUNS], VERBS,
-             [plural(v) for v in VERBS], BETWEEN, TAILS, *[(start, *ends) for start, ends in STORIES], FILLERS, GAINS,
-             LOSSES, *MULTIPLES.values(), DISTRACTORS, OPENERS, JOINERS, CLOSERS, SPELLING.values(), *HEADERS, ENDINGS,
-             OTHER]
+    nouns_and_plurals = [nouns, [plural(n) for n in NOUNS]]
+    verbs = [VERBS, [plural(v) for v in VERBS], BETWEEN, TAILS]
+    told = [*[(start, *ends) for start, ends in STORIES], FILLERS]
+    asked = [GAINS, LOSSES, *MULTIPLES.values(), DISTRACTORS]
+    solved = [OPENERS, JOINERS, CLOSERS, SPELLING.values(), *HEADERS, ENDINGS, OTHER]
+    parts = [HE, SHE, FAMILIES, *VALUES.values(), *FACTS.values(), TWO_FACTS, *nouns_and_plurals]
+    parts += [*verbs, *told, *asked, *solved]
     plain = re.sub(r"\{\w+\}", " ", " ".join(piece for part in parts for piece in part)).split()
     digits = list("0123456789")
     return digits + [f" {word}" for word in digits + sorted(set(plain))]
@@ -122,7 +194,10 @@ VOCAB = len(words()) + 2  # ids that a model may sample: the words, <|endoftext|
 
 
 def ranks():
-    """Token bytes -> id. tiktoken panics without all single bytes: those that are no word have ids >= VOCAB."""
+    """Token bytes -> id.
+
+    tiktoken panics without all single bytes: those that are no word have ids >= VOCAB.
+    """
     known = {word.encode(): i for i, word in enumerate(words())}
     others = [bytes([b]) for b in range(256) if bytes([b]) not in known]
     return known | {byte: VOCAB + i for i, byte in enumerate(others)}
@@ -132,9 +207,14 @@ PATTERN = r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def encoding():
-    """The tiktoken.Encoding "toy": one token a word or digit; an id >= VOCAB is a byte of something unknown."""
+    """The tiktoken.Encoding "toy": one token per word or digit.
+
+    An id >= VOCAB is a byte of something unknown.
+    """
     specials = {"<|endoftext|>": VOCAB - 2, "<|pad|>": VOCAB - 1}
-    return tiktoken.Encoding("toy", pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens=specials)
+    return tiktoken.Encoding(
+        "toy", pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens=specials
+    )
 
 
 def length(document):
@@ -142,13 +222,18 @@ def length(document):
     return document.count(" ") + len(re.findall(r"\d(?=\d)", document))
 
 
-# ---- facts, agreement, stories ---------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------ facts, agreement, stories
+
 
 def people(seed):
-    """What is true in this world: [{"p": full name, "he": "she", "home": "oslo", "job": ..., ...}, ...]."""
+    """What is true in this world: [{"p": full name, "he": "she", "home": "oslo", ...}, ...]."""
     rng = Random(f"{seed} people")
-    return [{"p": f"{first} {family}", "he": pronoun(first)} | {kind: rng.choice(VALUES[kind]) for kind in VALUES}
-            for first in HE + SHE for family in FAMILIES]
+    known = []
+    for first in HE + SHE:
+        for family in FAMILIES:
+            person = {"p": f"{first} {family}", "he": pronoun(first)}
+            known.append(person | {kind: rng.choice(VALUES[kind]) for kind in VALUES})
+    return known
 
 
 def pronoun(name):
@@ -165,7 +250,10 @@ def held_out(key):
 
 
 def facts(rng, seed):
-    """Documents that state facts; each round of biographies over all the people states all that there is to know."""
+    """Documents that state facts.
+
+    Each round of biographies over all the people states all that there is to know.
+    """
     everybody = people(seed)
     while True:
         for person in rng.sample(everybody, len(everybody)):
@@ -174,19 +262,32 @@ def facts(rng, seed):
             if rng.random() < 0.3:
                 forms.insert(rng.randrange(5), rng.choice(TWO_FACTS))
             if rng.random() < 0.3:
-                forms[1:] = [form if form in TWO_FACTS else re.sub(r"^\{p}", "{he}", form) for form in forms[1:]]
+                forms[1:] = [with_pronoun(form) for form in forms[1:]]
             yield "".join(f" {form} ." for form in forms).format(**person)
-            several = rng.sample(everybody, 4)
-            yield "".join(f" {rng.choice(FACTS[rng.choice(kinds)])} .".format(**other) for other in several)
+            document = ""
+            for other in rng.sample(everybody, 4):
+                form = rng.choice(FACTS[rng.choice(kinds)])
+                document += f" {form} .".format(**other)
+            yield document
+
+
+def with_pronoun(form):
+    return form if form in TWO_FACTS else re.sub(r"^\{p}", "{he}", form)
 
 
 def subject(rng, wanted=False):
-    """("the cats near the dog", is it plural) across one or two distractors, held out from the text or not."""
+    """("the cats near the dog", is it plural) across one or two distractors.
+
+    wanted: whether it is one of those that are held out from the text.
+    """
     while True:
         nouns = rng.sample(NOUNS, rng.choice((2, 2, 3)))
         many = [rng.random() < 0.5 for _ in nouns]
-        named = [plural(noun) if several else noun for noun, several in zip(nouns, many, strict=True)]
-        phrase = f"the {named[0]}" + "".join(f" {rng.choice(BETWEEN)} the {noun}" for noun in named[1:])
+        both = zip(nouns, many, strict=True)
+        named = [plural(noun) if several else noun for noun, several in both]
+        phrase = f"the {named[0]}"
+        for noun in named[1:]:
+            phrase += f" {rng.choice(BETWEEN)} the {noun}"
         if held_out(phrase) == wanted:
             return phrase, many[0]
 
@@ -202,11 +303,17 @@ def agreement(rng):
 
 
 def story(rng, wanted=False):
-    """(the story up to its last word, that word, the object that would be wrong), held out from the text or not."""
+    """(the story up to its last word, that word, the object that would be wrong).
+
+    wanted: whether it is one of those that are held out from the text.
+    """
     while True:
         start, ends = rng.choice(STORIES)
-        asked, pair, (p, q) = rng.randrange(len(ends)), rng.sample(OBJECTS, 2), rng.sample(PLACES, 2)
-        (a, b, c), filler = rng.sample(HE + SHE, 3), rng.choice(FILLERS)
+        asked = rng.randrange(len(ends))
+        pair = rng.sample(OBJECTS, 2)
+        p, q = rng.sample(PLACES, 2)
+        a, b, c = rng.sample(HE + SHE, 3)
+        filler = rng.choice(FILLERS)
         told = f"{start} {ends[asked]}".replace("{x}", pair[0]).replace("{y}", pair[1])
         told = told.replace("{p}", p).replace("{q}", q)
         if held_out(told) == wanted:  # people and filler do not make it another story
@@ -221,20 +328,26 @@ def stories(rng):
         yield "".join(f" {context} {word} ." for context, word in told)
 
 
-# ---- problems --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- problems
+
 
 class Problem(NamedTuple):
     question: str
     start: int
-    steps: list  # [(operation, number)]: "+", "-", "*", and at the end perhaps ("&", 0): together with the one before
+    # [(operation, number)]: "+", "-", "*", at the end perhaps ("&", 0): with the one before
+    steps: list
     said: list  # what the question says of each step: "he drops 11"
     claim: str  # "sam has {n} now"
     answer: int
 
 
 def canonical(start, steps):
-    """The arithmetic of a question up to the order of its additions: (21, +4, -9, *2) -> "+21 +4 -9 *2"."""
-    parts, run = [], [f"+{start}"]
+    """The arithmetic of a question up to the order of its additions.
+
+    (21, +4, -9, *2) -> "+21 +4 -9 *2".
+    """
+    parts = []
+    run = [f"+{start}"]
     for operation, number in steps:
         if operation in "+-":
             run.append(f"{operation}{number}")
@@ -258,7 +371,9 @@ def values(start, steps):
     line = [start]
     for operation, number in steps:
         now = line[-1]
-        line.append({"+": now + number, "-": now - number, "*": now * number, "&": now + line[-2:][0]}[operation])
+        before = line[-2:][0]
+        found = {"+": now + number, "-": now - number, "*": now * number, "&": now + before}
+        line.append(found[operation])
     return line
 
 
@@ -266,11 +381,14 @@ def draw(rng, level, split):
     """(start, steps, is the last number another person's) of a level that belongs to a split."""
     counts, first, others, most = LEVELS[level]
     while True:
-        start, compared = rng.randint(*first), rng.random() < COMPARE
+        start = rng.randint(*first)
+        compared = rng.random() < COMPARE
         steps = []
         for _ in range(rng.choice(counts)):
-            multiplied = rng.random() < MULTIPLY
-            steps.append(("*", rng.choice((2, 3))) if multiplied else (rng.choice("+-"), rng.randint(*others)))
+            if rng.random() < MULTIPLY:
+                steps.append(("*", rng.choice((2, 3))))
+            else:
+                steps.append((rng.choice("+-"), rng.randint(*others)))
         if compared and len(steps) > 1 and rng.random() < 0.5:
             steps[-1] = ("&", 0)
         line = values(start, steps)
@@ -282,35 +400,42 @@ def problem(rng, level, split):
     """A Problem whose arithmetic belongs to the split."""
     start, steps, compared = draw(rng, level, split)
     a, b = rng.sample(HE + SHE, 2)
-    he, thing = pronoun(a), rng.choice(THINGS)
+    he = pronoun(a)
+    thing = rng.choice(THINGS)
     together = steps[-1][0] == "&"
     said = []
-    for operation, number in steps[:len(steps) - compared - together]:
+    for operation, number in steps[: len(steps) - compared - together]:
         verb = rng.choice(GAINS if operation == "+" else LOSSES)
         said.append(f"{he} {MULTIPLES[number][0]}" if operation == "*" else f"{he} {verb} {number}")
     if compared:
         operation, number = steps[len(said)]
         more = "more" if operation == "+" else "fewer"
-        said.append(f"{b} has " + (f"{MULTIPLES[number][1]} as many as {a}" if operation == "*" else
-                                   f"{number} {more} than {a}"))
+        how_many = f"{number} {more} than {a}"
+        if operation == "*":
+            how_many = f"{MULTIPLES[number][1]} as many as {a}"
+        said.append(f"{b} has {how_many}")
     told = [f"{a} has {start} {thing} ."] + [f"{clause} ." for clause in said]
     if rng.random() < DISTRACT:
         extra = rng.choice(DISTRACTORS).format(he=he, n=rng.randint(*LEVELS[level][2]))
         told.insert(rng.randint(1, len(told)), extra)
     if together:
-        asked, claim = rng.choice(("how many together ?", "how many do they have ?")), "they have {n}"
+        asked = rng.choice(("how many together ?", "how many do they have ?"))
+        claim = "they have {n}"
         said.append("they put them together")
     elif compared:
-        asked, claim = f"how many does {b} have ?", f"{b} has {{n}}"
+        asked = f"how many does {b} have ?"
+        claim = f"{b} has {{n}}"
     else:
-        asked, claim = rng.choice(("how many now ?", f"how many does {he} have now ?")), f"{a} has {{n}} now"
-    return Problem(" ".join([*told, asked]), start, steps, said, claim, values(start, steps)[-1])
+        asked = rng.choice(("how many now ?", f"how many does {he} have now ?"))
+        claim = f"{a} has {{n}} now"
+    answer = values(start, steps)[-1]
+    return Problem(" ".join([*told, asked]), start, steps, said, claim, answer)
 
 
 def regroup(rng, steps):
-    """(sums to be done first, steps in another order or other portions): another way to the same answer."""
+    """(sums to be done first, steps in another order or other portions): another way to it."""
     fixed = 2 if steps[-1][0] == "&" else 0  # together needs the number before the comparison
-    middle, end = steps[:len(steps) - fixed], steps[len(steps) - fixed:]
+    middle, end = steps[: len(steps) - fixed], steps[len(steps) - fixed :]
     if fixed and rng.random() < 0.3:  # x + (x + 4) = x * 2 + 4, and x + x * 2 = x * 3
         operation, number = end[0]
         end = [("*", number + 1)] if operation == "*" else [("*", 2), end[0]]
@@ -320,7 +445,8 @@ def regroup(rng, steps):
             runs += [[step], []]
         else:
             runs[-1].append(step)
-    way, sums = rng.choice(("order", "group", "portion")), []
+    way = rng.choice(("order", "group", "portion"))
+    sums = []
     for run in runs:
         if way == "order":
             rng.shuffle(run)
@@ -328,14 +454,19 @@ def regroup(rng, steps):
             sums += group(rng, run)
         elif way == "portion" and run and run[0][0] != "*":  # - 23 = - 20 - 3
             i = rng.randrange(len(run))
-            tens, ones = run[i][1] // 10 * 10, run[i][1] % 10
-            run[i:i + 1] = [(run[i][0], part) for part in (tens, ones) if part]
+            sign, number = run[i]
+            tens = number // 10 * 10
+            run[i : i + 1] = [(sign, part) for part in (tens, number - tens) if part]
     return sums, [step for run in runs for step in run] + end
 
 
 def group(rng, run):
-    """Put all that is added into one step of the run, and all that is taken away, or both; the sums that this takes."""
-    totals, sums = {}, []
+    """Put all that is added into one step of the run, and all that is taken away, or both.
+
+    Returns the sums that this takes.
+    """
+    totals = {}
+    sums = []
     for sign in "+-":
         parts = [number for operation, number in run if operation == sign]
         totals[sign] = sum(parts)
@@ -364,10 +495,15 @@ def one_by_one(start, steps, by_adding=False):
 
 
 def at_once(start, steps):
-    """The same in one expression with brackets; "together" first finds the number before the comparison."""
+    """The same in one expression with brackets.
+
+    "together" first finds the number before the comparison.
+    """
     together = steps[-1][0] == "&"
     before = steps[:-2] if together else steps
-    expression, is_sum, value = str(start), False, values(start, before)[-1]
+    expression = str(start)
+    is_sum = False
+    value = values(start, before)[-1]
     for operation, number in before:
         expression = f"( {expression} )" if operation == "*" and is_sum else expression
         expression += f" {operation} {number}"
@@ -380,15 +516,24 @@ def at_once(start, steps):
 
 
 def solve(rng, task, wrong=False):
-    """One of the many solutions of a Problem without its ending: (text, answer), in the last number a slip if wrong."""
-    start, steps, answer = task.start, task.steps, task.answer
-    narrated, way, by_adding = rng.random() < NARRATED, rng.random(), rng.random() < BY_ADDING
+    """(text, answer): one of the many solutions of a Problem, without its ending.
+
+    wrong: the last number is a slip.
+    """
+    start = task.start
+    steps = task.steps
+    answer = task.answer
+    narrated = rng.random() < NARRATED
+    way = rng.random()
+    by_adding = rng.random() < BY_ADDING
     if narrated:
         done = one_by_one(start, steps)
     elif way < ONCE and len(steps) > 1:
         done = at_once(start, steps)
     else:
-        sums, regrouped = regroup(rng, steps) if way < ONCE + REGROUPED else ([], steps)
+        sums, regrouped = [], steps
+        if way < ONCE + REGROUPED:
+            sums, regrouped = regroup(rng, steps)
         if min(values(start, regrouped)) < 0:  # this order takes away more than there is yet
             sums, regrouped = [], steps
         done = sums + one_by_one(start, regrouped, by_adding)
@@ -399,16 +544,21 @@ def solve(rng, task, wrong=False):
     if rng.random() < SPELLED:
         lines = [line.translate(SPELLING) for line in lines]
     if narrated:
-        body = " . ".join(f"{clause} so {line}" for clause, line in zip(task.said, lines, strict=True))
+        both = zip(task.said, lines, strict=True)
+        body = " . ".join(f"{clause} so {line}" for clause, line in both)
     else:
         body = rng.choice(OPENERS) + rng.choice(JOINERS).join(lines)
     return f"{body} .{rng.choice(CLOSERS)}".format(claim=task.claim.format(n=answer)), answer
 
 
-# ---- documents, questions, tasks -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- documents, questions, tasks
+
 
 def problems(rng, format_share):
-    """Documents of one problem or a sheet of several, each in one layout; format_share of them as in post-training."""
+    """Documents of one problem or a sheet of several, each in one layout.
+
+    format_share of them look as in post-training.
+    """
     while True:
         a, b = rng.sample(HE + SHE, 2)
         exact = rng.random() < format_share
@@ -435,8 +585,9 @@ def drills(rng):
                 *_, others, most = LEVELS[rng.choice(ASKED)]
                 sign = rng.choice("++--*")
                 number = rng.randint(2, 3) if sign == "*" else rng.randint(*others)
-                lowest, highest = {"+": (0, most - number), "-": (number, most), "*": (1, most // number)}[sign]
-                start, steps = rng.randint(lowest, highest), [(sign, number)]
+                ranges = {"+": (0, most - number), "-": (number, most), "*": (1, most // number)}
+                start = rng.randint(*ranges[sign])
+                steps = [(sign, number)]
             expression, value = at_once(start, steps)[-1]
             line = f" {expression} = {value} ."
             document += line.translate(SPELLING) if rng.random() < SPELLED else line
@@ -444,46 +595,66 @@ def drills(rng):
 
 
 def text(seed, split, math_share=0.3, format_share=0.04):
-    """Endless documents of split "train" or "val"; math_share is of tokens, format_share of the problem documents."""
+    """Endless documents of split "train" or "val".
+
+    math_share is of tokens, format_share of the problem documents.
+    """
     rng = Random(f"{seed} text {split}")
-    sources = {"facts": facts(rng, seed), "agreement": agreement(rng), "stories": stories(rng), "drills": drills(rng),
-               "problems": problems(rng, format_share)}
+    sources = {
+        "facts": facts(rng, seed),
+        "agreement": agreement(rng),
+        "stories": stories(rng),
+        "drills": drills(rng),
+        "problems": problems(rng, format_share),
+    }
     shares = {kind: share * (1 - math_share) for kind, share in SHARES.items()}
     shares |= {"drills": math_share * DRILLS, "problems": math_share * (1 - DRILLS)}
     made = dict.fromkeys(sources, 0)  # tokens of each
-    while True:  # at random, but what is behind its share comes sooner: never off by more than some 5000 tokens
+    # at random, but what is behind its share comes sooner: never off by more than some 5000 tokens
+    while True:
         total = sum(made.values()) + 5000
-        kind = rng.choices(list(sources), [max(0, shares[kind] * total - made[kind]) for kind in sources])[0]
+        behind = [max(0, shares[kind] * total - made[kind]) for kind in sources]
+        kind = rng.choices(list(sources), behind)[0]
         document = next(sources[kind])
         made[kind] += length(document)
         yield document
 
 
 def questions(seed, level, split, count):
-    """count different questions [{"id", "question", "answer", "solutions"}, ...], SOLUTIONS each in random order.
+    """`count` different questions [{"id", "question", "answer", "solutions"}, ...].
 
-    The shots of both levels are short questions of one step, the shortest solution first: three of them and a question fit
-    the rows that the model was trained on, 128 tokens by default."""
+    SOLUTIONS each, in random order. The shots of both levels are short questions of one step, the
+    shortest solution first: three of them and a question fit the rows that the model was trained
+    on, 128 tokens by default.
+    """
     if level not in ASKED or split not in OWNERS or split == "text":
-        raise ValueError(f"no questions {level!r} {split!r}: levels are easy, hard; splits train, val, test, shots")
+        known = "levels are easy, hard; splits train, val, test, shots"
+        raise ValueError(f"no questions {level!r} {split!r}: {known}")
     rng = Random(f"{seed} {level} {split}")
     rows = {}
     while len(rows) < count:
         task = problem(rng, "short" if split == "shots" else level, split)
-        if task.question in rows or (split == "shots" and (len(task.steps) > 1 or length(task.question) > SHORT)):
+        long = len(task.steps) > 1 or length(task.question) > SHORT
+        if task.question in rows or (split == "shots" and long):
             continue
         solutions = set()
         while len(solutions) < SOLUTIONS:
             solutions.add(f"{solve(rng, task)[0]} #### {task.answer}")
-        rows[task.question] = {"id": f"{level}-{split}-{len(rows)}", "question": task.question,
-                               "answer": str(task.answer), "solutions": rng.sample(sorted(solutions), SOLUTIONS)}
-        if split == "shots":
-            rows[task.question]["solutions"].sort(key=length)
+        chosen = rng.sample(sorted(solutions), SOLUTIONS)
+        rows[task.question] = {
+            "id": f"{level}-{split}-{len(rows)}",
+            "question": task.question,
+            "answer": str(task.answer),
+            "solutions": sorted(chosen, key=length) if split == "shots" else chosen,
+        }
     return list(rows.values())
 
 
 def tasks(seed, count=400):
-    """{"facts" | "agreement" | "lastword": [{"context", "choices", "label"}, ...]}, with 4, 2 and 4 choices."""
+    """{"facts" | "agreement" | "lastword": [{"context", "choices", "label"}, ...]}.
+
+    They have 4, 2 and 4 choices.
+    """
     rng = Random(f"{seed} tasks")
     everybody = people(seed)
 

@@ -5,14 +5,18 @@ import pathlib
 import sys
 from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; bit-exactness needs one number of threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of the processes that tests start; bit-exactness needs one number of threads
+)
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # triton reads it when kernels are defined; the processes that tests start need none
+if (
+    not torch.cuda.is_available()
+):  # triton reads it when kernels are defined; the processes that tests start need none
     os.environ["TRITON_INTERPRET"] = "1"
     import model  # noqa: F401
 
@@ -35,3 +39,28 @@ def world(tmp_path_factory):
     base, taught = ckpt / "step10.pt", ckpt / "taught.pt"
     helpers.call("sft", init=base, out=taught, solutions="all", steps=80, lr=4e-3, eval_questions=0)
     return SimpleNamespace(data=data, ckpt=ckpt, base=base, taught=taught)
+
+
+@pytest.fixture
+def toy():
+    from data import tokens
+
+    return tokens.encoding("toy")
+
+
+@pytest.fixture
+def datasets():
+    """The folder of real data."""
+    from helpers import DATASETS
+
+    if not DATASETS.is_dir():
+        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+    return DATASETS
+
+
+@pytest.fixture
+def cl100k(datasets, monkeypatch):
+    from data import tokens
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(datasets / "tiktoken"))
+    return tokens.encoding("cl100k_base")

@@ -1,5 +1,7 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
+import functools
+import gzip
 import importlib
 import json
 import os
@@ -74,3 +76,12 @@ def metrics(out, *names) -> list[tuple]:
     """The named values of each step in a run's metrics; what says how fast it was is left to the caller to leave out."""
     lines = [json.loads(line) for line in Path(f"{out}.metrics.jsonl").read_text().splitlines()]
     return [tuple(line.get(name) for name in ("step", *names)) for line in lines]
+
+
+@functools.cache
+def real(name) -> list[dict]:
+    """The rows of a file of real data: real("gsm8k/train")."""
+    if not DATASETS.is_dir():
+        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+    with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

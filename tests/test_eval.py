@@ -113,7 +113,7 @@ def test_counts_and_pass_at_k_from_scratch(measured, tmp_path, shots):
         prompt, seeds = tokens.encode(enc, f"{shown} Q : {question['question']} A :"), problems.answer_seeds(1234, "eval", [question], 8)
         samples = sampler([prompt], 8, 24, seeds, [enc.eot_token, tokens.encode(enc, " Q")[0]], 0.6)
         nats, count = nats + float(samples.logp_1.sum()), count + int(samples.lengths.sum())
-        ended = [ids[: length - 1] for ids, length, cut in zip(samples.tokens, samples.lengths, samples.cut, strict=True) if not cut]
+        ended = [ids[: length - 1] for ids, length, cut in zip(samples.tokens, samples.lengths, samples.truncated, strict=True) if not cut]
         right.append(sum(grader.grade(tokens.decode(enc, ids.tolist()), question["answer"]) for ids in ended))
     # one answer may differ: other batches round otherwise, and a draw may lie on the boundary of two tokens
     assert sum(abs(a - b) for a, b in zip(row["correct"], right, strict=True)) <= 1

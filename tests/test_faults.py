@@ -497,8 +497,8 @@ OUT = "out of memory (2.50 GiB more)"
     ("sft", "backward", {}, f"{OUT} in a pass over 8 rows of "),
     ("sft", "backward", dict(micro=1), ": try --checkpoint_activations or --shard or a shorter row"),
     ("rl", "Model.hidden", dict(micro=4), f"{OUT} in a pass over 4 rows of "),
-    ("rl", "Sampler._token", {}, f"{OUT} with 32 answers sampled side by side: try --rows 16"),
-    ("rl", "Sampler._prefill", dict(rows=8), f"{OUT} with 8 answers sampled side by side: try a lower --max_new"),
+    ("rl", "Sampler._decode", {}, f"{OUT} with 32 answers sampled side by side: try --rows 16"),
+    ("rl", "Sampler.prefill", dict(rows=8), f"{OUT} with 8 answers sampled side by side: try a lower --max_new"),
     ("mix", "Model.hidden", dict(micro=2), f"{OUT} in a pass over 2 rows of "),
 ])  # fmt: skip
 def test_out_of_memory(world, tmp_path, monkeypatch, capsys, stage, broken, changes, says):

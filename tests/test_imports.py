@@ -26,8 +26,8 @@ def imported(source: str) -> set[str]:
 def allowed(path) -> set[str]:
     if path.name == "plan.py":  # prices the commands of matrix.sh by the scripts' own flags and sizes; nothing imports it
         return {"data"} | SCRIPTS
-    if path.parent.name == "data":
-        return {"data"}
+    if path.parent.name == "data":  # its programs may import what is at the top, its library may not
+        return {"data", "model", "common"} if path.stem in ("prepare", "hf") else {"data"}
     return {"model": set()}.get(path.stem, {"model", "data"} | BETWEEN_SCRIPTS.get(path.stem, set()))
 
 

@@ -8,7 +8,7 @@
 # again after a Ctrl-C. SEEDS: how many (8). RECORD: which (1). JOBS, OUT, DATA, RESULTS: as there.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source ./matrix.sh
-RECORD=${RECORD:-1} SEEDS=${SEEDS:-8}
+RECORD=${RECORD:-1} SEEDS=${SEEDS:-8} SHARES=${SHARES:-0.1 0.25 0.75 0.9}
 whole RECORD && whole SEEDS
 RUNS=$((SEEDS > 1 ? 2 : 1)) FEW=$((SEEDS < 4 ? SEEDS : 4))  # FEW: seeds where no verdict is asked
 runs=() base=() main=() rollouts=() sizes=() others=()
@@ -78,9 +78,8 @@ for ((s = 0; s < 2 * SEEDS; s++)); do
   [ $s -lt $FEW ] || continue
   others+=("$run/step$LAST $seed sft-rl-hard" "$run/step$MIDDLE $seed text")
   others+=("$run/step$MIDDLE $seed rl-text" "$run/step$MIDDLE $seed mix-text")
-  for shares in "0 --share_end 1" 0.1 0.25 0.75 0.9; do
-    others+=("$run/step$MIDDLE $seed mix --share $shares")
-  done
+  others+=("$run/step$MIDDLE $seed mix --share 0 --share_end 1")
+  for share in $SHARES; do others+=("$run/step$MIDDLE $seed mix --share $share"); done
 done
 
 for run in "${runs[@]}"; do  # a world of its own for each

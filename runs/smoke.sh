@@ -6,7 +6,8 @@
 # It is runs/record.sh with more flags behind each command: the last one of a name counts.
 # JOBS, OUT, DATA, RESULTS: as in matrix.sh.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-OUT=${OUT:-ckpt/smoke} DATA=${DATA:-data/out/smoke} SEEDS=1 FIRST='' MIDDLE=20 LAST=40
+OUT=${OUT:-ckpt/smoke} DATA=${DATA:-data/out/smoke} SEEDS=1 SHARES=0.1
+FIRST='' MIDDLE=20 LAST=40
 
 python() {
   local small=()

@@ -1,6 +1,7 @@
 """plan.py: what commands cost, and its memory against every tensor that a real step holds."""
 
 import importlib
+import json
 import weakref
 
 import pytest
@@ -279,10 +280,14 @@ def test_the_prices_by_hand():
     assert trained.flops == pytest.approx(answers, rel=0.1)
 
 
-def test_questions_that_are_there_are_counted(world):
-    found = plan.questions(str(world.data / "easy"), "toy")
-    assert (found.train, found.val, found.test, found.solutions) == (32, 8, 8, 24 * 32)
-    assert plan.questions(str(world.data / "easy/train.jsonl"), "toy").train == 32
+def test_questions_that_are_there_are_counted(tmp_path):
+    row = {"question": "2 + 1 ?", "answer": "3", "solutions": ["2 + 1\n#### 3", "3\n#### 3"]}
+    for split, count in (("train", 5), ("val", 2), ("test", 4)):
+        rows = [json.dumps(row | {"id": f"{split}{i}"}) for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    found = plan.questions(str(tmp_path), "toy")
+    assert found == plan.Questions(train=5, val=2, test=4, solutions=10)
+    assert plan.questions(str(tmp_path / "train.jsonl"), "toy").train == 5
 
 
 def test_text_is_counted_once(capsys):

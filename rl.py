@@ -37,6 +37,8 @@ from model import Sampler, adam, cosine, update
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
+    """Flags of GRPO."""
+
     steps: Count = 60  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper

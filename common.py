@@ -18,7 +18,6 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
-import functools
 import inspect
 import io
 import json
@@ -78,9 +77,9 @@ Fraction = Annotated[float, Range(0, 1)]
 class Shared:
     """Flags of all trainers: where and how a run works. None but --dtype changes its result."""
 
-    micro: Count = 64  # rows per forward pass; never changes the result
+    micro: Count = 64  # rows of text, or answers, per forward pass; never changes the result
     compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
-    # keep only the inputs of the blocks and run each block again in the backward pass
+    # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
     shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -101,8 +100,7 @@ class PostTraining(Shared):
     """Flags of sft.py, rl.py and mix.py, which start from a checkpoint and read questions."""
 
     init: str  # checkpoint to start from
-    # checkpoint to write (default: INIT-RECIPE.pt; with a seed, INIT-RECIPE-sSEED.pt)
-    out: str = ""
+    out: str = ""  # checkpoint to write (default: INIT-RECIPE.pt, with a --seed -sSEED.pt)
     recipe: str = ""  # name in files, rows and reports; a variant of a recipe needs one of its own
     questions: str = ""  # folder with train.jsonl and val.jsonl (default: the checkpoint's)
     limit: Whole = 0  # use only the first so many training questions (0: all)
@@ -112,12 +110,15 @@ class PostTraining(Shared):
     eval_questions: Whole = 20  # validation questions (0: no validation)
     eval_n: Count = 32  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
+    # answers that share a row of training, and so the work for their prompt
+    answers_per_row: Count = 8  # never changes the result
     seed: Whole = 0  # of the order of the questions and of the sampling
 
 
 # what a resumed run may change: where and how it works, and how paths are spelled
 OPERATIONAL = {field.name for field in dataclasses.fields(Shared)} - {"dtype"}
 OPERATIONAL |= {"init", "out", "questions", "data", "text", "tasks", "rows", "peak_tflops"}
+OPERATIONAL |= {"answers_per_row"}
 
 
 def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
@@ -205,43 +206,46 @@ READERS = {
 
 
 def print_help(Config, doc: str):
-    """The fields of Config with their comments and defaults, its own first, then inherited ones."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    width = max(map(len, fields))
-    told = set()
+    """The fields of Config with their comments and defaults: its own first, then inherited ones."""
+    classes = Config.__mro__[:-1]
+    comments: dict = {}
+    for cls in classes[::-1]:  # a field that is declared again keeps its comment, or has a new one
+        comments |= {
+            name: text for name, text in read_comments(cls) if text or name not in comments
+        }
+    width = max(map(len, comments))
     lines = [(doc or "").strip()]
-    for cls in Config.__mro__[:-1]:
-        title = "flags" if cls is Config else (cls.__doc__ or "").split(":")[0].rstrip(".")
-        lines += ["", f"{title}:"]
-        for name in comments_of(cls):
-            if name in fields and name not in told:
-                told.add(name)
-                default = fields[name].default
-                note = comment_on(Config, name)
-                note += "" if default is dataclasses.MISSING else f" [{default}]"
-                lines.append(f"  --{name:<{width}} {note}")
+    told = set()
+    for cls in classes:
+        lines += ["", "flags:" if cls is Config else (cls.__doc__ or "").strip().splitlines()[0]]
+        for name, _ in read_comments(cls):
+            if name not in told:
+                lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
+            told.add(name)
     print("\n".join(lines), flush=True)
 
 
-@functools.cache
-def comments_of(cls) -> dict[str, str]:
-    """The fields that the class itself declares, each with the comments above and beside it."""
-    found = {}
+def shown_values(Config, name: str) -> str:
+    """The default of a flag, what the paper's sizes have instead, and its legal range."""
+    default = Config.__dataclass_fields__[name].default
+    paper = vars(sys.modules[Config.__module__]).get("PAPER", {})
+    legal = typing.get_type_hints(Config, include_extras=True)[name]
+    parts = [] if default in (dataclasses.MISSING, "", (), None) else [str(default)]
+    parts += [f"paper's sizes: {paper[name]}"] if name in paper else []
+    parts += [str(x) for x in getattr(legal, "__metadata__", ())]
+    return f"[{'; '.join(parts)}]" if parts else ""
+
+
+def read_comments(cls) -> list[tuple[str, str]]:
+    """(field, comment) of a dataclass's own fields: the lines above it and the one beside it."""
+    found = []
     above = []
     for line in inspect.getsource(cls).splitlines():
-        if field := re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line):
-            name, beside = field.groups()
-            found[name] = "; ".join(filter(None, [" ".join(above), beside]))
-            above = []
-        elif line.startswith("    # "):
-            above.append(line.strip("# "))
+        if match := re.match(r"    (\w+): [^#]+?(?:  # (.*))?$", line):
+            name, beside = match.groups()
+            found.append((name, "; ".join(filter(None, [" ".join(above), beside]))))
+        above = [*above, line[6:]] if line.startswith("    # ") else []
     return found
-
-
-def comment_on(Config, name: str) -> str:
-    """The comment on a field; one that has another default and no comment has the inherited one."""
-    comments = (comments_of(cls).get(name) for cls in Config.__mro__[:-1])
-    return next(filter(None, comments), "")
 
 
 class Unhurt:

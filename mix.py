@@ -141,7 +141,7 @@ def main(given: dict):
                 ]
                 update(model, halves, cfg.weight_decay)
         sampler.refresh()
-        costs = rl.rl_costs(model, batch, numbers, cfg, began)
+        costs = rl.rl_costs(model, numbers, cfg, began)
         size = second.mask.shape[1]
         costs["flops"] += cfg.updates * cfg.batch * size * model.flops_per_token(size)
         speed = numbers["sampled_tokens"] / costs["seconds"]

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 import common
 from common import Count, NonNegative, Positive, Whole
 from data import tokens
-from eval import held_out_losses
+from eval import held_out_losses, layout_of
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 
@@ -45,9 +45,9 @@ class Config(common.Shared):
     lr: Positive = 4e-3  # peak learning rate, cosine to a tenth
     warmup: Whole = 100  # steps of linear warm-up
     weight_decay: NonNegative = 0.05  # on everything but the embedding
-    # Initial std of the embedding. Blocks add outputs of RMS 1 (post-norm) to an embedding of RMS
-    # 0.02: a short run spends its first half on making the embedding heard.
-    embed_std: Positive = 0.5  # compare held_out in the metrics with --embed_std 0.02, OLMo2's
+    # initial std of the embedding: blocks add outputs of RMS 1 (post-norm), and beside them an
+    # embedding of RMS 0.02 takes the first half of a short run to be heard
+    embed_std: Positive = 0.5  # compare held_out in the metrics at 0.02, OLMo2's
     z_loss: NonNegative = 1e-5  # OLMo2: keeps the log-normaliser near 0
     clip: NonNegative = 1.0  # largest norm of the gradient (0: any)
     eval_every: Whole = 200  # steps between losses on the held-out text
@@ -184,8 +184,8 @@ def beside(cfg: Config, name: str) -> str:
 def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, first, steps):
     """The micro-batches of each step, made by a thread while the step before is at work.
 
-    Each is ids (B, length + 1) and, with --doc_mask, where documents start (Model.hidden); on CUDA
-    in memory that the GPU reads on its own.
+    Each is ids (B, length + 1) and, with --doc_mask, the layout of documents (model.Layout); on
+    CUDA in memory that the GPU reads on its own.
     """
 
     def make(step):
@@ -195,7 +195,7 @@ def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, f
     def pinned(rows):
         parts = [torch.from_numpy(rows)]
         if cfg.doc_mask:
-            parts.append(torch.from_numpy(tokens.document_starts(rows, encoding.eot_token)))
+            parts += layout_of(rows, encoding.eot_token)
         return [x.pin_memory() for x in parts] if world.device.type == "cuda" else parts
 
     return tokens.ahead(make, first, steps)
@@ -208,10 +208,11 @@ def loss_and_gradients(model, micro_batches, cfg: Config, world: common.World):
     """
     loss = 0.0
     for parts in micro_batches:
-        ids, *starts = (x.to(world.device, non_blocking=True) for x in parts)
-        weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
+        rows, *layout = (x.to(world.device, non_blocking=True) for x in parts)
+        ids = rows[:, :-1]
+        weight = torch.full(ids.shape, 1 / cfg.batch_tokens, device=world.device)
         z_loss = cfg.z_loss / cfg.batch_tokens
-        part, *_ = model(ids, weight=weight, z_loss=z_loss, starts=starts[0] if starts else None)
+        part, *_ = model(ids, rows[:, 1:], weight=weight, z_loss=z_loss, layout=layout or None)
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU

@@ -63,14 +63,17 @@ def sft_batch(run: common.Setup, pairs: list, step: int) -> problems.Batch:
     prompts = [prompt for prompt, _ in mine]
     answers = [answer for _, answer in mine]
     pad = tokens.pad_id(run.encoding)
-    return problems.make_batch(prompts, answers, [1 / n] * len(mine), pad)
+    weights = [1 / n] * len(mine)
+    return problems.make_batch(prompts, answers, weights, pad, per_row=cfg.answers_per_row)
 
 
 def sft_gradients(run: common.Setup, batch: problems.Batch):
     """-> loss over all ranks, the gradients of the batch, summed and clipped, and their norm."""
     loss = 0.0
     for micro in problems.micro_batches(batch, run.cfg.micro, run.world):
-        part, *_ = run.model(micro.ids, weight=micro.weight, mask=micro.mask)
+        part, *_ = run.model(
+            micro.ids, micro.target, weight=micro.weight, mask=micro.mask, layout=micro.layout
+        )
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU
@@ -112,7 +115,7 @@ def main(given: dict):
         if log.healthy(step, rows, dict(loss=loss, gradient_norm=norm)):
             update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         size = batch.mask.shape[1]  # padding counts as work done
-        flops = cfg.batch * size * model.flops_per_token(size)
+        flops = len(batch.ids) * world.size * size * model.flops_per_token(size)
         costs = dict(flops=flops, questions=cfg.batch, seconds=time.monotonic() - began)
         trained = int(world.sum(float(batch.mask.sum()))[0])
         speed = trained / costs["seconds"]

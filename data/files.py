@@ -175,7 +175,7 @@ def numbered_jsonl(path, fields, bar=None):
 def check_row(row, fields, where: str):
     """Raises ValueError if `row` is no dict with these fields; numbers become texts in place."""
     if type(row) is not dict:
-        kind = {list: "an array", str: "a text"}.get(type(row), repr(row))
+        kind = {list: "an array", str: "a text"}.get(type(row)) or json.dumps(row)
         raise ValueError(f"{where}: {kind} where a JSON object is needed: {{{example(fields)}}}")
     for name, kind in fields.items():
         if name not in row:
@@ -254,7 +254,7 @@ def finished(cfg, name, **facts) -> bool:
         if key not in defaults and key not in made:
             continue  # an older folder does not say it
         was = made.get(key, json.loads(json.dumps(defaults.get(key), default=str)))
-        if was != value:
+        if not same_setting(was, value):
             what = f"--{key}" if key in defaults else f"other {key.replace('_', ' ')}:"
             change = f"{what} {shown(was)}, not {shown(value)}"
             raise ValueError(f"{out} was made with {change}: {way_out}")
@@ -263,6 +263,16 @@ def finished(cfg, name, **facts) -> bool:
     check_listed(out)
     print(f"{out} is finished")
     return True
+
+
+def same_setting(one, other) -> bool:
+    """Whether two values of a setting mean the same: equal, or two spellings of one path."""
+    if type(one) is list and type(other) is list and len(one) == len(other):
+        return all(map(same_setting, one, other))
+    if one == other or type(one) is not str or type(other) is not str:
+        return one == other
+    paths = [os.path.realpath(text) for text in (one, other)]
+    return paths[0] == paths[1] and os.path.exists(paths[0])
 
 
 def shown(value) -> str:
@@ -289,7 +299,7 @@ def new_folder(cfg, name, **facts):
     world = {"name": name, **settings(cfg), **facts}
     resumes = (new / "state.json").exists()
     begun = read_world(new) if resumes else {}
-    differ = [key for key in world if world[key] != begun.get(key)]
+    differ = [key for key in world if not same_setting(begun.get(key), world[key])]
     if resumes and differ and not cfg.overwrite:
         key = differ[0]
         raise ValueError(
@@ -312,9 +322,10 @@ def new_folder(cfg, name, **facts):
         (out / "state.json").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     except ValueError as error:
-        if (new / "state.json").exists():
+        told = str(error)
+        if str(new) not in told or (new / "state.json").exists():
             raise
-        raise ValueError(str(error).replace(str(new), str(out))) from error  # `new` will be gone
+        raise ValueError(told.replace(str(new), str(out))) from error  # `new` will be gone
     finally:
         if not (new / "state.json").exists():
             shutil.rmtree(new, ignore_errors=True)
@@ -328,7 +339,7 @@ def checksum(path) -> dict:
 
 def listing(folder) -> dict:
     """{name: checksum} of the .jsonl and prompt.json files of a folder, those below it too."""
-    paths = [*Path(folder).rglob("*.jsonl"), *Path(folder).rglob("prompt.json")]
+    paths = [*Path(folder).rglob("[!.]*.jsonl"), *Path(folder).rglob("prompt.json")]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths)}
 
 

@@ -43,6 +43,31 @@ def world(tmp_path_factory):
     return SimpleNamespace(data=data, ckpt=ckpt, base=base, taught=taught)
 
 
+@pytest.fixture
+def toy():
+    from data import tokens
+
+    return tokens.encoding("toy")
+
+
+@pytest.fixture
+def datasets():
+    """The folder of real data."""
+    from helpers import DATASETS
+
+    if not DATASETS.is_dir():
+        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+    return DATASETS
+
+
+@pytest.fixture
+def cl100k(datasets, monkeypatch):
+    from data import tokens
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(datasets / "tiktoken"))
+    return tokens.encoding("cl100k_base")
+
+
 @pytest.fixture(scope="session")
 def whole(world, tmp_path_factory):
     """whole(stage): the checkpoint of an uninterrupted run of it."""

@@ -1,5 +1,7 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
+import functools
+import gzip
 import importlib
 import json
 import os
@@ -112,3 +114,12 @@ def lines_of(out) -> list[dict]:
 def metrics(out, *names) -> list[tuple]:
     """The named values of each line of a run's metrics, after its step."""
     return [tuple(line.get(name) for name in ("step", *names)) for line in lines_of(out)]
+
+
+@functools.cache
+def real(name) -> list[dict]:
+    """The rows of a file of real data: real("gsm8k/train")."""
+    if not DATASETS.is_dir():
+        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+    with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

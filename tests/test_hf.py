@@ -1,6 +1,7 @@
-"""Checkpoints in Hugging Face form, both ways, against transformers and the files that its save_pretrained writes."""
+"""Checkpoints in Hugging Face form, both ways, against transformers and the files it writes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -19,19 +20,37 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import checkpoint, hf, ranks, run, tokens
+from data import checkpoint, hf, ranks, tokens
+from data.files import read_rows
 from model import PRESETS, Model, ModelConfig
 
 TOY = tokens.VOCABULARY["toy"]
 IDS = torch.randint(0, TOY, (3, 40), generator=torch.Generator().manual_seed(0))
 NAMED = "stage1-step10000-tokens21B"
 PUBLIC = {  # config.json of allenai/OLMo-2-0425-1B, as transformers 4.51.3 wrote it
-    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 4096,
-    "model_type": "olmo2", "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
-    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
-    "transformers_version": "4.51.3", "use_cache": True, "vocab_size": 100352,
-}  # fmt: skip
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.51.3",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
 
 
 def convert(*words):
@@ -44,7 +63,11 @@ def refused(capsys):
     def refused(*words):
         with pytest.raises(SystemExit) as stop:
             convert(*words)
-        told = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
+        told = [
+            line
+            for line in re.split(r"[\r\n]", capsys.readouterr().err)
+            if "error:" in line or "Traceback" in line
+        ]
         assert stop.value.code == 2 and len(told) == 1
         return told[0]
 
@@ -78,7 +101,9 @@ def cl100k():
 
 def our_logits(path, ids):
     """(B, T, padded_vocab) of a checkpoint, in fp32 on the CPU."""
-    model = checkpoint.load_model(checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float32"))
+    model = checkpoint.load_model(
+        checkpoint.load(path), Model, ModelConfig, ranks.start("cpu", "float32")
+    )
     with torch.no_grad():
         return model.head(model.hidden(ids))
 
@@ -97,14 +122,18 @@ def files(folder) -> dict[str, torch.Tensor]:
 def same_bits(one: dict, other: dict) -> bool:
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
     return one.keys() == other.keys() and all(
-        x.dtype == other[name].dtype and torch.equal(x.view(bits[x.dtype]), other[name].view(bits[x.dtype])) for name, x in one.items()
+        x.dtype == other[name].dtype
+        and torch.equal(x.view(bits[x.dtype]), other[name].view(bits[x.dtype]))
+        for name, x in one.items()
     )
 
 
 def edit(path, **changes):
     """Change fields of a JSON file; ... removes one."""
     content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    path.write_text(
+        json.dumps({name: value for name, value in content.items() if value is not ...})
+    )
 
 
 def edit_weights(folder, change):
@@ -116,44 +145,70 @@ def edit_weights(folder, change):
     save_file(content, folder / "model.safetensors")
 
 
-# ---- the numbers
-
-def test_the_copies_of_what_model_says():
-    assert [f.name for f in dataclasses.fields(hf.Shape)] == [f.name for f in dataclasses.fields(ModelConfig)]
-    assert {(p["layers"], p["width"], p["heads"], p["ffn"]): name for name, p in PRESETS.items()} == hf.PRESETS
+# -------------------------------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float32, "1GB"), *((d, "20KB") for d in (torch.float32, torch.bfloat16, torch.float16))])
+def test_sizes_of_the_presets_have_their_names():
+    for name, preset in PRESETS.items():
+        assert hf.preset_of(ModelConfig(**preset)) == name
+    assert hf.preset_of(ModelConfig(**PRESETS["1b"] | {"ffn": 8})) == "16x2048"
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (torch.float32, "1GB"),
+        *((d, "20KB") for d in (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
 def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
-    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms exchanged, and with
-    theta or eps left at their defaults."""
+    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms
+    exchanged, and with theta or eps left at their defaults.
+    """
     twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size=size)
     twin.float()
     assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
     convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
-    assert {w.dtype for w in checkpoint.load(tmp_path / "ours.pt")["model"].values()} == {torch.float32}
-    torch.testing.assert_close(our_logits(tmp_path / "ours.pt", IDS), their_logits(tmp_path / NAMED, IDS), rtol=0, atol=1e-4)
+    assert {w.dtype for w in checkpoint.load(tmp_path / "ours.pt")["model"].values()} == {
+        torch.float32
+    }
+    torch.testing.assert_close(
+        our_logits(tmp_path / "ours.pt", IDS),
+        their_logits(tmp_path / NAMED, IDS),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])
 def test_exported_folder_is_the_same_model_in_transformers(world, tmp_path, size):
     convert("export", world.taught, tmp_path / "hf", "--shard", size)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (size == "20KB")
-    assert max(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors")) < (1e9 if size == "1GB" else 300e3)
-    torch.testing.assert_close(their_logits(tmp_path / "hf", IDS), our_logits(world.taught, IDS), rtol=0, atol=1e-4)
+    assert max(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors")) < (
+        1e9 if size == "1GB" else 300e3
+    )
+    torch.testing.assert_close(
+        their_logits(tmp_path / "hf", IDS), our_logits(world.taught, IDS), rtol=0, atol=1e-4
+    )
 
 
 def test_round_trip_from_ours(world, tmp_path):
     """Bit for bit, with the numbers that a careless conversion changes."""
     saved = checkpoint.load(world.taught)
-    saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor([-0.0, 1e-45, math.pi * 1e-38, 3.4e38])
+    saved["model"]["blocks.1.gate_up.weight"][0, :4] = torch.tensor(
+        [-0.0, 1e-45, math.pi * 1e-38, 3.4e38]
+    )
     torch.save(saved, tmp_path / "before.pt")
     convert("export", tmp_path / "before.pt", tmp_path / "step10-tokens0B", "--shard", "100KB")
     convert("import", tmp_path / "step10-tokens0B", tmp_path / "after.pt", "--world", "toy")
     after = checkpoint.load(tmp_path / "after.pt")
     assert same_bits(saved["model"], after["model"]) and [*saved["model"]] == [*after["model"]]
     assert saved["config"] == after["config"] and [*saved["config"]] == [*after["config"]]
-    assert saved["meta"].keys() <= after["meta"].keys() and after["meta"]["encoding"] == "toy" and after["meta"]["preset"] == "toy"
+    assert (
+        saved["meta"].keys() <= after["meta"].keys()
+        and after["meta"]["encoding"] == "toy"
+        and after["meta"]["preset"] == "toy"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -161,33 +216,58 @@ def test_round_trip_from_theirs(twin, tmp_path, dtype):
     twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size="20KB")
     twin.float()
     convert("import", tmp_path / NAMED, tmp_path / "ours.pt")
-    convert("export", tmp_path / "ours.pt", tmp_path / "back", "--dtype", str(dtype).removeprefix("torch."))
+    convert(
+        "export",
+        tmp_path / "ours.pt",
+        tmp_path / "back",
+        "--dtype",
+        str(dtype).removeprefix("torch."),
+    )
     assert same_bits(files(tmp_path / NAMED), files(tmp_path / "back"))
-    was, now = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / NAMED, tmp_path / "back"))
-    assert {k: v for k, v in was.items() if k not in ("transformers_version", "eos_token_id", "pad_token_id")}.items() <= now.items()
+    was, now = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / NAMED, tmp_path / "back")
+    )
+    assert {
+        k: v
+        for k, v in was.items()
+        if k not in ("transformers_version", "eos_token_id", "pad_token_id")
+    }.items() <= now.items()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == dtype
 
 
 def test_padding_has_no_probability_in_generate_and_can_be_left_out(world, tmp_path):
-    """A row of the head that is no id is never trained: its logit is about 0, which beats most words."""
+    """A row of the head that is no id is never trained: its logit is about 0, which beats most
+    words.
+    """
     saved = checkpoint.load(world.taught)
     convert("export", world.taught, tmp_path / "all")
     convert("export", world.taught, tmp_path / "trimmed", "--padding", "false")
     ids = IDS[:1]
     ours = our_logits(world.taught, ids)[..., :TOY].log_softmax(-1)
-    whole, trimmed = (their_logits(tmp_path / name, ids).log_softmax(-1) for name in ("all", "trimmed"))
+    whole, trimmed = (
+        their_logits(tmp_path / name, ids).log_softmax(-1) for name in ("all", "trimmed")
+    )
     assert whole.shape[-1] == hf.padded(TOY) and whole[..., TOY:].exp().sum(-1).max() > 0.01
     torch.testing.assert_close(trimmed, ours, rtol=0, atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "all")
     assert model.generation_config.suppress_tokens == list(range(TOY, hf.padded(TOY)))
-    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (TOY - 2, TOY - 1)
-    answers = model.generate(ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (
+        TOY - 2,
+        TOY - 1,
+    )
+    answers = model.generate(
+        ids.expand(64, -1), do_sample=True, temperature=5.0, top_k=0, max_new_tokens=8
+    )
     assert answers.max() < TOY
     convert("import", tmp_path / "trimmed", tmp_path / "trimmed.pt", "--tokens", "1")
-    assert checkpoint.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {"padded_vocab": TOY}
+    assert checkpoint.load(tmp_path / "trimmed.pt")["config"] == saved["config"] | {
+        "padded_vocab": TOY
+    }
 
 
-# ---- config.json and meta
+# ----------------------------------------------------------------------------- config.json and meta
+
 
 def write_config(folder, **fields):
     folder.mkdir(exist_ok=True)
@@ -198,40 +278,72 @@ def write_config(folder, **fields):
 
 def test_public_config(tmp_path):
     """In the form of transformers 4, of 5, and with the unpadded vocabulary."""
-    five = PUBLIC | {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    five = PUBLIC | {
+        "rope_theta": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
     want = PRESETS["1b"] | {"vocab": 100278, "padded_vocab": 100352, "theta": 500000.0, "eps": 1e-6}
     for fields in (PUBLIC, five):
         shape, encoding = hf.read_config(write_config(tmp_path, **fields))
-        assert dataclasses.asdict(shape) == want and ModelConfig(**want) and encoding == "cl100k_base"
-        assert sum(math.prod(s) * len(names) for names, s in hf.layout(shape).values()) == 1_484_916_736
-    shape, _ = hf.read_config(write_config(tmp_path, **PUBLIC | {"vocab_size": 100278, "rope_theta": 1e4, "rms_norm_eps": 1e-5}))
+        assert (
+            dataclasses.asdict(shape) == want and ModelConfig(**want) and encoding == "cl100k_base"
+        )
+        assert (
+            sum(math.prod(s) * len(names) for names, s in hf.layout(shape).values())
+            == 1_484_916_736
+        )
+    shape, _ = hf.read_config(
+        write_config(
+            tmp_path, **PUBLIC | {"vocab_size": 100278, "rope_theta": 1e4, "rms_norm_eps": 1e-5}
+        )
+    )
     assert (shape.padded_vocab, shape.theta, shape.eps) == (100278, 1e4, 1e-5)
 
 
-@pytest.mark.parametrize("field, value, says", [
-    ("model_type", "llama", "model_type is 'llama', only 'olmo2' is"),
-    ("model_type", ..., "model_type is None"),
-    ("num_key_value_heads", 4, "num_key_value_heads is 4, only as many as num_attention_heads (16) is"),
-    ("head_dim", 64, "head_dim is 64"),
-    ("num_attention_heads", 15, "num_key_value_heads"),
-    ("hidden_size", 2052, "head_dim is None, only an even 2052 / 16"),
-    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
-    ("attention_bias", True, "attention_bias is True"),
-    ("attention_dropout", 0.1, "attention_dropout is 0.1"),
-    ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-    ("quantization_config", {"bits": 4}, "quantization_config"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}, "only plain RoPE"),
-    ("rope_scaling", {"rope_type": "dynamic"}, "only plain RoPE"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 500000, "factor": 8.0}, "rope_parameters"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 500000, "partial_rotary_factor": 0.5}, "rope_parameters"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 10000}, "rope_theta is [500000, 10000], only one number"),
-    ("rope_theta", ..., "rope_theta is []"),
-    ("rope_theta", "big", "rope_theta is 'big', only a number above 0"),
-    ("rms_norm_eps", ..., "rms_norm_eps is None"),
-    ("hidden_size", ..., "hidden_size is None, only a whole number from 1"),
-    ("num_hidden_layers", 0, "num_hidden_layers is 0"),
-    ("vocab_size", 50304, "vocab_size is 50304, the encodings here have"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("model_type", "llama", "model_type is 'llama', only 'olmo2' is"),
+        ("model_type", ..., "model_type is None"),
+        (
+            "num_key_value_heads",
+            4,
+            "num_key_value_heads is 4, only as many as num_attention_heads (16) is",
+        ),
+        ("head_dim", 64, "head_dim is 64"),
+        ("num_attention_heads", 15, "num_key_value_heads"),
+        ("hidden_size", 2052, "head_dim is None, only an even 2052 / 16"),
+        ("tie_word_embeddings", True, "tie_word_embeddings is True"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("attention_dropout", 0.1, "attention_dropout is 0.1"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("quantization_config", {"bits": 4}, "quantization_config"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "only plain RoPE"),
+        ("rope_scaling", {"rope_type": "dynamic"}, "only plain RoPE"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 500000, "factor": 8.0},
+            "rope_parameters",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 500000, "partial_rotary_factor": 0.5},
+            "rope_parameters",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 10000},
+            "rope_theta is [500000, 10000], only one number",
+        ),
+        ("rope_theta", ..., "rope_theta is []"),
+        ("rope_theta", "big", "rope_theta is 'big', only a number above 0"),
+        ("rms_norm_eps", ..., "rms_norm_eps is None"),
+        ("hidden_size", ..., "hidden_size is None, only a whole number from 1"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("vocab_size", 50304, "vocab_size is 50304, the encodings here have"),
+    ],
+)
 def test_another_network_is_refused(refused, tmp_path, field, value, says):
     write_config(tmp_path / NAMED, **PUBLIC | {field: value})
     said = refused("import", tmp_path / NAMED, tmp_path / "out.pt")
@@ -244,14 +356,22 @@ def test_broken_config_is_refused(refused, tmp_path, text):
     assert "config.json" in refused("import", tmp_path / NAMED, tmp_path / "out.pt")
 
 
-@pytest.mark.parametrize("words, step, count", [
-    (["--revision", "stage1-step300-tokens1B"], 300, 10**9),
-    (["--revision", "stage1-step0-tokens0B"], 0, 0),
-    (["--revision", "stage1-step1000-tokens3B", "--tokens", "2097152000"], 1000, 2_097_152_000),  # the name is rounded up
-    (["--revision", "stage2-ingredient3-step1000-tokens3B", "--tokens", "4004e9"], 1000, 4_004 * 10**9),
-    (["--revision", "main", "--tokens", "4e12"], 0, 4 * 10**12),
-    ([], 10000, 21 * 10**9),  # the folder's own name
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, step, count",
+    [
+        (["--revision", "stage1-step300-tokens1B"], 300, 10**9),
+        (["--revision", "stage1-step0-tokens0B"], 0, 0),
+        # the name is rounded up
+        (["--revision", "stage1-step1000-tokens3B", "--tokens", "2097152000"], 1000, 2_097_152_000),
+        (
+            ["--revision", "stage2-ingredient3-step1000-tokens3B", "--tokens", "4004e9"],
+            1000,
+            4_004 * 10**9,
+        ),
+        (["--revision", "main", "--tokens", "4e12"], 0, 4 * 10**12),
+        ([], 10000, 21 * 10**9),  # the folder's own name
+    ],
+)
 def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
     convert("import", theirs, tmp_path / "out.pt", *words)
     meta = checkpoint.load(tmp_path / "out.pt")["meta"]
@@ -261,38 +381,118 @@ def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
 @pytest.mark.parametrize("revision", ["main", "stage2-ingredient3-step1000-tokens3B"])
 def test_tokens_that_the_name_does_not_say(refused, theirs, tmp_path, revision):
     """Seen to fail without the look for stage2: 3B tokens, where 4,004B were seen."""
-    assert "give --tokens, 21e9" in refused("import", theirs, tmp_path / "out.pt", "--revision", revision)
+    assert "give --tokens, 21e9" in refused(
+        "import", theirs, tmp_path / "out.pt", "--revision", revision
+    )
 
 
 def test_meta_is_complete(world, theirs, tmp_path):
     """Every stage and eval.py read nothing that pretrain.py writes and import does not."""
-    convert("import", theirs, tmp_path / "out.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
-    meta, pretrained = checkpoint.load(tmp_path / "out.pt")["meta"], checkpoint.load(world.base)["meta"]
+    convert(
+        "import",
+        theirs,
+        tmp_path / "out.pt",
+        "--questions",
+        "some/questions",
+        "--tasks",
+        "some/tasks",
+        "--seed",
+        "3",
+    )
+    meta, pretrained = (
+        checkpoint.load(tmp_path / "out.pt")["meta"],
+        checkpoint.load(world.base)["meta"],
+    )
     assert pretrained.keys() <= meta.keys()
-    assert {k: meta[k] for k in ("stage", "recipe", "parent", "world", "encoding", "questions", "tasks", "pretrain_seed", "seed")} == dict(
-        stage="pretrain", recipe="base", parent=str(theirs), world="olmo-mix-1124", encoding="toy", questions="some/questions",
-        tasks="some/tasks", pretrain_seed=3, seed=3)  # fmt: skip
+    assert {
+        k: meta[k]
+        for k in (
+            "stage",
+            "recipe",
+            "parent",
+            "world",
+            "encoding",
+            "questions",
+            "tasks",
+            "pretrain_seed",
+            "seed",
+        )
+    } == dict(
+        stage="pretrain",
+        recipe="base",
+        parent=str(theirs),
+        world="olmo-mix-1124",
+        encoding="toy",
+        questions="some/questions",
+        tasks="some/tasks",
+        pretrain_seed=3,
+        seed=3,
+    )
     assert meta["preset"] == "3x24" and meta["commit"] and meta["torch"] == torch.__version__
     edit_weights(theirs, lambda content: content["model.norm.weight"].mul_(2))
-    convert("import", theirs, tmp_path / "other.pt", "--questions", "some/questions", "--tasks", "some/tasks", "--seed", "3")
+    convert(
+        "import",
+        theirs,
+        tmp_path / "other.pt",
+        "--questions",
+        "some/questions",
+        "--tasks",
+        "some/tasks",
+        "--seed",
+        "3",
+    )
     other = checkpoint.load(tmp_path / "other.pt")["meta"]
-    assert checkpoint.config_hash(other) != checkpoint.config_hash(meta)  # rows of the one are not taken for rows of the other
+    assert checkpoint.config_hash(other) != checkpoint.config_hash(
+        meta
+    )  # rows of the one are not taken for rows of the other
 
 
 def test_hub_id(theirs, tmp_path, monkeypatch):
     """What is asked of the hub, and that no pickle of the repository would come along."""
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *words, **values: asked.append((words, values)) or str(theirs))
-    convert("import", "allenai/OLMo-2-0425-1B", tmp_path / "ckpt" / "out.pt", "--revision", "stage1-step20000-tokens42B")
-    (words, values), = asked
-    assert words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
-    repository = ["README.md", "config.json", "generation_config.json", "merges.txt", "model-00001-of-00002.safetensors", "tokenizer.json",
-                  "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "training_args.bin", "modeling.py"]  # fmt: skip
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *words, **values: asked.append((words, values)) or str(theirs),
+    )
+    convert(
+        "import",
+        "allenai/OLMo-2-0425-1B",
+        tmp_path / "ckpt" / "out.pt",
+        "--revision",
+        "stage1-step20000-tokens42B",
+    )
+    ((words, values),) = asked
+    assert (
+        words == ("allenai/OLMo-2-0425-1B",) and values["revision"] == "stage1-step20000-tokens42B"
+    )
+    repository = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "modeling.py",
+    ]
     kept = filter_repo_objects(repository, allow_patterns=values["allow_patterns"])
-    assert set(repository) - {*kept} == {"README.md", "generation_config.json", "merges.txt", "pytorch_model.bin", "training_args.bin",
-                                         "modeling.py"}  # fmt: skip
+    assert set(repository) - {*kept} == {
+        "README.md",
+        "generation_config.json",
+        "merges.txt",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "modeling.py",
+    }
     meta = checkpoint.load(tmp_path / "ckpt" / "out.pt")["meta"]
-    assert meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B" and meta["tokens"] == 42 * 10**9
+    assert (
+        meta["parent"] == "allenai/OLMo-2-0425-1B@stage1-step20000-tokens42B"
+        and meta["tokens"] == 42 * 10**9
+    )
 
 
 def test_no_hub(refused, tmp_path, monkeypatch):
@@ -301,29 +501,101 @@ def test_no_hub(refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     said = refused("import", "allenai/OLMo-2-0425-1B", tmp_path / "out.pt", "--revision", NAMED)
-    assert f"is no folder here, and the hub does not give it at {NAMED}: no connection to the hub" in said
+    assert (
+        f"is no folder here, and the hub does not give it at {NAMED}: no connection to the hub"
+        in said
+    )
 
 
-# ---- weights that are refused
+# ------------------------------------------------------------------------- weights that are refused
+
 
 def rename(content, old, new):
     content[new] = content.pop(old)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda c: c.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing (1 such"),
-    (lambda c: c.pop("lm_head.weight"), "lm_head.weight is missing"),
-    (lambda c: c.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "model.layers.3.mlp.up_proj.weight is nothing that OLMo2"),
-    (lambda c: c.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}), "self_attn.q_proj.bias is nothing that OLMo2 has"),
-    (lambda c: rename(c, "model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.input_layernorm.weight"), "input_layernorm"),
-    (lambda c: c.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 24)}), "[40, 24], its config.json needs [24, 40]"),
-    (lambda c: c.update({"model.layers.0.self_attn.k_norm.weight": torch.ones(12)}), "[12], its config.json needs [24]"),
-    (lambda c: c.update({"model.norm.weight": torch.ones(24, dtype=torch.float64)}), "model.norm.weight is F64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda c: c.pop("model.layers.1.mlp.up_proj.weight"),
+            "model.layers.1.mlp.up_proj.weight is missing (1 such",
+        ),
+        (lambda c: c.pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            lambda c: c.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}),
+            "model.layers.3.mlp.up_proj.weight is nothing that OLMo2",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}),
+            "self_attn.q_proj.bias is nothing that OLMo2 has",
+        ),
+        (
+            lambda c: rename(
+                c,
+                "model.layers.0.post_feedforward_layernorm.weight",
+                "model.layers.0.input_layernorm.weight",
+            ),
+            "input_layernorm",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 24)}),
+            "[40, 24], its config.json needs [24, 40]",
+        ),
+        (
+            lambda c: c.update({"model.layers.0.self_attn.k_norm.weight": torch.ones(12)}),
+            "[12], its config.json needs [24]",
+        ),
+        (
+            lambda c: c.update({"model.norm.weight": torch.ones(24, dtype=torch.float64)}),
+            "model.norm.weight is F64",
+        ),
+    ],
+)
 def test_wrong_tensors_are_refused(refused, theirs, tmp_path, change, says):
     edit_weights(theirs, change)
     assert says in refused("import", theirs, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_nan_or_infinite_are_refused(refused, theirs, tmp_path, value, dtype):
+    """Seen to fail with an import whose every evaluation has a score: pass@1 0, agreement 54."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def damage(content):
+        content[name] = content[name].to(dtype)
+        content[name][3, 5] = value
+
+    edit_weights(theirs, damage)
+    assert name in refused("import", theirs, tmp_path / "out.pt")
+    assert [path.name for path in tmp_path.iterdir()] == [NAMED]
+
+
+def test_export_to_a_dtype_that_the_weights_do_not_fit_is_refused(refused, world, tmp_path):
+    """3.4e38 is infinite in bfloat16. Seen to fail with a folder that answers nothing."""
+    saved = checkpoint.load(world.taught)
+    saved["model"]["blocks.1.gate_up.weight"][0, 0] = 3.4e38
+    torch.save(saved, tmp_path / "large.pt")
+    told = refused("export", tmp_path / "large.pt", tmp_path / "hf", "--dtype", "bfloat16")
+    assert "gate_proj" in told and [path.name for path in tmp_path.iterdir()] == ["large.pt"]
+    convert("export", tmp_path / "large.pt", tmp_path / "hf")
+
+
+def test_git_lfs_pointer_is_refused_by_name(refused, theirs, tmp_path):
+    """A clone without git-lfs. Seen to fail with "truncated", and downloaded again in vain."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    path = sorted(theirs.glob("*.safetensors"))[0]
+    path.write_text(pointer)
+    assert f"{path.name} is a git-lfs pointer" in refused("import", theirs, tmp_path / "out.pt")
+
+
+def test_display_that_is_switched_off_changes_nothing(theirs, tmp_path, monkeypatch):
+    convert("import", theirs, tmp_path / "shown.pt")
+    monkeypatch.setattr(hf, "tqdm", functools.partial(hf.tqdm, disable=True))
+    convert("import", theirs, tmp_path / "hidden.pt")
+    assert same_weights(tmp_path / "shown.pt", tmp_path / "hidden.pt")
 
 
 def test_pickles_are_refused(refused, theirs, tmp_path):
@@ -331,30 +603,45 @@ def test_pickles_are_refused(refused, theirs, tmp_path):
         path.unlink()
     assert "nothing to read" in refused("import", theirs, tmp_path / "out.pt")
     (theirs / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
-    assert "pickles (.bin) can run code when they are read and are refused" in refused("import", theirs, tmp_path / "out.pt")
+    assert "pickles (.bin) can run code when they are read and are refused" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
 
 
 def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
-    """A header of that length, a tensor of that size, a billion layers: before memory is taken for them."""
+    """A header of that length, a tensor of that size, a billion layers: before memory is taken for
+    them.
+    """
     path = sorted(theirs.glob("*.safetensors"))[0]
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     header, rest = json.loads(whole[8 : 8 + size]), whole[8 + size :]
     name = next(name for name in header if name != "__metadata__")
-    huge = json.dumps(header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}).encode()
-    for content in ((1 << 40).to_bytes(8, "little") + whole[8:], len(huge).to_bytes(8, "little") + huge + rest):
+    huge = json.dumps(
+        header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}
+    ).encode()
+    for content in (
+        (1 << 40).to_bytes(8, "little") + whole[8:],
+        len(huge).to_bytes(8, "little") + huge + rest,
+    ):
         path.write_bytes(content)
-        assert f"{path.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+        assert f"{path.name} is truncated or no safetensors" in refused(
+            "import", theirs, tmp_path / "out.pt"
+        )
     path.write_bytes(whole)
     edit(theirs / "config.json", num_hidden_layers=10**9)
-    assert "its config.json has 1000000000 layers, its files" in refused("import", theirs, tmp_path / "out.pt")
+    assert "its config.json has 1000000000 layers, its files" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
 
 
 def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     last, index = sorted(theirs.glob("*.safetensors"))[-1], theirs / "model.safetensors.index.json"
     whole = last.read_bytes()
     last.write_bytes(whole[:-8])
-    assert f"{last.name} is truncated or no safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    assert f"{last.name} is truncated or no safetensors" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
     last.unlink()
     assert f"lacks {last.name}: download it again" in refused("import", theirs, tmp_path / "out.pt")
     shutil.copy(sorted(theirs.glob("*.safetensors"))[0], last)
@@ -362,18 +649,27 @@ def test_incomplete_download_is_refused(refused, theirs, tmp_path):
     last.write_bytes(whole)
     (tmp_path / "elsewhere.safetensors").write_bytes(whole)
     named = json.loads(index.read_text())["weight_map"]
-    edit(index, weight_map={k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()})
+    edit(
+        index,
+        weight_map={
+            k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()
+        },
+    )
     assert "lacks ../elsewhere.safetensors" in refused("import", theirs, tmp_path / "out.pt")
     edit(index, weight_map={})
     assert "lacks all" in refused("import", theirs, tmp_path / "out.pt")
 
 
-# ---- nothing lost
+# ------------------------------------------------------------------------------------- nothing lost
+
 
 def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
     out, folder = tmp_path / "out.pt", tmp_path / "folder"
     out.write_text("mine")
-    assert "exists: --overwrite replaces it" in refused("import", theirs, out) and out.read_text() == "mine"
+    assert (
+        "exists: --overwrite replaces it" in refused("import", theirs, out)
+        and out.read_text() == "mine"
+    )
     convert("import", theirs, out, "--overwrite")
     assert checkpoint.load(out)["meta"]["recipe"] == "base"
     folder.mkdir()
@@ -392,14 +688,23 @@ def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
     assert [*folder.iterdir()] == [] and not (tmp_path / "folder.new").exists()
     convert("export", world.taught, folder)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     assert "--out is needed" in refused("import", theirs)
-    assert "unknown flag --revison, did you mean --revision?" in refused("import", theirs, tmp_path / "a.pt", "--revison", "main")
+    assert "unknown flag --revison, did you mean --revision?" in refused(
+        "import", theirs, tmp_path / "a.pt", "--revison", "main"
+    )
     assert "unknown flag" in refused("export", world.taught, tmp_path / "a", tmp_path / "b")
-    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused("export", world.taught, tmp_path / "a", "--dtype", "int8")
+    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused(
+        "export", world.taught, tmp_path / "a", "--dtype", "int8"
+    )
     assert "no checkpoint at" in refused("export", tmp_path / "none.pt", tmp_path / "a")
     assert "'exprot' is not a command" in refused("exprot")
     convert("--help")
@@ -407,17 +712,29 @@ def test_wrong_words(refused, world, theirs, tmp_path, capsys):
     saved = checkpoint.load(world.taught)
     saved["model"]["norm.weight"] = torch.ones(3)
     torch.save(saved, tmp_path / "odd.pt")
-    assert "is of another model than its config says" in refused("export", tmp_path / "odd.pt", tmp_path / "a")
+    assert "is of another model than its config says" in refused(
+        "export", tmp_path / "odd.pt", tmp_path / "a"
+    )
     assert not (tmp_path / "a").exists()
 
 
-# ---- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
+
 
 def real_texts(count=300):
-    for name in ("pretrain_text/wikitext2_valid.txt.gz", "pretrain_text/tinyshakespeare.txt.gz", "pretrain_text/tinystories_sample.txt.gz"):
+    for name in (
+        "pretrain_text/wikitext2_valid.txt.gz",
+        "pretrain_text/tinyshakespeare.txt.gz",
+        "pretrain_text/tinystories_sample.txt.gz",
+    ):
         with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
             yield from file.read()[:200_000].split("\n\n")[:count]
-    for name in ("pretrain_text/open_logic.jsonl.gz", "math/train.jsonl.gz", "gsm8k/train.jsonl.gz", "hellaswag/validation.jsonl.gz"):
+    for name in (
+        "pretrain_text/open_logic.jsonl.gz",
+        "math/train.jsonl.gz",
+        "gsm8k/train.jsonl.gz",
+        "hellaswag/validation.jsonl.gz",
+    ):
         with gzip.open(DATASETS / name, "rt", encoding="utf-8") as file:
             for _, line in zip(range(count), file, strict=False):
                 row = json.loads(line)
@@ -425,17 +742,38 @@ def real_texts(count=300):
 
 
 HARD_TEXTS = [
-    hf.PROBE, "", " ", "  a", "a  ", "\n", "\r\n\r\n  x", "\t\t x\n\n\n", "1234567890 12 3", "\u00b2\u2167\u0663 ",
-    "it's IT'S it'\u017f we'LL 'VE 're", "caf\u00e9 cafe\u0301 \ufb01", "\u6771\u4eac\u90fd\u3000\u306f", "\x00\x01\u2028\u00a0\u200b",
+    hf.PROBE,
+    "",
+    " ",
+    "  a",
+    "a  ",
+    "\n",
+    "\r\n\r\n  x",
+    "\t\t x\n\n\n",
+    "1234567890 12 3",
+    "\u00b2\u2167\u0663 ",
+    "it's IT'S it'\u017f we'LL 'VE 're",
+    "caf\u00e9 cafe\u0301 \ufb01",
+    "\u6771\u4eac\u90fd\u3000\u306f",
+    "\x00\x01\u2028\u00a0\u200b",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ee\U0001f1f9",
-    "<|endoftext|>", "a<|endoftext|>b <|pad|> <|im_start|> |||PHONE_NUMBER||| <|extra_id_3|> <|endofprompt|>", "||||||PHONE_NUMBER||||||",
-    *("".join(c * n) for c in (" ", "a", "-", "=", "\n", "0", "_", "x ") for n in (1, 2, 3, 5, 7, 16, 31, 77, 200)),
-]  # fmt: skip
+    "<|endoftext|>",
+    "a<|endoftext|>b <|pad|> <|im_start|> |||PHONE_NUMBER||| <|extra_id_3|> <|endofprompt|>",
+    "||||||PHONE_NUMBER||||||",
+    *(
+        "".join(c * n)
+        for c in (" ", "a", "-", "=", "\n", "0", "_", "x ")
+        for n in (1, 2, 3, 5, 7, 16, 31, 77, 200)
+    ),
+]
 
 
 def test_tokenizer_gives_our_ids(cl100k, tmp_path):
-    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included. Seen to fail with
-    tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without split_special_tokens."""
+    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included.
+
+    Seen to fail with tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without
+    split_special_tokens.
+    """
     folder = tmp_path / "hf"
     model = small_model(100278, 100352, torch.float32, width=8, heads=2, ffn=8, layers=1)
     checkpoint.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
@@ -444,11 +782,20 @@ def test_tokenizer_gives_our_ids(cl100k, tmp_path):
     texts = [*HARD_TEXTS, *real_texts()] if DATASETS.is_dir() else HARD_TEXTS
     for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
         assert ids == tokens.encode(cl100k, text), text[:80]
-        assert theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+        assert (
+            theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            == text
+        )
     special = {theirs.convert_tokens_to_ids(text): text for text in hf.OLMO2}
     assert special == {100256 + i: text for i, text in enumerate(hf.OLMO2)} and len(hf.OLMO2) == 22
-    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(theirs) == tokens.vocab_size(cl100k)
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (cl100k.eot_token, tokens.pad_id(cl100k)) == (100257, 100277)
+    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(
+        theirs
+    ) == tokens.vocab_size(cl100k)
+    assert (
+        (theirs.eos_token_id, theirs.pad_token_id)
+        == (cl100k.eot_token, tokens.pad_id(cl100k))
+        == (100257, 100277)
+    )
     assert theirs.decode([9906, 100257, 100277], skip_special_tokens=True) == "Hello"
     # and it is what import accepts beside the weights
     convert("import", folder, tmp_path / "b.pt", "--tokens", "1")
@@ -459,49 +806,117 @@ def test_toy_tokenizer(world, tmp_path):
     """The toy's own words, and the folder imports again."""
     convert("export", world.taught, tmp_path / "hf")
     theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokens.encoding("toy")
-    lines = [json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()]
-    for text in (f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines):
+    lines = [
+        json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()
+    ]
+    for text in (
+        f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines
+    ):
         text = re.sub(r"^ ?", " ", text)
         ids = enc.encode_ordinary(text)
-        assert theirs(text).input_ids == ids and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert (
+            theirs(text).input_ids == ids
+            and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        )
     assert (theirs.eos_token_id, theirs.pad_token_id) == (enc.eot_token, tokens.pad_id(enc))
     convert("import", tmp_path / "hf", tmp_path / "again.pt", "--tokens", "1")
     assert same_weights(world.taught, tmp_path / "again.pt")
 
 
 def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
-    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(str(theirs / "tokenizer.json"))
-    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused("import", theirs, tmp_path / "out.pt")
+    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(
+        str(theirs / "tokenizer.json")
+    )
+    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused(
+        "import", theirs, tmp_path / "out.pt"
+    )
     (theirs / "tokenizer.json").write_text("{}")
     assert "cannot read" in refused("import", theirs, tmp_path / "out.pt")
 
 
-# ---- the stages
+# --------------------------------------------------------------------------------------- the stages
+
 
 def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
-    """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe follow from the meta."""
-    rows = [{"id": str(i), "question": f"What is {i} + 1?", "answer": str(i + 1), "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"]}
-            for i in range(6)]  # fmt: skip
+    """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe
+    follow from the meta.
+    """
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is {i} + 1?",
+            "answer": str(i + 1),
+            "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"],
+        }
+        for i in range(6)
+    ]
     for split in ("train", "val", "shots"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = small_model(100278, 100352, torch.float32, width=16, ffn=24)
-    transformers_twin(model).to(torch.bfloat16).save_pretrained(tmp_path / NAMED, max_shard_size="4MB")
+    transformers_twin(model).to(torch.bfloat16).save_pretrained(
+        tmp_path / NAMED, max_shard_size="4MB"
+    )
     start, shared = tmp_path / "step10000.pt", dict(eval_questions=2, eval_n=2, max_new=6)
     convert("import", tmp_path / NAMED, start, "--questions", tmp_path)
     call("sft", init=start, steps=1, batch=2, **shared)
     call("rl", init=start, steps=1, questions_per_step=2, group=2, compile="false", **shared)
-    call("rl", init=tmp_path / "step10000-sft.pt", steps=1, questions_per_step=2, group=2, compile="false", **shared)
-    call("mix", init=start, steps=1, questions_per_step=2, group=2, batch=2, compile="false", **shared)
-    recipes = {"step10000": "base", "step10000-sft": "sft", "step10000-rl": "rl", "step10000-sft-rl": "sft->rl", "step10000-mix": "mix"}
+    call(
+        "rl",
+        init=tmp_path / "step10000-sft.pt",
+        steps=1,
+        questions_per_step=2,
+        group=2,
+        compile="false",
+        **shared,
+    )
+    call(
+        "mix",
+        init=start,
+        steps=1,
+        questions_per_step=2,
+        group=2,
+        batch=2,
+        compile="false",
+        **shared,
+    )
+    recipes = {
+        "step10000": "base",
+        "step10000-sft": "sft",
+        "step10000-rl": "rl",
+        "step10000-sft-rl": "sft->rl",
+        "step10000-mix": "mix",
+    }
     paths = [tmp_path / f"{name}.pt" for name in recipes]
-    call("eval", *paths, results=tmp_path / "results", limit=2, n=2, k="1,2", shots="0", max_new=6, compile="false")
+    call(
+        "eval",
+        *paths,
+        results=tmp_path / "results",
+        limit=2,
+        n=2,
+        k="1,2",
+        shots="0",
+        max_new=6,
+        compile="false",
+    )
     for path in paths:
-        meta, rows = checkpoint.load(path)["meta"], run.read_lines(tmp_path / "results" / f"{path.stem}.jsonl")
+        meta, rows = (
+            checkpoint.load(path)["meta"],
+            read_rows(tmp_path / "results" / f"{path.stem}.jsonl"),
+        )
         (row,) = (row for row in rows if row["kind"] == "pass")
         assert meta["recipe"] == row["recipe"] == recipes[path.stem]
-        assert (row["tokens"], row["world"], row["model"], row["n"]) == (21 * 10**9, "olmo-mix-1124", "2x16", 2)
-        assert path == start or meta["parent_hash"] == checkpoint.config_hash(checkpoint.load(meta["parent"])["meta"])
+        assert (row["tokens"], row["world"], row["model"], row["n"]) == (
+            21 * 10**9,
+            "olmo-mix-1124",
+            "2x16",
+            2,
+        )
+        assert path == start or meta["parent_hash"] == checkpoint.config_hash(
+            checkpoint.load(meta["parent"])["meta"]
+        )
     assert not same_weights(start, paths[1])
     convert("export", paths[4], tmp_path / "mixed")  # and what the stages wrote goes back
     ids = torch.tensor([tokens.encode(cl100k, "Question: What is 1 + 1?\nAnswer:")])
-    torch.testing.assert_close(their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4
+    )

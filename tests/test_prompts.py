@@ -1,32 +1,29 @@
-"""Prompts, shots and stop strings: what a base model is shown, where its answer ends, and how it is read."""
+"""Prompts, shots and stop strings: what a base model is shown, and where its answer ends."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DATASETS, call, refused
-from test_eval import FEW, rows_in
-from test_grader import real
+from helpers import DATASETS, call, real, refused
 
-from data import grader, problems, questions, tokens
+from data import files, grader, problems, questions, tokens
+from data import toy as toy_world
 from eval import solve
 from model import Samples
 
 WORLD = SimpleNamespace(rank=0, size=1, sum=lambda *values: list(values))
 
 
-@pytest.fixture()
-def cl100k(monkeypatch):
-    if not DATASETS.is_dir():
-        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATASETS / "tiktoken"))
-    return tokens.encoding("cl100k_base")
+FORM = problems.Form()
+TOY = problems.Form(toy_world.PROMPT, "")
+FEW = dict(n=1, k="1", limit=2, max_new=8, tasks="", device="cpu", compile="false")
 
 
 class Says:
-    """In place of the sampler: answers that are given as ids, ended at the first of `ends` or cut at max_new."""
+    """In place of the sampler: answers that are given as ids, ended at the first of `ends` or cut
+    at max_new.
+    """
 
     def __init__(self, *answers):
         self.answers = answers
@@ -36,9 +33,14 @@ class Says:
         for ids in self.answers:
             stop = next((place for place, token in enumerate(ids[:max_new]) if token in ends), None)
             rows.append((ids[: max_new if stop is None else stop + 1], stop is None))
-        said = {"tokens": torch.tensor([row + [0] * (max_new - len(row)) for row, _ in rows]),
-                "lengths": torch.tensor([len(row) for row, _ in rows]), "cut": torch.tensor([cut for _, cut in rows])}  # fmt: skip
-        return Samples(**{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields})
+        said = {
+            "tokens": torch.tensor([row + [0] * (max_new - len(row)) for row, _ in rows]),
+            "lengths": torch.tensor([len(row) for row, _ in rows]),
+            "cut": torch.tensor([cut for _, cut in rows]),
+        }
+        return Samples(
+            **{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields}
+        )
 
 
 def solved(enc, *answers, answer="5", max_new=60):
@@ -58,10 +60,16 @@ def by_letters(enc, text):
 @pytest.mark.parametrize("between", ["\n\n", "\n", "\n\n\n", " \n\n", "\n\n**", " "])
 @pytest.mark.parametrize("split", [tokens.encode, by_letters], ids=["usual", "letters"])
 def test_an_answer_ends_where_the_next_question_begins(cl100k, before, between, split):
-    """However "Question:" is made of tokens, what follows is not read and the answer is not counted as cut.
+    """However "Question:" is made of tokens, what follows is not read and the answer is not counted
+    as cut.
 
-    Seen to fail with the id of "Question" as the only stop: spelled in letters it went on to the next answer, 6."""
-    ids = split(cl100k, f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6") + [1] * 60
+    Seen to fail with the id of "Question" as the only stop: spelled in letters it went on to the
+    next answer, 6.
+    """
+    ids = (
+        split(cl100k, f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6")
+        + [1] * 60
+    )
     found = solved(cl100k, ids, max_new=len(ids) - 50)
     assert (found["correct"], found["cut"]) == ([1], 0)
     assert found["formatted"] == 1 or between == "\n\n**"
@@ -69,45 +77,81 @@ def test_an_answer_ends_where_the_next_question_begins(cl100k, before, between, 
 
 def test_the_usual_next_question_stops_the_sampler(cl100k):
     """Its first token is one that the sampler is told of, so nothing is generated in vain."""
-    ids = tokens.encode(cl100k, problems.stop_string("cl100k_base"))
+    ids = tokens.encode(cl100k, problems.stop_string(FORM))
     for between in ("\n\n", "\n", ".\n\n", " \n\n"):
         assert tokens.encode(cl100k, f"#### 5{between}Question: how")[-3:-1] == ids
-    assert [tokens.decode(cl100k, ids[:1]), problems.stop_string("toy")] == ["Question", " Q :"]
+    assert [tokens.decode(cl100k, ids[:1]), problems.stop_string(TOY)] == ["Question", " Q :"]
 
 
 def test_ended_cut_and_unfinished_answers(cl100k):
-    """Right by itself; right but cut; the end-of-text id inside; half of the stop string; a right answer after the stop."""
+    """Right by itself; right but cut; the end-of-text id inside; half of the stop string; a right
+    answer after the stop.
+    """
+
     def ids(text):
         return tokens.encode(cl100k, text)
 
     cut = ids("It is 5.\n#### 5\n") + ids(" and") * 60
-    answers = [ids("#### 5") + [cl100k.eot_token], cut, ids("#### 6") + [cl100k.eot_token] + ids("#### 5"),
-               ids("#### 5\n\n") + ids("Quest") + [cl100k.eot_token], ids("6\n\nQuestion: x\n#### 5") + [1] * 60]  # fmt: skip
+    answers = [
+        ids("#### 5") + [cl100k.eot_token],
+        cut,
+        ids("#### 6") + [cl100k.eot_token] + ids("#### 5"),
+        ids("#### 5\n\n") + ids("Quest") + [cl100k.eot_token],
+        ids("6\n\nQuestion: x\n#### 5") + [1] * 60,
+    ]
     found = solved(cl100k, *answers)
-    shares = {"cut": 1 / 5, "formatted": 3 / 5, "flexible@1": 3 / 5}  # the last finds the cut one too
-    assert found["correct"] == [2] and {name: found[name] for name in shares} == pytest.approx(shares)
+    shares = {
+        "cut": 1 / 5,
+        "formatted": 3 / 5,
+        "flexible@1": 3 / 5,
+    }  # the last finds the cut one too
+    assert found["correct"] == [2] and {name: found[name] for name in shares} == pytest.approx(
+        shares
+    )
 
 
 def test_no_real_solution_has_the_stop_string(cl100k):
-    """Else SFT would teach what evaluation cuts off. The token "Question" alone, where the sampler stops, is in one of 21,292:
-    "Question 1:  no, because ..."."""
-    stop = tokens.encode(cl100k, problems.stop_string("cl100k_base"))[0]
-    texts = {f"{name}-{i}": row.get("solution") or row["answer"] for name in ("gsm8k/train", "gsm8k/test", "math/train", "math/test")
-             for i, row in enumerate(real(name))}  # fmt: skip
-    assert len(texts) == 8792 + 12500 and not any(problems.until_next_question("cl100k_base", text)[1] for text in texts.values())
-    assert [name for name, text in texts.items() if "Question" in text and stop in tokens.encode(cl100k, text)] == ["math/test-3883"]
+    """Else SFT would teach what evaluation cuts off.
+
+    The token "Question" alone, where the sampler stops, is in one of 21,292: "Question 1: no,
+    because ...".
+    """
+    stop = tokens.encode(cl100k, problems.stop_string(FORM))[0]
+    texts = {
+        f"{name}-{i}": row.get("solution") or row["answer"]
+        for name in ("gsm8k/train", "gsm8k/test", "math/train", "math/test")
+        for i, row in enumerate(real(name))
+    }
+    assert len(texts) == 8792 + 12500 and not any(
+        problems.until_next_question(FORM, text)[1] for text in texts.values()
+    )
+    assert [
+        name
+        for name, text in texts.items()
+        if "Question" in text and stop in tokens.encode(cl100k, text)
+    ] == ["math/test-3883"]
 
 
 # ---- the flexible reading
 
 
-@pytest.mark.parametrize("text, answer, strict, flexible", [
-    ("It is 5.", "5", 0, 1), ("It is 5, not 6.", "5", 0, 0), ("#### 5", "5", 1, 1), ("#### 5\nThat is 6 less one.", "5", 1, 1),
-    (r"So $\boxed{\frac{\sqrt{2}}{2}}$ is 3 times it.", r"\frac{1}{\sqrt{2}}", 0, 1), (r"\boxed{5} is right, #### 6", "6", 1, 1),
-    (r"\boxed{5} is right, #### 6", "5", 0, 1), ("It has no number.", "5", 0, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, answer, strict, flexible",
+    [
+        ("It is 5.", "5", 0, 1),
+        ("It is 5, not 6.", "5", 0, 0),
+        ("#### 5", "5", 1, 1),
+        ("#### 5\nThat is 6 less one.", "5", 1, 1),
+        (r"So $\boxed{\frac{\sqrt{2}}{2}}$ is 3 times it.", r"\frac{1}{\sqrt{2}}", 0, 1),
+        (r"\boxed{5} is right, #### 6", "6", 1, 1),
+        (r"\boxed{5} is right, #### 6", "5", 0, 1),
+        ("It has no number.", "5", 0, 0),
+    ],
+)
 def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, flexible):
-    """It finds an answer in any form, and never less than the strict one, which alone is the reward."""
+    """It finds an answer in any form, and never less than the strict one, which alone is the
+    reward.
+    """
     found = solved(cl100k, tokens.encode(cl100k, text) + [cl100k.eot_token], answer=answer)
     assert (found["correct"], found["pass@1"], found["flexible@1"]) == ([strict], strict, flexible)
     assert grader.grade_all([text], [answer], [True])[0][0] == bool(strict)
@@ -117,40 +161,73 @@ def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, fle
 
 
 def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
-    """The eight of Wei et al. and Minerva's four: each is right in the eyes of the grader, and its old ending is gone."""
-    for file, count, answers in (("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
-                                 ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"])):
+    """The eight of Wei et al.
+
+    and Minerva's four: each is right in the eyes of the grader, and its old ending is gone.
+    """
+    for file, count, answers in (
+        ("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
+        ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"]),
+    ):
         rows = questions.shots(DATASETS / f"few_shot/{file}.json")
         texts = [row["solutions"][0] for row in rows]
         assert [row["answer"] for row in rows] == answers and len(rows) == count
         assert grader.grade_all(texts, answers, [True] * count) == [(True, True)] * count
-        assert not any(word in text for text in texts for word in ("answer is", "I hope", "Final", "boxed"))
-        shown = problems.few_shot("cl100k_base", rows)
-        assert shown.count("Question: ") == shown.count("\nAnswer: ") == count == shown.count(f"\n{grader.ENDING} ")
+        assert not any(
+            word in text for text in texts for word in ("answer is", "I hope", "Final", "boxed")
+        )
+        shown = problems.few_shot(FORM, rows)
+        assert (
+            shown.count("Question: ")
+            == shown.count("\nAnswer: ")
+            == count
+            == shown.count(f"\n{grader.ENDING} ")
+        )
         assert shown.endswith(f"\n#### {answers[-1]}\n\n")
-        assert not any(problems.until_next_question("cl100k_base", text)[1] for text in texts)
+        assert not any(problems.until_next_question(FORM, text)[1] for text in texts)
 
 
 def test_the_prompt_of_the_paper(cl100k):
     shot = {"question": "How many?", "solutions": ["It is 6.\n#### 6"]}
-    text = problems.few_shot("cl100k_base", [shot, shot]) + problems.prompt("cl100k_base", "And now?")
-    assert text == 2 * "Question: How many?\nAnswer: It is 6.\n#### 6\n\n" + "Question: And now?\nAnswer:"
+    text = problems.few_shot(FORM, [shot, shot]) + problems.prompt(FORM, "And now?")
+    assert (
+        text
+        == 2 * "Question: How many?\nAnswer: It is 6.\n#### 6\n\n" + "Question: And now?\nAnswer:"
+    )
     sampler = Says(tokens.encode(cl100k, " 7"))
-    solve(sampler, cl100k, [{"id": "a", "question": "And now?", "answer": "7"}], 1, 4, 0.6, 0, WORLD, shots=[shot, shot], ks=(1,))
+    solve(
+        sampler,
+        cl100k,
+        [{"id": "a", "question": "And now?", "answer": "7"}],
+        1,
+        4,
+        0.6,
+        0,
+        WORLD,
+        shots=[shot, shot],
+        ks=(1,),
+    )
     assert tokens.decode(cl100k, [*sampler.prefix, *sampler.prompts[0]]) == text
 
 
 def test_a_base_gets_as_many_shots_as_there_are(world, tmp_path, capsys):
-    """MATH has four, and rows of 64 tokens hold two of the toy. Seen to fail with "has 1 shots, not 8"; a number that was asked
-    for is not lowered."""
-    shutil.copytree(world.data / "easy", tmp_path / "easy")
-    shots = problems.load(world.data / "easy", "shots")[:1]
-    (tmp_path / "easy/shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots))
-    how = dict(questions=tmp_path / "easy", results=tmp_path / "results", **FEW)
+    """MATH has four, and rows of 64 tokens hold two of the toy. What was asked for is not lowered.
+
+    Seen to fail with one shot refused for lack of eight.
+    """
+    easy, results = tmp_path / "easy", tmp_path / "results"
+    shutil.copytree(world.data / "easy", easy)
+    files.write_rows(easy / "shots.jsonl", problems.load(world.data / "easy", "shots")[:1])
+    how = dict(questions=easy, results=results, **FEW)
+
+    def measured(name):
+        rows = [row for row in files.read_rows(results / f"{name}.jsonl") if row["kind"] == "pass"]
+        assert all(0 <= row["pass@1"] <= row["flexible@1"] <= 1 for row in rows)
+        return [row["shots"] for row in rows]
+
     call("eval", world.base, **how)
-    rows = rows_in(tmp_path / "results", world.base.stem, "pass")
-    assert [row["shots"] for row in rows] == [1, 0] and all(0 <= row["pass@1"] <= row["flexible@1"] <= 1 for row in rows)
-    assert "has 1 shots, not 8: lower --shots" in refused(capsys, "eval", world.base, shots=8, **how)
-    (tmp_path / "easy/shots.jsonl").unlink()  # needed by none
+    assert measured(world.base.stem) == [1, 0]
+    assert "--shots" in refused(capsys, "eval", world.base, shots=8, **how)
+    (easy / "shots.jsonl").unlink()  # needed by none
     call("eval", world.taught, **how)
-    assert [row["shots"] for row in rows_in(tmp_path / "results", "taught", "pass")] == [0]
+    assert measured("taught") == [0]

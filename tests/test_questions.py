@@ -1,8 +1,6 @@
-"""GSM8K, MATH and OpenMathInstruct-1 to questions, on the real files and on small ones of the same columns."""
+"""GSM8K, MATH and OpenMathInstruct-1 to questions, on real files and on small ones like them."""
 
 import collections
-import functools
-import gzip
 import json
 import random
 import subprocess
@@ -10,23 +8,19 @@ import sys
 
 import datasets as hub
 import pytest
-from helpers import DATASETS, ROOT
+from helpers import DATASETS, ROOT, real
 
 from data import prepare, problems, questions
 from data.overlap import grams, words
 
-pytestmark = pytest.mark.skipif(not DATASETS.is_dir(), reason=f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+pytestmark = pytest.mark.skipif(
+    not DATASETS.is_dir(), reason=f"no {DATASETS}; set RL_DATASETS to the folder of real data"
+)
 
 
 @pytest.fixture(autouse=True)
 def cl100k(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATASETS / "tiktoken"))
-
-
-@functools.cache
-def real(name):
-    with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def write(path, rows):
@@ -50,25 +44,37 @@ def assert_apart(splits):
         for row in splits[split]:
             assert words(row["question"]) not in equal and runs.isdisjoint(grams(row["question"]))
     assert len({words(row["question"]) for split in splits for row in splits[split]}) == sum(
-        len({words(row["question"]) for row in rows}) for rows in splits.values())
+        len({words(row["question"]) for row in rows}) for rows in splits.values()
+    )
 
 
-# ---- GSM8K
+# ------------------------------------------------------------------------------------ GSM8K
 
-def test_gsm8k_of_a_folder(tmp_path, capsys):
-    """7,473 = 4 that overlap with test + 8 like the shots + val + train, all 1,319 of test, one form. Seen to fail with
-    the <<48/2=24>> notes kept, and with the overlap not left out."""
+
+def test_gsm8k_of_a_folder(tmp_path):
+    """7,473 = 4 that overlap with test + 8 like the shots + val + train, all 1,319 of test, one
+    form.
+
+    Seen to fail with the <<48/2=24>> notes kept, and with the overlap not left out.
+    """
     out = tmp_path / "out"
-    prepare.make_gsm8k(prepare.Gsm8k(source=str(DATASETS / "gsm8k"), out=str(out)))
-    said = capsys.readouterr().out
-    assert "0 training questions are also in test" in said and "4 more share 13 words in a row with a test question: left out" in said
+    questions.make_gsm8k(questions.Gsm8k(source=str(DATASETS / "gsm8k"), out=str(out)))
     rows = splits_of(out)
-    assert {split: len(part) for split, part in rows.items()} == {"train": 6961, "val": 500, "test": 1319, "shots": 8}
-    assert world_of(out)["left_out"] == {"equal": 0, "overlap": 4}
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train": 6961,
+        "val": 500,
+        "test": 1319,
+        "shots": 8,
+    }
+    assert world_of(out)["left_out"] == {"equal": 0, "overlap": 4, "shots": 8}
     assert world_of(out)["questions"] == {"train": 6961, "val": 500, "test": 1319, "shots": 8}
-    text = "".join(solution for part in rows.values() for row in part for solution in row["solutions"])
+    text = "".join(
+        solution for part in rows.values() for row in part for solution in row["solutions"]
+    )
     assert "<<" not in text and ">>" not in text
-    assert rows["test"][0]["answer"] == "18" and rows["test"][0]["solutions"][0].endswith("\n#### 18")
+    assert rows["test"][0]["answer"] == "18" and rows["test"][0]["solutions"][0].endswith(
+        "\n#### 18"
+    )
     assert_apart(rows)
 
 
@@ -76,25 +82,53 @@ def test_shots_of_wei_et_al(tmp_path):
     """The fixed eight, with the one ending. Seen to fail with "The answer is N." left in."""
     rows = questions.shots(DATASETS / "few_shot" / "gsm8k_cot_8shot.json")
     assert [row["answer"] for row in rows] == ["6", "5", "39", "8", "9", "29", "33", "8"]
-    assert all(row["solutions"][0].endswith(f".\n#### {row['answer']}") and "answer is" not in row["solutions"][0] for row in rows)
-    for text in ('[{"question": "a", "target": "b"}]', '[{"problem": "a", "solution": "b"}]', '{"question": "a"}', "[3]", "{"):
+    assert all(
+        row["solutions"][0].endswith(f".\n#### {row['answer']}")
+        and "answer is" not in row["solutions"][0]
+        for row in rows
+    )
+    for text in (
+        '[{"question": "a", "target": "b"}]',
+        '[{"problem": "a", "solution": "b"}]',
+        '{"question": "a"}',
+        "[3]",
+        "{",
+    ):
         (tmp_path / "shots.json").write_text(text)
-        with pytest.raises(ValueError, match="shots.json: must be a JSON list of"):
+        with pytest.raises(ValueError, match="shots.json"):
             questions.shots(tmp_path / "shots.json")
 
 
-# ---- MATH
+# ------------------------------------------------------------------------------------- MATH
 
-@pytest.mark.parametrize("text, rest, answer", [
-    (r"so $x = \boxed{4}$.", "so $x = 4$.", "4"),
-    (r"\boxed{\frac{1}{2}} or \boxed{0.5}", r"\frac{1}{2} or 0.5", "0.5"),
-    (r"\boxed{\left\{ x \mid \{1\} \right\}} end", r"\left\{ x \mid \{1\} \right\} end", r"\left\{ x \mid \{1\} \right\}"),
-    (r"\boxed{\left\{ 1, 2 \right.} and }", r"\left\{ 1, 2 \right. and }", r"\left\{ 1, 2 \right."),  # escaped: no brace
-    (r"\boxed{\\{2}} x", r"\\{2} x", r"\\{2}"),  # a line break, then a brace
-    (r"is \boxed 9 or \fbox{3}", "is 9 or 3", "3"), (r"\boxed {7}", "7", "7"),
-    (r"\boxed{\boxed{5}}", "5", "5"), ("\\boxed{a\n  b}", "a\n  b", "a b"),
-    (r"\boxed{}", "", ""), ("none", "none", None), (r"\boxed{3", r"{3", "{"), (r"\boxed", "", ""),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "text, rest, answer",
+    [
+        (r"so $x = \boxed{4}$.", "so $x = 4$.", "4"),
+        (r"\boxed{\frac{1}{2}} or \boxed{0.5}", r"\frac{1}{2} or 0.5", "0.5"),
+        (
+            r"\boxed{\left\{ x \mid \{1\} \right\}} end",
+            r"\left\{ x \mid \{1\} \right\} end",
+            r"\left\{ x \mid \{1\} \right\}",
+        ),
+        # escaped: no brace
+        (
+            r"\boxed{\left\{ 1, 2 \right.} and }",
+            r"\left\{ 1, 2 \right. and }",
+            r"\left\{ 1, 2 \right.",
+        ),
+        (r"\boxed{\\{2}} x", r"\\{2} x", r"\\{2}"),  # a line break, then a brace
+        (r"is \boxed 9 or \fbox{3}", "is 9 or 3", "3"),
+        (r"\boxed {7}", "7", "7"),
+        (r"\boxed{\boxed{5}}", "5", "5"),
+        ("\\boxed{a\n  b}", "a\n  b", "a b"),
+        (r"\boxed{}", "", ""),
+        ("none", "none", None),
+        (r"\boxed{3", r"{3", "{"),
+        (r"\boxed", "", ""),
+    ],
+)
 def test_boxes_are_taken_off(text, rest, answer):
     """Seen to fail with escaped braces counted, and with the first box taken."""
     assert questions.unbox(text) == (rest, answer)
@@ -105,33 +139,163 @@ def made_math(tmp_path_factory):
     out = tmp_path_factory.mktemp("math") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(DATASETS / "tiktoken"))
-        prepare.make_math(prepare.Math(source=str(DATASETS / "math"), out=str(out),
-                                       shots=str(DATASETS / "few_shot" / "minerva_math_4shot.json")))
+        questions.make_math(
+            questions.Math(
+                source=str(DATASETS / "math"),
+                out=str(out),
+                shots=str(DATASETS / "few_shot" / "minerva_math_4shot.json"),
+            )
+        )
     return out
 
 
 def test_math_of_a_folder(made_math):
-    """7,500 = 2 without an answer + 9 equal to a test question + 734 that overlap + 4 shots + val + train; each solution
-    keeps its text, ends in the answer that the file gives, and no box is left."""
+    """7,500 = 2 without an answer + 9 equal to a test question + 734 that overlap + 4 shots + val +
+    train; each solution keeps its text, ends in the answer that the file gives, and no box is left.
+    """
     rows = splits_of(made_math)
-    assert {split: len(part) for split, part in rows.items()} == {"train": 6251, "val": 500, "test": 5000, "shots": 4}
-    assert world_of(made_math)["left_out"] == {"equal": 9, "overlap": 734}
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train": 6251,
+        "val": 500,
+        "test": 5000,
+        "shots": 4,
+    }
+    assert world_of(made_math)["left_out"] == {
+        "train without an answer in a box": 2,
+        "equal": 9,
+        "overlap": 734,
+        "shots": 4,
+    }
     given = {"train": real("math/train"), "test": real("math/test")}
     for row in [*rows["train"], *rows["val"], *rows["test"]]:
         _, split, number = row["id"].split("-")
         source = given[split][int(number)]
-        assert row["question"] == source["problem"].strip() and row["answer"] == " ".join(source["answer"].split())
-        assert row["level"] == source["level"].removeprefix("Level ") and r"\boxed" not in row["solutions"][0]
+        assert row["question"] == source["problem"].strip() and row["answer"] == " ".join(
+            source["answer"].split()
+        )
+        assert (
+            row["level"] == source["level"].removeprefix("Level ")
+            and r"\boxed" not in row["solutions"][0]
+        )
         assert row["solutions"][0].endswith(f"\n#### {row['answer']}")
         assert len(row["solutions"][0]) > len(source["solution"].strip()) - 40
-    assert collections.Counter(row["level"] for row in rows["test"]) == {"5": 1324, "4": 1214, "3": 1131, "2": 894, "1": 437}
+    assert collections.Counter(row["level"] for row in rows["test"]) == {
+        "5": 1324,
+        "4": 1214,
+        "3": 1131,
+        "2": 894,
+        "1": 437,
+    }
     assert_apart(rows)
 
 
+def test_rows_without_a_box_are_counted(tmp_path, capsys):
+    """In train and in test, on the console and in world.json. Seen to fail with a silent drop."""
+    rows = real("math/train")[:40]
+    without = [row | {"solution": "No box here."} for row in real("math/train")[40:43]]
+    write(tmp_path / "in" / "train.jsonl", [*rows, *without])
+    bare = real("math/test")[5] | {"solution": r"so \boxed{}"}
+    write(tmp_path / "in" / "test.jsonl", [*real("math/test")[:5], bare])
+    out = tmp_path / "out"
+    questions.make_math(questions.Math(source=str(tmp_path / "in"), out=str(out), val=5))
+    left_out = world_of(out)["left_out"]
+    counts = {reason: count for reason, count in left_out.items() if "box" in reason}
+    assert sorted(counts.values()) == [1, 3]
+    said = capsys.readouterr().out
+    assert all(f"{count} {reason}" in said for reason, count in counts.items())
+    made = splits_of(out)
+    assert len(made["train"]) + len(made["val"]) == 43 - sum(left_out.values()) + 1
+    assert len(made["test"]) == 5
+
+
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        ({"problem": " "}, "train.jsonl:3"),
+        ({"problem": "half \ud83d"}, "train.jsonl:3"),
+        ({"problem": None}, "train.jsonl:3"),
+        ({"solution": ["a"]}, "train.jsonl:3"),
+    ],
+    ids=str,
+)
+def test_faulty_row_of_the_source_is_named(tmp_path, change, names):
+    """Not the temporary folder that it would be written to. Seen to fail with OUT.new's line."""
+    rows = real("math/train")[:20]
+    rows[2] = rows[2] | change
+    write(tmp_path / "in" / "train.jsonl", rows)
+    write(tmp_path / "in" / "test.jsonl", real("math/test")[:5])
+    with pytest.raises(ValueError, match=names) as error:
+        settings = questions.Math(source=str(tmp_path / "in"), out=str(tmp_path / "out"), val=5)
+        questions.make_math(settings)
+    assert str(error.value).startswith(str(tmp_path / "in")) and "out" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_faulty_shot_is_named(tmp_path):
+    shots = [{"question": "a", "target": "1. The answer is 1."}]
+    shots.append({"question": "b \ud83d", "target": "2. The answer is 2."})
+    (tmp_path / "shots.json").write_text(json.dumps(shots))
+    with pytest.raises(ValueError, match="shots.json: row 2"):
+        questions.shots(tmp_path / "shots.json")
+    with pytest.raises(ValueError, match="none.json"):
+        questions.shots(tmp_path / "none.json")
+
+
+def test_the_same_command_again_is_finished_unless_its_source_changed(tmp_path, capsys):
+    """Seen to fail with paths compared, not what they hold."""
+    write(tmp_path / "in" / "train.jsonl", real("gsm8k/train")[:30])
+    write(tmp_path / "in" / "test.jsonl", real("gsm8k/test")[:5])
+    settings = questions.Gsm8k(source=str(tmp_path / "in"), out=str(tmp_path / "out"), val=5)
+    questions.make_gsm8k(settings)
+    before = splits_of(tmp_path / "out")
+    capsys.readouterr()
+    questions.make_gsm8k(settings)
+    assert "is finished" in capsys.readouterr().out and splits_of(tmp_path / "out") == before
+    write(tmp_path / "in" / "train.jsonl", real("gsm8k/train")[:31])
+    with pytest.raises(ValueError, match="out .*--overwrite"):
+        questions.make_gsm8k(settings)
+    assert splits_of(tmp_path / "out") == before
+
+
+def test_prompt_is_written_beside_the_questions(made_math):
+    """The paper's, whatever the default will be one day."""
+    written = json.loads((made_math / "prompt.json").read_text())
+    assert written == {"prompt": "Question: {}\nAnswer:", "between_shots": "\n\n"}
+    assert problems.form(made_math) == problems.Form(**written)
+
+
+def test_split_keeps_the_prompt_of_its_questions(tmp_path):
+    """Seen to fail with the form of the encoding that the world's name stands for."""
+    folder = tmp_path / "mine"
+    form = problems.Form("Task: {}\nReply:", "\n")
+    rows = [
+        {"id": f"q{i}", "question": f"{i} ?", "answer": f"{i}", "solutions": [f"#### {i}"]}
+        for i in range(20)
+    ]
+    write(folder / "train.jsonl", rows)
+    write(folder / "shots.jsonl", rows[:2])
+    problems.write_form(folder, form)
+    sample = {"kind": "pass", "n": 4, "checkpoint": "a.pt", "world": "toy-math30"}
+    sample |= {"ids": [row["id"] for row in rows], "correct": [0, 4] * 10}
+    write(tmp_path / "samples.jsonl", [sample])
+    words = ["--questions", folder, "--samples", tmp_path / "samples.jsonl", "--levels", "4,0"]
+    prepare.main(["split", *map(str, words), "--out", str(tmp_path / "out")])
+    for level in ("easy", "hard"):
+        assert problems.form(tmp_path / "out" / f"split-{level}") == form
+        assert len(problems.load(tmp_path / "out" / f"split-{level}", "train")) == 8
+
+
 def test_math_questions_that_really_are_in_its_test_set_are_found(made_math):
-    """Two of train, letter for letter but for spacing. Seen to fail with apart() told of no test set."""
+    """Two of train, letter for letter but for spacing.
+
+    Seen to fail with apart() told of no test set.
+    """
     test = {"".join(row["problem"].split()) for row in real("math/test")}
-    both = {row["problem"].strip() for row in real("math/train") if "".join(row["problem"].split()) in test}
+    both = {
+        row["problem"].strip()
+        for row in real("math/train")
+        if "".join(row["problem"].split()) in test
+    }
     assert len(both) == 2
     rows = splits_of(made_math)
     trained_on = {row["question"] for split in ("train", "val", "shots") for row in rows[split]}
@@ -143,31 +307,46 @@ def test_shots_of_minerva(made_math):
     rows = splits_of(made_math)
     assert [row["answer"] for row in rows["shots"]] == ["[2,5)", "24", "16", r"-\frac{2}{3}"]
     assert rows["shots"][1]["solutions"] == [
-        r"We have that $\det (\mathbf{A} \mathbf{B}) = (\det \mathbf{A})(\det \mathbf{B}) = (2)(12) = 24.$" + "\n#### 24"]
+        r"We have that $\det (\mathbf{A} \mathbf{B}) = (\det \mathbf{A})(\det \mathbf{B}) = "
+        r"(2)(12) = 24.$" + "\n#### 24"
+    ]
     shown = {words(row["question"]) for row in rows["shots"]}
     assert sum(words(row["problem"]) in shown for row in real("math/train")) >= 3
     assert not shown & {words(row["question"]) for split in ("train", "val") for row in rows[split]}
 
 
-def test_math500_is_asked_but_all_of_test_is_kept_out(tmp_path, capsys):
+def test_math500_is_asked_but_all_of_test_is_kept_out(tmp_path):
     """Seen to fail with the 500 alone kept out of train."""
     out = tmp_path / "out"
     both = {words(row["problem"]) for row in real("math/test")}
     train = real("math/train")
-    write(tmp_path / "in" / "train.jsonl", [*train[:300], *(row for row in train if words(row["problem"]) in both)])
+    write(
+        tmp_path / "in" / "train.jsonl",
+        [*train[:300], *(row for row in train if words(row["problem"]) in both)],
+    )
     for name in ("test", "math500"):
         write(tmp_path / "in" / f"{name}.jsonl", real(f"math/{name}"))
-    prepare.make_math(prepare.Math(source=str(tmp_path / "in"), test="math500", val=20, out=str(out)))
-    assert "9 training questions are also in test" in capsys.readouterr().out
+    questions.make_math(
+        questions.Math(source=str(tmp_path / "in"), test="math500", val=20, out=str(out))
+    )
+    assert world_of(out)["left_out"]["equal"] == 9
     rows, given = splits_of(out), real("math/math500")
-    assert [row["question"] for row in rows["test"]] == [row["problem"].strip() for row in given] and len(given) == 500
-    assert [row["answer"] for row in rows["test"]] == [" ".join(row["answer"].split()) for row in given]
+    assert [row["question"] for row in rows["test"]] == [
+        row["problem"].strip() for row in given
+    ] and len(given) == 500
+    assert [row["answer"] for row in rows["test"]] == [
+        " ".join(row["answer"].split()) for row in given
+    ]
     assert {row["level"] for row in rows["test"]} == set("12345") and len(rows["shots"]) == 4
-    with pytest.raises(ValueError, match="--test takes test or math500, not 'math50'"):
-        prepare.make_math(prepare.Math(source=str(DATASETS / "math"), test="math50", out=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="--test .*math50"):
+        questions.make_math(
+            questions.Math(
+                source=str(DATASETS / "math"), test="math50", out=str(tmp_path / "other")
+            )
+        )
 
 
-def test_overlap_is_kept_when_asked(tmp_path, capsys):
+def test_overlap_is_kept_when_asked(tmp_path):
     """Equal questions never. Seen to fail with both kept."""
     for name, count in (("train", 300), ("test", 600)):
         write(tmp_path / "in" / f"{name}.jsonl", real(f"math/{name}")[:count])
@@ -176,76 +355,136 @@ def test_overlap_is_kept_when_asked(tmp_path, capsys):
     sizes = []
     for keep in (False, True):
         out = tmp_path / f"out{keep}"
-        prepare.make_math(prepare.Math(source=str(tmp_path / "in"), out=str(out), val=20, keep_overlap=keep))
+        questions.make_math(
+            questions.Math(source=str(tmp_path / "in"), out=str(out), val=20, keep_overlap=keep)
+        )
         rows = splits_of(out)
         sizes.append(sum(len(rows[split]) for split in ("train", "val", "shots")))
-        assert words(both["problem"]) not in {words(row["question"]) for split in ("train", "val", "shots") for row in rows[split]}
-        assert ("kept" if keep else "left out") in capsys.readouterr().out.splitlines()[1]
+        assert words(both["problem"]) not in {
+            words(row["question"]) for split in ("train", "val", "shots") for row in rows[split]
+        }
     left_out = world_of(out)["left_out"]
     assert left_out["equal"] >= 1 and left_out["overlap"] == sizes[1] - sizes[0] >= 3
 
 
-# ---- OpenMathInstruct-1
+# ----------------------------------------------------------------------- OpenMathInstruct-1
+
 
 def openmath_row(question, solution, answer, dataset, **changes):
-    return {"question": question, "generated_solution": solution, "expected_answer": answer, "predicted_answer": answer,
-            "error_message": "<not_executed>", "is_correct": True, "dataset": dataset,
-            "generation_type": "without_reference_solution", **changes}
+    return {
+        "question": question,
+        "generated_solution": solution,
+        "expected_answer": answer,
+        "predicted_answer": answer,
+        "error_message": "<not_executed>",
+        "is_correct": True,
+        "dataset": dataset,
+        "generation_type": "without_reference_solution",
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
 def openmath(tmp_path_factory):
-    """A small OpenMathInstruct-1 of real questions, laid out as on the hub; questions of GSM8K's and MATH's test beside it.
+    """A small OpenMathInstruct-1 of real questions, laid out as on the hub; questions of GSM8K's
+    and MATH's test beside it.
 
-    40 questions of each set have 5 texts, one of them twice but for case and spacing, one with code and one that is
-    wrong; the first has 30. Two of MATH's questions are really in its test set."""
+    40 questions of each set have 5 texts, one of them twice but for case and spacing, one with code
+    and one that is wrong; the first has 30. Two of MATH's questions are really in its test set.
+    """
     folder = tmp_path_factory.mktemp("openmath")
     test = {"".join(row["problem"].split()) for row in real("math/test")}
     both = [row for row in real("math/train") if "".join(row["problem"].split()) in test]
-    asked = [("gsm8k", row["question"], row["answer"].split("#### ")[1].replace(",", "")) for row in real("gsm8k/train")[:40]]
+    asked = [
+        ("gsm8k", row["question"], row["answer"].split("#### ")[1].replace(",", ""))
+        for row in real("gsm8k/train")[:40]
+    ]
     asked += [("math", row["problem"], row["answer"]) for row in [*real("math/train")[:40], *both]]
     correct, wrong = [], []
     for index, (dataset, question, answer) in enumerate(asked):
         count = 30 if index == 0 else 5
-        texts = [f"Way {way}: we find {way} + 1, so the answer is $\\boxed{{{answer}}}$." for way in range(count)]
+        texts = [
+            f"Way {way}: we find {way} + 1, so the answer is $\\boxed{{{answer}}}$."
+            for way in range(count)
+        ]
         correct += [openmath_row(question, text, answer, dataset) for text in texts]
-        correct.append(openmath_row(question, texts[0].upper().replace("BOXED", "boxed").replace(": ", " :  "), answer, dataset))
+        correct.append(
+            openmath_row(
+                question,
+                texts[0].upper().replace("BOXED", "boxed").replace(": ", " :  "),
+                answer,
+                dataset,
+            )
+        )
         code = f"<llm-code>\nprint({index})\n</llm-code>\nThus \\boxed{{{answer}}}."
         correct.append(openmath_row(question, code, answer, dataset, error_message=""))
-        wrong.append(openmath_row(question, f"Way 9: \\boxed{{{index}.25}}", answer, dataset, is_correct=False))
+        wrong.append(
+            openmath_row(
+                question, f"Way 9: \\boxed{{{index}.25}}", answer, dataset, is_correct=False
+            )
+        )
     write(folder / "source" / "correct_solutions" / "train.jsonl", correct[:300])
     write(folder / "source" / "correct_solutions" / "validation.jsonl", correct[300:])
     write(folder / "source" / "incorrect_solutions" / "train.jsonl", wrong)
     write(folder / "tests" / "gsm8k" / "test.jsonl", real("gsm8k/test")[:200])
     shown = {"".join(row["problem"].split()) for row in both}
-    write(folder / "tests" / "math" / "test.jsonl", [
-        row for index, row in enumerate(real("math/test")) if index < 200 or "".join(row["problem"].split()) in shown])
+    write(
+        folder / "tests" / "math" / "test.jsonl",
+        [
+            row
+            for index, row in enumerate(real("math/test"))
+            if index < 200 or "".join(row["problem"].split()) in shown
+        ],
+    )
     return folder
 
 
 def settings(openmath, out, **changes):
-    return prepare.OpenMath(**{"source": str(openmath / "source"), "tests": str(openmath / "tests"), "out": str(out), "val": 10} | changes)
+    return questions.OpenMath(
+        **{
+            "source": str(openmath / "source"),
+            "tests": str(openmath / "tests"),
+            "out": str(out),
+            "val": 10,
+        }
+        | changes
+    )
 
 
 def test_openmath_keeps_correct_texts_grouped_by_question(openmath, tmp_path, capsys):
-    """Seen to fail with the wrong ones kept, with code kept, with near-duplicates kept, and without the limit."""
-    prepare.make_openmath(settings(openmath, tmp_path / "out"))
+    """Seen to fail with the wrong ones kept, with code kept, with near-duplicates kept, and without
+    the limit.
+    """
+    questions.make_openmath(settings(openmath, tmp_path / "out"))
     said = capsys.readouterr().out
     rows, world = splits_of(tmp_path / "out"), world_of(tmp_path / "out")
     assert world["name"] == "openmath" and world["solutions_per_question"] == 23
     assert world["left_out"]["with code"] == 82 and world["left_out"]["near-duplicates"] == 82
     assert world["left_out"]["not correct"] == 82 and world["left_out"]["beyond 23 a question"] == 7
-    assert "82 near-duplicates" in said and "82 with code" in said
-    assert world["left_out"]["equal"] >= 2 and len(rows["val"]) == 10 and len(rows["test"]) in (201, 202) and len(rows["shots"]) == 4
+    for count in ("82 near-duplicates", "82 with code"):
+        assert count in said
+    assert (
+        world["left_out"]["equal"] >= 2
+        and len(rows["val"]) == 10
+        and len(rows["test"]) in (201, 202)
+        and len(rows["shots"]) == 4
+    )
     trained_on = [*rows["train"], *rows["val"], *rows["shots"]]
     assert len(trained_on) == 82 - world["left_out"]["equal"] - world["left_out"]["overlap"]
     for row in [*rows["train"], *rows["val"]]:
         first = row["question"] == real("gsm8k/train")[0]["question"]
         assert len(row["solutions"]) == (23 if first else 5)
         for solution in row["solutions"]:
-            assert solution.endswith(f"\n#### {row['answer']}") and "boxed" not in solution and "llm-code" not in solution
-            assert solution.startswith(("Way", "WAY")) and f"the answer is ${row['answer']}$." in solution.lower().replace(
-                row["answer"].lower(), row["answer"])
+            assert (
+                solution.endswith(f"\n#### {row['answer']}")
+                and "boxed" not in solution
+                and "llm-code" not in solution
+            )
+            assert solution.startswith(
+                ("Way", "WAY")
+            ) and f"the answer is ${row['answer']}$." in solution.lower().replace(
+                row["answer"].lower(), row["answer"]
+            )
     assert_apart(rows)
 
 
@@ -253,29 +492,45 @@ def test_openmath_is_kept_apart_from_both_test_sets(openmath, tmp_path):
     """Whichever is asked. Seen to fail with the asked one alone."""
     for dataset, shot_count in (("gsm8k", 8), ("math", 4)):
         out = tmp_path / dataset
-        prepare.make_openmath(settings(openmath, out, dataset=dataset, code=True))
+        questions.make_openmath(settings(openmath, out, dataset=dataset, code=True))
         rows, world = splits_of(out), world_of(out)
         assert world["name"] == f"openmath-{dataset}" and len(rows["shots"]) == shot_count
         assert all(row["id"].startswith(f"{dataset}-test-") for row in rows["test"])
-        assert all(row["id"].startswith(f"openmath-{dataset}-") for row in [*rows["train"], *rows["val"], *rows["shots"]])
-        assert world["left_out"]["equal"] >= 2 * (dataset == "math") and "with code" not in world["left_out"]
+        assert all(
+            row["id"].startswith(f"openmath-{dataset}-")
+            for row in [*rows["train"], *rows["val"], *rows["shots"]]
+        )
+        assert (
+            world["left_out"]["equal"] >= 2 * (dataset == "math")
+            and "with code" not in world["left_out"]
+        )
         assert any("llm-code" in solution for row in rows["train"] for solution in row["solutions"])
-    both = real("gsm8k/train")[7]  # a question of GSM8K's test set, if it were, is not trained on for MATH either
+    both = real("gsm8k/train")[
+        7
+    ]  # a question of GSM8K's test set, if it were, is not trained on for MATH either
     write(tmp_path / "tests" / "gsm8k" / "test.jsonl", [both])
     write(tmp_path / "tests" / "math" / "test.jsonl", real("math/test")[:10])
-    prepare.make_openmath(settings(openmath, tmp_path / "out", tests=str(tmp_path / "tests")))
+    questions.make_openmath(settings(openmath, tmp_path / "out", tests=str(tmp_path / "tests")))
     assert world_of(tmp_path / "out")["left_out"]["equal"] == 1
-    with pytest.raises(ValueError, match="--dataset takes all, gsm8k or math"):
-        prepare.make_openmath(settings(openmath, tmp_path / "bad", dataset="aqua"))
+    with pytest.raises(ValueError, match="--dataset"):
+        questions.make_openmath(settings(openmath, tmp_path / "bad", dataset="aqua"))
 
 
 def test_openmath_solutions_do_not_depend_on_the_order_of_rows(openmath):
     """The same set and order of each question's solutions. Seen to fail with the first 23 taken."""
-    rows = [json.loads(line) for path in sorted(openmath.rglob("*solutions/*.jsonl")) for line in path.open()]
+    rows = [
+        json.loads(line)
+        for path in sorted(openmath.rglob("*solutions/*.jsonl"))
+        for line in path.open()
+    ]
     rows = [row for row in rows if not row["generated_solution"].startswith("WAY")]
     mixed = random.Random(0).sample(rows, len(rows))
-    (one, left_out), (other, left_out_too) = (questions.gather(given, "all", False, 23, 0) for given in (rows, mixed))
-    assert left_out == left_out_too and {row["id"]: row["solutions"] for row in one} == {row["id"]: row["solutions"] for row in other}
+    (one, left_out), (other, left_out_too) = (
+        questions.gather(given, "all", False, 23, 0) for given in (rows, mixed)
+    )
+    assert left_out == left_out_too and {row["id"]: row["solutions"] for row in one} == {
+        row["id"]: row["solutions"] for row in other
+    }
     other = questions.gather(rows, "all", False, 23, 1)[0]
     assert one[0]["id"] == other[0]["id"] and one[0]["solutions"] != other[0]["solutions"]
     assert max(len(row["solutions"]) for row in questions.gather(rows, "all", False, 3, 0)[0]) == 3
@@ -283,11 +538,19 @@ def test_openmath_solutions_do_not_depend_on_the_order_of_rows(openmath):
 
 @pytest.fixture
 def served(openmath, monkeypatch):
-    """datasets.load_dataset as it is, but what it would fetch from the hub it takes from small files of the same columns."""
+    """datasets.load_dataset as it is, but what it would fetch from the hub it takes from small
+    files of the same columns.
+    """
     real_load, asked = hub.load_dataset, []
-    subjects = {"algebra": "Algebra", "counting_and_probability": "Counting & Probability", "geometry": "Geometry",
-                "intermediate_algebra": "Intermediate Algebra", "number_theory": "Number Theory",
-                "prealgebra": "Prealgebra", "precalculus": "Precalculus"}
+    subjects = {
+        "algebra": "Algebra",
+        "counting_and_probability": "Counting & Probability",
+        "geometry": "Geometry",
+        "intermediate_algebra": "Intermediate Algebra",
+        "number_theory": "Number Theory",
+        "prealgebra": "Prealgebra",
+        "precalculus": "Precalculus",
+    }
 
     def load_dataset(name, config=None, *, split, data_files=None, streaming=False):
         asked.append((name, config, split, streaming))
@@ -295,32 +558,119 @@ def served(openmath, monkeypatch):
             return hub.Dataset.from_list(real(f"gsm8k/{split}")[:200])
         if name == "EleutherAI/hendrycks_math":
             rows = [row for row in real(f"math/{split}")[:210] if row["type"] == subjects[config]]
-            return hub.Dataset.from_list([{key: row[key] for key in ("problem", "level", "type", "solution")} for row in rows])
+            return hub.Dataset.from_list(
+                [
+                    {key: row[key] for key in ("problem", "level", "type", "solution")}
+                    for row in rows
+                ]
+            )
         if name == "HuggingFaceH4/MATH-500" and split == "test":
             return hub.Dataset.from_list(real("math/math500"))
         assert name == "nvidia/OpenMathInstruct-1" and streaming
-        return real_load("json", data_files={"train": str(openmath / "source" / data_files["train"])}, split=split, streaming=True)
+        return real_load(
+            "json",
+            data_files={"train": str(openmath / "source" / data_files["train"])},
+            split=split,
+            streaming=True,
+        )
+
     monkeypatch.setattr(hub, "load_dataset", load_dataset)
     return asked
 
 
 def test_questions_from_the_hub_are_those_of_the_files(openmath, served, tmp_path):
-    """MATH comes in seven configs. Seen to fail with six, and with the 500 asked for as a split of MATH."""
-    prepare.make_gsm8k(prepare.Gsm8k(out=str(tmp_path / "gsm8k"), val=20))
+    """MATH comes in seven configs.
+
+    Seen to fail with six, and with the 500 asked for as a split of MATH.
+    """
+    questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "gsm8k"), val=20))
     rows = splits_of(tmp_path / "gsm8k")
     assert [len(rows[split]) for split in ("train", "val", "test", "shots")] == [172, 20, 200, 8]
-    prepare.make_math(prepare.Math(out=str(tmp_path / "math"), val=20, test="math500"))
+    questions.make_math(questions.Math(out=str(tmp_path / "math"), val=20, test="math500"))
     rows, left_out = splits_of(tmp_path / "math"), world_of(tmp_path / "math")["left_out"]
     given = {row["problem"].strip() for row in real("math/train")[:210]}
-    assert {row["question"] for split in ("train", "val", "shots") for row in rows[split]} <= given and len(rows["test"]) == 500
-    assert sum(len(rows[split]) for split in ("train", "val", "shots")) == 210 - left_out["equal"] - left_out["overlap"]
-    assert [(name, split) for name, _, split, _ in served].count(("EleutherAI/hendrycks_math", "train")) == 7
-    prepare.make_openmath(settings(openmath, tmp_path / "hub", source=""))
+    assert {
+        row["question"] for split in ("train", "val", "shots") for row in rows[split]
+    } <= given and len(rows["test"]) == 500
+    assert (
+        sum(len(rows[split]) for split in ("train", "val", "shots"))
+        == 210 - left_out["equal"] - left_out["overlap"]
+    )
+    assert [(name, split) for name, _, split, _ in served].count(
+        ("EleutherAI/hendrycks_math", "train")
+    ) == 7
+    questions.make_openmath(settings(openmath, tmp_path / "hub", source=""))
     assert served[-1] == ("nvidia/OpenMathInstruct-1", None, "train", True)
-    prepare.make_openmath(settings(openmath, tmp_path / "files", source=str(openmath / "source" / "correct_solutions")))
+    questions.make_openmath(
+        settings(
+            openmath, tmp_path / "files", source=str(openmath / "source" / "correct_solutions")
+        )
+    )
     assert splits_of(tmp_path / "hub") == splits_of(tmp_path / "files")
     before = world_of(tmp_path / "files")["left_out"]
     assert world_of(tmp_path / "hub")["left_out"] == before and "not correct" not in before
+
+
+# ------------------------------------------------------------- apart from the test set
+
+
+def small_gsm8k(folder, shots):
+    """Questions 0..39 and 100..109, and 5 in test too, written otherwise."""
+    folder.mkdir()
+    for split, numbers, mark in (("train", range(40), "?"), ("test", [5, *range(100, 110)], "!")):
+        rows = [
+            {
+                "question": f"What is  {i} plus 0{mark}",
+                "answer": f"It is <<{i}+0={i}>>{i}.\n#### {i}",
+            }
+            for i in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"question": f"What is {i} plus 0 ?", "target": f"It is {i}. The answer is {i}."}
+        for i in shots
+    ]
+    (folder / "shots.json").write_text(json.dumps(rows))
+
+
+def test_no_test_question_is_in_train(tmp_path):
+    """Case, punctuation and spacing aside. Seen to fail with questions compared as written."""
+    small_gsm8k(tmp_path / "in", [])
+    questions.make_gsm8k(
+        questions.Gsm8k(source=str(tmp_path / "in"), out=str(tmp_path / "out"), val=10)
+    )
+    assert world_of(tmp_path / "out")["left_out"]["equal"] == 1
+    rows = splits_of(tmp_path / "out")
+    sizes = {split: len(part) for split, part in rows.items()}
+    assert sizes == {"train": 21, "val": 10, "test": 11, "shots": 8}
+    numbers = [row["answer"] for part in rows.values() for row in part]
+    assert len(set(numbers)) == len(numbers) == 50
+    assert "5" in {row["answer"] for row in rows["test"]}
+
+
+def test_few_shot_prompts_are_not_drawn_from_the_test_set(tmp_path):
+    """Nor from what is trained on. Seen to fail without check_apart."""
+    small_gsm8k(tmp_path / "in", [7, 200])
+    settings = dict(source=str(tmp_path / "in"), val=10, shots=str(tmp_path / "in" / "shots.json"))
+    questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "out"), **settings))
+    shots = problems.load(tmp_path / "out", "shots")
+    assert [shot["solutions"] for shot in shots] == [["It is 7.\n#### 7"], ["It is 200.\n#### 200"]]
+    others = [
+        row["answer"]
+        for split in ("train", "val", "test")
+        for row in problems.load(tmp_path / "out", split)
+    ]
+    assert "7" not in others
+    small_gsm8k(tmp_path / "other", [7, 105])
+    settings = dict(
+        source=str(tmp_path / "other"), val=10, shots=str(tmp_path / "other" / "shots.json")
+    )
+    with pytest.raises(ValueError, match="shot-1.*test"):
+        questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "bad"), **settings))
+    (tmp_path / "other" / "shots.json").write_text('[{"question": "What is 7 plus 0 ?"}]')
+    with pytest.raises(ValueError, match="shots.json"):
+        questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "bad"), **settings))
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.slow
@@ -335,13 +685,18 @@ def rows():
     draw = random.Random(0)
     for i in range(1_830_000):
         text = " ".join(draw.choices(words, k=110))
-        yield {{"question": f"{{i % 15000}} " + "what? " * 40, "generated_solution": text + r" \\boxed{{4}}", "expected_answer": "4",
-               "error_message": "<not_executed>", "is_correct": True, "dataset": "math"}}
+        row = {{"question": f"{{i % 15000}} " + "what? " * 40}}
+        row |= {{"generated_solution": text + r" \\boxed{{4}}", "expected_answer": "4"}}
+        row |= {{"error_message": "<not_executed>", "is_correct": True, "dataset": "math"}}
+        yield row
 began = time.time()
 found, left_out = questions.gather(rows(), "all", False, 23, 0)
 assert len(found) == 15000 and all(len(row["solutions"]) == 23 for row in found)
-print(f"{{time.time() - began:.0f}} s, {{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f}} GB")
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(f"{{time.time() - began:.0f}} s, {{memory:.2f}} GB")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     print(done.stdout)
     assert float(done.stdout.split()[2]) < 2

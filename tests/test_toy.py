@@ -1,6 +1,8 @@
-"""The default world: its language, its text, that its questions are right and shared by no two splits, its tasks.
+"""The default world: its language, its text, that its questions are right and shared by no two
+splits, its tasks.
 
-The checkers here parse the generated sentences on their own and use none of the arithmetic of data/toy.py.
+The checkers here parse the generated sentences on their own and use none of the arithmetic of
+data/toy.py.
 """
 
 import itertools
@@ -26,8 +28,11 @@ def encoding():
 
 @pytest.fixture(scope="module")
 def questions():
-    return {(level, split): toy.questions(0, level, split, 8 if split == "shots" else 300)
-            for level in toy.ASKED for split in SPLITS}
+    return {
+        (level, split): toy.questions(0, level, split, 8 if split == "shots" else 300)
+        for level in toy.ASKED
+        for split in SPLITS
+    }
 
 
 def take(tokens, split="train", **settings):
@@ -45,10 +50,13 @@ def documents():
     return take(300_000)
 
 
-# ---- reading what was generated --------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- reading what was generated
+
 
 def parse(question):
-    """(start, [(operation, number)], the rule by which it ends) read from the sentences of a question."""
+    """(start, [(operation, number)], the rule by which it ends) read from the sentences of a
+    question.
+    """
     *told, asked = question.split(" . ")
     name, start = re.fullmatch(r"(\w+) has (\d+) \w+", told[0]).groups()
     steps = []
@@ -76,7 +84,9 @@ def answer_of(question):
 
 
 def arithmetic(question):
-    """What two splits must not share: the numbers with their operations, additions between products in any order."""
+    """What two splits must not share: the numbers with their operations, additions between products
+    in any order.
+    """
     start, steps, together = parse(question)
     runs = [[("+", start)]]
     for step in steps:
@@ -94,7 +104,8 @@ def equations(solution):
     return [(eval(left, {}), int(right)) for left, right in found]
 
 
-# ---- the language ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- the language
+
 
 def test_every_word_is_one_token_and_every_digit(encoding):
     for i, word in enumerate(toy.words()):
@@ -105,7 +116,9 @@ def test_every_word_is_one_token_and_every_digit(encoding):
     assert encoding.eot_token == toy.VOCAB - 2
 
 
-@pytest.mark.parametrize("unknown", ["sam", " samx", "  sam", "\n", " é", " 🐈", "\0", " 18.", " ##", "<|pad|>"])
+@pytest.mark.parametrize(
+    "unknown", ["sam", " samx", "  sam", "\n", " é", " 🐈", "\0", " 18.", " ##", "<|pad|>"]
+)
 def test_unknown_text_gets_ids_above_the_vocabulary(encoding, unknown):
     ids = encoding.encode_ordinary(unknown)
     assert max(ids) >= toy.VOCAB and encoding.decode(ids) == unknown
@@ -131,18 +144,26 @@ def test_lengths(encoding, questions):
     for level, most_prompt, most_answer in (("easy", 42, 56), ("hard", 52, 88)):
         rows = questions[level, "train"]
         prompts = [len(encoding.encode_ordinary(f" Q : {row['question']} A :")) for row in rows]
-        answers = [len(encoding.encode_ordinary(f" {text}")) for row in rows for text in row["solutions"]]
-        print(f"{level}: prompt mean {sum(prompts) / len(prompts):.1f} max {max(prompts)}, "
-              f"answer mean {sum(answers) / len(answers):.1f} max {max(answers)} tokens")
+        answers = [
+            len(encoding.encode_ordinary(f" {text}")) for row in rows for text in row["solutions"]
+        ]
+        print(
+            f"{level}: prompt mean {sum(prompts) / len(prompts):.1f} max {max(prompts)}, "
+            f"answer mean {sum(answers) / len(answers):.1f} max {max(answers)} tokens"
+        )
         assert max(prompts) <= most_prompt and max(answers) <= most_answer
 
 
-# ---- the text --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- the text
+
 
 def test_the_seed_decides_everything():
     def sample(seed):
-        return (list(itertools.islice(toy.text(seed, "train"), 50)), toy.questions(seed, "hard", "val", 5),
-                toy.tasks(seed, 20))
+        return (
+            list(itertools.islice(toy.text(seed, "train"), 50)),
+            toy.questions(seed, "hard", "val", 5),
+            toy.tasks(seed, 20),
+        )
 
     assert sample(1) == sample(1)
     assert all(one != other for one, other in zip(sample(1), sample(2), strict=True))
@@ -150,11 +171,22 @@ def test_the_seed_decides_everything():
 
 
 def test_python_hash_seed_changes_nothing():
-    code = ("from itertools import islice; from data import toy; "
-            "print([*islice(toy.text(0, 'train'), 40)], toy.questions(0, 'easy', 'test', 5), toy.tasks(0, 9))")
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              cwd=toy.__file__.rsplit("/", 2)[0], env={"PYTHONHASHSEED": str(seed)}).stdout
-               for seed in (1, 2)}
+    code = (
+        "from itertools import islice; from data import toy; "
+        "print([*islice(toy.text(0, 'train'), 40)], toy.questions(0, 'easy', 'test', 5), "
+        "toy.tasks(0, 9))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=toy.__file__.rsplit("/", 2)[0],
+            env={"PYTHONHASHSEED": str(seed)},
+        ).stdout
+        for seed in (1, 2)
+    }
     assert len(outputs) == 1
 
 
@@ -173,7 +205,12 @@ def test_format_share():
         exact = [s for s in sheets if s.startswith(" Q :") and "####" in s]
         assert abs(len(exact) / len(sheets) - share) < 0.06
         for sheet in exact:  # one layout a sheet
-            assert sheet.count(" Q :") == sheet.count(" A :") == sheet.count("####") == len(QUESTION.findall(sheet))
+            assert (
+                sheet.count(" Q :")
+                == sheet.count(" A :")
+                == sheet.count("####")
+                == len(QUESTION.findall(sheet))
+            )
 
 
 def test_a_few_worked_problems_are_wrong():
@@ -191,7 +228,8 @@ def test_drills_are_right():
         assert all(left == right for left, right in equations(document))
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- questions
+
 
 def test_solutions_are_right_and_many(questions):
     for rows in questions.values():
@@ -207,20 +245,34 @@ def test_solutions_are_right_and_many(questions):
 
 def test_solutions_differ_in_more_than_words(questions):
     for level, least in (("easy", 2), ("hard", 4)):
-        ways = [len({re.sub(r"[^\d+*-]", "", solution) for solution in row["solutions"]})
-                for row in questions[level, "train"]]
+        ways = [
+            len({re.sub(r"[^\d+*-]", "", solution) for solution in row["solutions"]})
+            for row in questions[level, "train"]
+        ]
         assert sum(ways) / len(ways) > least
 
 
 def test_a_wrong_equation_is_caught():
-    assert equations("so ( 3 + 4 ) * 2 = 14 then 14 minus 5 is 8 . that is all . #### 8") == [(14, 14), (9, 8)]
-    assert answer_of("tom has 12 keys . ann has 5 more than tom . he sees 9 birds . how many together ?") == 29
+    assert equations("so ( 3 + 4 ) * 2 = 14 then 14 minus 5 is 8 . that is all . #### 8") == [
+        (14, 14),
+        (9, 8),
+    ]
+    assert (
+        answer_of(
+            "tom has 12 keys . ann has 5 more than tom . he sees 9 birds . how many together ?"
+        )
+        == 29
+    )
 
 
 def test_levels(questions):
     for (level, split), rows in questions.items():
-        if split == "shots":  # short ones of one step, whatever the level, so that three of them fit
-            assert all(len(parse(row["question"])[1]) + parse(row["question"])[2] == 1 for row in rows)
+        if (
+            split == "shots"
+        ):  # short ones of one step, whatever the level, so that three of them fit
+            assert all(
+                len(parse(row["question"])[1]) + parse(row["question"])[2] == 1 for row in rows
+            )
             continue
         counts, first, others, most = toy.LEVELS[level]
         seen = Counter()
@@ -228,10 +280,14 @@ def test_levels(questions):
             start, steps, together = parse(row["question"])
             seen[len(steps) + together] += 1
             assert first[0] <= start <= first[1] and 0 < int(row["answer"]) <= most
-            assert all(others[0] <= number <= others[1] for operation, number in steps if operation != "*")
+            assert all(
+                others[0] <= number <= others[1] for operation, number in steps if operation != "*"
+            )
         assert set(seen) == set(counts)
         for count in counts:
-            assert seen[count] == pytest.approx(counts.count(count) / len(counts) * len(rows), abs=0.13 * len(rows))
+            assert seen[count] == pytest.approx(
+                counts.count(count) / len(counts) * len(rows), abs=0.13 * len(rows)
+            )
 
 
 def test_ids_and_questions_are_unique(questions):
@@ -241,16 +297,28 @@ def test_ids_and_questions_are_unique(questions):
 
 
 def test_no_two_splits_share_a_question(questions, documents):
-    """Nor the text, sheets included, nor another seed. Fails when `draw` does not ask for the owner: seen."""
-    in_text = [question for document in documents + take(300_000, "val", math_share=1.0)
-               for question in QUESTION.findall(document)]
+    """Nor the text, sheets included, nor another seed.
+
+    Fails when `draw` does not ask for the owner: seen.
+    """
+    in_text = [
+        question
+        for document in documents + take(300_000, "val", math_share=1.0)
+        for question in QUESTION.findall(document)
+    ]
     assert len(in_text) > 4000
     whole = "".join(documents)
     assert len(QUESTION.findall(whole)) == whole.count("how many"), "the pattern misses questions"
     used = {"text": {arithmetic(question) for question in in_text}}
     for split in SPLITS:
-        rows = [row for level in toy.ASKED for seed in (0, 1)
-                for row in (questions[level, split] if seed == 0 else toy.questions(seed, level, split, 100))]
+        rows = [
+            row
+            for level in toy.ASKED
+            for seed in (0, 1)
+            for row in (
+                questions[level, split] if seed == 0 else toy.questions(seed, level, split, 100)
+            )
+        ]
         used[split] = {arithmetic(row["question"]) for row in rows}
         assert not any(row["question"] in whole for row in rows)
     for one, other in itertools.combinations(used, 2):
@@ -263,14 +331,21 @@ def test_unknown_split_is_refused():
             toy.questions(0, level, split, 1)
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- tasks
+
 
 def test_tasks_have_their_form():
     tasks = toy.tasks(0)
-    assert {name: len(items) for name, items in tasks.items()} == {"facts": 400, "agreement": 400, "lastword": 400}
+    assert {name: len(items) for name, items in tasks.items()} == {
+        "facts": 400,
+        "agreement": 400,
+        "lastword": 400,
+    }
     for name, count in (("facts", 4), ("agreement", 2), ("lastword", 4)):
         for item in tasks[name]:
-            assert len(set(item["choices"])) == count and all(choice[0] == " " for choice in item["choices"])
+            assert len(set(item["choices"])) == count and all(
+                choice[0] == " " for choice in item["choices"]
+            )
         labels = Counter(item["label"] for item in tasks[name])
         assert set(labels) == set(range(count)) and max(labels.values()) < 400 / count * 1.3
         assert len({item["context"] for item in tasks[name]}) == 400
@@ -295,7 +370,11 @@ def test_agreement_labels_and_that_the_text_lacks_them(documents):
     whole = " ." + "".join(documents)
     for item in toy.tasks(0)["agreement"]:
         right, wrong = item["choices"][item["label"]], item["choices"][1 - item["label"]]
-        assert item["context"].split()[1].endswith("s") != right.endswith("s") == (not wrong.endswith("s"))
+        assert (
+            item["context"].split()[1].endswith("s")
+            != right.endswith("s")
+            == (not wrong.endswith("s"))
+        )
         for verb in toy.VERBS:
             assert f" .{item['context']} {verb}" not in whole
 
@@ -311,7 +390,9 @@ def last_word(context):
     if simple := re.search(r"(?:bought a|lost the) (\w+) .* (?:also wanted a|found the)$", context):
         return simple[1]
     lost = re.search(r"lost the (\w+)", context)[1]
-    return next(thing for thing in re.search(r"had a (\w+) and a (\w+)", context).groups() if thing != lost)
+    return next(
+        thing for thing in re.search(r"had a (\w+) and a (\w+)", context).groups() if thing != lost
+    )
 
 
 def plot(story):
@@ -325,11 +406,15 @@ def plot(story):
 def test_last_words_follow_and_the_text_lacks_the_plots(documents):
     """Fails when `story` does not ask `held_out`: seen."""
     sentences = re.sub("|".join(filter(None, toy.FILLERS)), "", "".join(documents)).split(" .")
-    told = {plot(" .".join(sentences[i:i + count])) for i in range(len(sentences)) for count in (2, 3)}
+    told = {
+        plot(" .".join(sentences[i : i + count])) for i in range(len(sentences)) for count in (2, 3)
+    }
     for item in toy.tasks(0)["lastword"]:
         right = item["choices"][item["label"]]
         assert right == f" {last_word(item['context'])}"
         assert plot(item["context"] + right) not in told
     rng = Random(0)
     others = [plot(" {} {}".format(*toy.story(rng)[:2])) in told for _ in range(200)]
-    assert sum(others) > 50, "stories that are not held out are found in the text, or this test sees nothing"
+    assert sum(others) > 50, (
+        "stories that are not held out are found in the text, or this test sees nothing"
+    )

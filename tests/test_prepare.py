@@ -1,0 +1,260 @@
+"""What data/prepare.py leaves on disk: all of it, only that, and the same again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+from data import files, grader, prepare, problems, tokens, toy
+
+# ------------------------------------------------------------------------- the toy world
+
+TOY = dict(
+    tokens=20_000,
+    val_tokens=2_000,
+    train_questions=20,
+    val_questions=5,
+    test_questions=5,
+    shots=2,
+    task_items=10,
+)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
+
+
+def test_toy_world_is_complete_and_deterministic(tmp_path):
+    """Seen to fail with the time in world.json."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare.make_toy(prepare.Toy(out=str(tmp_path / name), seed=seed, **TOY))
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    expected = {"train_000.bin", "val_000.bin", "world.json"}
+    expected |= {f"tasks/{name}.jsonl" for name in ("facts", "agreement", "lastword")}
+    for level in ("easy", "hard"):
+        expected |= {f"{level}/{split}.jsonl" for split in ("train", "val", "test", "shots")}
+        expected.add(f"{level}/prompt.json")
+    assert set(a) == expected and a == b
+    assert {name for name in a if a[name] == c[name]} == {"easy/prompt.json", "hard/prompt.json"}
+    world = json.loads(a["world.json"])
+    assert world["name"] == "toy-math30"
+    assert {*world["contents"]} == {name for name in expected if "/" in name}
+    assert {*world["shards"]["train"], *world["shards"]["val"]} == {"train_000.bin", "val_000.bin"}
+    stream = tokens.Stream(tmp_path / "a", "train", 128, 0)
+    assert 20_000 <= stream.tokens < 20_500
+    tokens.verify(tmp_path / "a")
+    form = problems.form(tmp_path / "a" / "hard")
+    assert form == (toy.PROMPT, "")
+    shown = problems.few_shot(form, problems.load(tmp_path / "a" / "hard", "shots"))
+    assert tokens.encode(tokens.encoding("toy"), shown)
+    row = problems.load(tmp_path / "a" / "easy", "train")[0]
+    assert grader.grade(row["solutions"][0], row["answer"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small toy world; not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "world"
+    prepare.make_toy(prepare.Toy(out=str(out), **TOY))
+    return out
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "world")
+
+
+def refused(capsys, *words) -> str:
+    """`prepare.py words`, which must fail with exit status 2 and one line; -> that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main([str(word) for word in words])
+    told = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    (line,) = (line for line in told if "error:" in line)
+    return line
+
+
+def toy_flags(**changes):
+    return [part for name, value in (TOY | changes).items() for part in (f"--{name}", value)]
+
+
+def test_same_command_again_finds_the_folder_finished(own, capsys):
+    """With status 0, and nothing done. Seen to fail with "exists" for toy."""
+    before = contents(own)
+    prepare.main([str(word) for word in ("toy", "--out", own, *toy_flags())])
+    assert "is finished" in capsys.readouterr().out and contents(own) == before
+
+
+@pytest.mark.parametrize(
+    "name, was, now", [("math_share", "0.3", "0.6"), ("seed", "0", "1"), ("shots", "2", "3")]
+)
+def test_other_settings_are_named_with_both_values(own, capsys, name, was, now):
+    """Seen to fail with the world of the old --math_share taken for the new one."""
+    before = contents(own)
+    line = refused(capsys, "toy", "--out", own, *toy_flags(**{name: now}))
+    assert f"--{name} {was}" in line and now in line and "--overwrite" in line
+    assert contents(own) == before
+    prepare.main([str(w) for w in ("toy", "--out", own, "--overwrite", *toy_flags(**{name: now}))])
+    assert contents(own) != before and not Path(f"{own}.new").exists()
+
+
+def test_another_spelling_of_the_source_is_the_same_source(tmp_path, capsys, cl100k, monkeypatch):
+    """./in for in, or from its own folder. Seen to fail with the texts of the flags compared."""
+    lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for source in ("in", "./in", str(tmp_path / "in")):
+        prepare.main(["text", "--source", source, "--out", "out", "--val_share", "0.3"])
+    assert capsys.readouterr().out.count("is finished") == 2
+    (tmp_path / "in" / "b.txt").write_text("more\n")
+    assert "out" in refused(capsys, "text", "--source", "in", "--out", "out", "--val_share", "0.3")
+
+
+def test_another_command_does_not_take_the_folder_for_its_own(own, tmp_path, capsys):
+    before = contents(own)
+    (tmp_path / "a.txt").write_text("x\n")
+    assert str(own) in refused(capsys, "text", "--source", tmp_path / "a.txt", "--out", own)
+    assert contents(own) == before
+
+
+def test_finished_folder_that_lost_something_is_not_finished(own, capsys):
+    """Seen to fail with the settings alone compared."""
+    for name in ("train_000.bin", "easy/val.jsonl", "tasks/facts.jsonl", "hard/prompt.json"):
+        kept = (own / name).read_bytes()
+        (own / name).unlink()
+        assert name.split("/")[-1] in refused(capsys, "toy", "--out", own, *toy_flags())
+        (own / name).write_bytes(kept)
+    prepare.main([str(word) for word in ("toy", "--out", own, *toy_flags())])
+
+
+def test_folder_of_before_the_lists_is_finished_too(own, capsys):
+    """Its world.json has neither shards nor contents, and lacks a flag that came later."""
+    world = json.loads((own / "world.json").read_text())
+    for name in ("shards", "contents", "format_share"):
+        del world[name]
+    (own / "world.json").write_text(json.dumps(world))
+    prepare.main([str(word) for word in ("toy", "--out", own, *toy_flags())])
+    assert "is finished" in capsys.readouterr().out
+    assert "--format_share" in refused(capsys, "toy", "--out", own, *toy_flags(format_share=0.5))
+
+
+def test_empty_world_is_named(own, capsys):
+    """Seen to fail with json's own message, without the file."""
+    (own / "world.json").write_text("")
+    assert "world.json" in refused(capsys, "toy", "--out", own, *toy_flags())
+
+
+def test_display_that_is_switched_off_changes_nothing(made, tmp_path):
+    """TQDM_DISABLE=1. Seen to fail with the tokens counted by the bar: toy never ended."""
+    words = ["toy", "--out", tmp_path / "out", *toy_flags()]
+    command = [sys.executable, ROOT / "data" / "prepare.py", *words]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    subprocess.run(map(str, command), check=True, timeout=60, env=environment, capture_output=True)
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_output_is_not_left_half_written(made, own, tmp_path, monkeypatch):
+    """Seen to fail with the files made in the final folder."""
+    settings = prepare.Toy(out=str(own), seed=1, overwrite=True, **TOY)
+    monkeypatch.setattr(prepare.toy, "tasks", None)  # stops with a TypeError near the end
+    with pytest.raises(TypeError):
+        prepare.make_toy(settings)
+    assert contents(own) == contents(made) and [p.name for p in tmp_path.iterdir()] == ["world"]
+    monkeypatch.undo()
+    prepare.make_toy(settings)
+    assert contents(own) != contents(made) and [p.name for p in tmp_path.iterdir()] == ["world"]
+
+
+def test_overwrite_never_removes_a_folder_of_something_else(tmp_path):
+    """Seen to fail without the check for world.json."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match="thesis"):
+            settings = prepare.Toy(out=str(tmp_path / "thesis"), overwrite=overwrite, **TOY)
+            prepare.make_toy(settings)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+
+
+def test_error_names_no_folder_that_is_gone(tmp_path, capsys, monkeypatch):
+    """Seen to fail with the temporary OUT.new, which is removed, in the message."""
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    settings = prepare.Toy(out=str(tmp_path / "out"), **TOY)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", lambda *_: None)  # the first file is to be a shard
+        with pytest.raises(ValueError, match="out/train_000.bin") as error:
+            prepare.make_toy(settings)
+    assert "out.new" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (["toys"], "'toys'"),
+        (["toy", "--tokns", "5"], "--tokens"),
+        (["toy", "--math_share", "1.5"], "--math_share"),
+        (["toy", "--val_questions", "0"], "easy/val"),
+        (["text", "--source", "absent"], "absent"),
+        (["gsm8k", "--source", "."], "train.jsonl"),
+        (["tasks", "--source", "."], "lambada/test.jsonl"),
+    ],
+    ids=lambda value: "-".join(value)[:30] if type(value) is list else "",
+)
+def test_user_errors_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, words, names):
+    """Seen to fail with an unknown command looked up without a check."""
+    monkeypatch.chdir(tmp_path)
+    out = ["--out", "x"] if words[0] in prepare.COMMANDS else []
+    sizes = toy_flags() if words[0] == "toy" else []
+    assert names in refused(capsys, words[0], *out, *sizes, *words[1:])
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- text
+
+
+def test_text_of_all_kinds_becomes_shards(cl100k, datasets, tmp_path):
+    """Every document, copies on one side, an end token after each.
+
+    Seen to fail with the split drawn by position.
+    """
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    texts = [f"Document {i} says <|endoftext|> \u00e9\u00e8." for i in range(60)]
+    (source / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text, "extra": 1}) + "\n" for text in texts + texts)
+    )
+    (source / "deep" / "b.txt").write_text("".join(f"line {i}\n\n" for i in range(2000)))
+    (source / "c.md").write_text("not read")
+    prepare.make_text(
+        prepare.Text(source=str(source), out=str(tmp_path / "out"), val_share=0.3, shard_tokens=500)
+    )
+    sides = {}
+    for split in ("train", "val"):
+        paths = sorted((tmp_path / "out").glob(f"{split}_*.bin"))
+        shards = [tokens.read_shard(path, "cl100k_base") for path in paths]
+        assert shards[0].dtype == np.uint32 and (split == "val" or len(shards) > 1)
+        ids = np.concatenate(shards).astype(int)
+        whole = tokens.decode(cl100k, np.where(ids == cl100k.eot_token, -1, ids))
+        assert whole.endswith("<|-1|>")
+        sides[split] = whole.split("<|-1|>")[:-1]
+    assert not set(sides["train"]) & set(sides["val"])
+    together = sides["train"] + sides["val"]
+    assert sorted(text for text in together if text.startswith("Doc")) == sorted(texts + texts)
+    assert sum(text.count("line") for text in together) == 2000

@@ -39,11 +39,11 @@ MIX = dict(
 )
 
 
-def setup(world, model):
+def setup(world, model, **changes):
     """What `common.begin` would give."""
     folder = world.data / "easy"
     return common.Setup(
-        cfg=mix.Config(init="x", questions=str(folder), **MIX),
+        cfg=mix.Config(init="x", questions=str(folder), **MIX | changes),
         world=DOUBLE,
         model=model,
         parent={},
@@ -108,21 +108,20 @@ def test_gradient_of_the_text_is_that_of_pre_training(world):
     Seen to fail with 1/n of a rank's own tokens and with step 0 at the beginning of the text.
     """
     stream = tokens.Stream(world.data, "train", LENGTH, 0, "toy", 10 * 1024)
-    taken = []
-    for size in (1, 2):
-        model = load(world.taught)
-        for rank in range(size):
-            batch = problems.text_batch(stream, 6, 2, DOUBLE._replace(rank=rank, size=size))
-            assert batch.ids.shape == (6 // size, LENGTH + 1)
-            for micro in problems.micro_batches(batch, 4, DOUBLE):
-                model(micro.ids, weight=micro.weight, mask=micro.mask)[0].backward()
-        taken.append([p.grad for p in model.parameters()])
+
+    def gradients(rank, size):
+        batch = problems.text_batch(stream, 6, 2, DOUBLE._replace(rank=rank, size=size))
+        assert len(batch.ids) == 6 // size
+        run = setup(world, load(world.taught), clip=0.0, micro=4)
+        return sft_gradients(run, batch)[1]
+
     model = load(world.taught)
     cross_entropy(model, windows(world, 10 * 1024 // LENGTH + 2 * 6, 6)).backward()
-    plain = [p.grad for p in model.parameters()]
-    for one, two, by_hand in zip(*taken, plain, strict=True):
-        torch.testing.assert_close(one, by_hand, atol=1e-9, rtol=1e-6)
-        torch.testing.assert_close(two, one, atol=1e-12, rtol=1e-12)
+    by_hand = [p.grad for p in model.parameters()]
+    both = [gradients(0, 2), gradients(1, 2)]
+    for one, first, second, plain in zip(gradients(0, 1), *both, by_hand, strict=True):
+        torch.testing.assert_close(one, plain, atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(first + second, one, atol=1e-12, rtol=1e-12)
 
 
 def test_mix_with_text(world, tmp_path):

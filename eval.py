@@ -130,8 +130,8 @@ def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tenso
         text, goes_on = problems.until_next_question(asked.form, text)
         texts.append(text)
         ended.append(goes_on or not truncated)
-    flexible = [grader.flexible_answer(text) for text in texts]
-    flexible = [grader.compare(answer, row["answer"])[0] for answer in flexible]
+    loose = grader.compare_all([(grader.flexible_answer(text), row["answer"]) for text in texts])
+    flexible = [correct for correct, _ in loose]
     marks = grader.grade_all(texts, [row["answer"]] * len(texts), ended)
     right = [correct for correct, _ in marks]
     counts = [

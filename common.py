@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import math
 import os
@@ -76,7 +77,7 @@ Fraction = Annotated[float, Range(0, 1)]
 class Shared:
     """Flags of all trainers: where and how a run works. None but --dtype changes its result."""
 
-    micro: Count = 64  # rows per forward pass; never changes the result
+    micro: Count = 64  # rows of text, or answers, per forward pass; never changes the result
     compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
     # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
@@ -109,12 +110,15 @@ class PostTraining(Shared):
     eval_questions: Whole = 20  # validation questions (0: no validation)
     eval_n: Count = 32  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
+    # answers that share a row of training, and so the work for their prompt
+    answers_per_row: Count = 8  # never changes the result
     seed: Whole = 0  # of the order of the questions and of the sampling
 
 
 # what a resumed run may change: where and how it works, and how paths are spelled
 OPERATIONAL = {field.name for field in dataclasses.fields(Shared)} - {"dtype"}
 OPERATIONAL |= {"init", "out", "questions", "data", "text", "tasks", "rows", "peak_tflops"}
+OPERATIONAL |= {"answers_per_row"}
 
 
 def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
@@ -218,10 +222,7 @@ def print_help(Config, doc: str):
             if name not in told:
                 lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
             told.add(name)
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # --help | head; Python would try again at its end, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines), flush=True)
 
 
 def shown_values(Config, name: str) -> str:
@@ -242,16 +243,62 @@ def read_comments(cls) -> list[tuple[str, str]]:
     for line in inspect.getsource(cls).splitlines():
         if match := re.match(r"    (\w+): [^#]+?(?:  # (.*))?$", line):
             name, beside = match.groups()
-            found.append((name, "; ".join([" ".join(above)] * bool(above) + [beside or ""])))
+            found.append((name, "; ".join(filter(None, [" ".join(above), beside]))))
         above = [*above, line[6:]] if line.startswith("    # ") else []
     return found
 
 
+class Unhurt:
+    """A stream that a script may always write to: what cannot be written is left out.
+
+    Nobody may read it any more (`rl.py 2>&1 | head -1`), its terminal may be gone or its disk full:
+    none of this ends a run. A character that its encoding lacks is written as \\xb1.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the beginning
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text) -> int:
+        with self.guard():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.guard():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def guard(self):
+        try:
+            yield
+        except OSError:  # what is left in the buffer would fail again, at the latest at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(script, Config, doc: str, argv: list[str] | None = None):
     """Parse the flags, run script(given), turn an error of the user into one line and status 2."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        # begin again: a path with an umlaut is no text in such a locale, and rows are UTF-8
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    out = Unhurt(sys.stdout)
+    err = Unhurt(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            guarded(script, Config, doc, sys.argv[1:] if argv is None else argv)
+        finally:
+            out.flush()
+            err.flush()
+
+
+def guarded(script, Config, doc: str, argv: list[str]):
     given: dict = {}
     try:
-        given = parse_flags(Config, sys.argv[1:] if argv is None else argv, doc)
+        given = parse_flags(Config, argv, doc)
         script(given)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
@@ -291,9 +338,7 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
 
 
 def say(text: str):
-    """A line to stderr; a terminal that went away, or a pipe that nobody reads, is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------- ranks
@@ -467,8 +512,10 @@ def can_compile(cfg, world: World) -> bool:
         x = torch.ones(8, device=world.device)
         torch.compile(lambda x: (x * 2).sin(), dynamic=False)(x)
     except Exception as error:  # compilers fail in many ways, none of which should stop a run
-        cause = next((line for line in str(error).splitlines() if "rror" in line), str(error))
-        say(f"torch.compile does not work here ({cause.strip()[:200]}): running without --compile")
+        lines = str(error).splitlines() or [type(error).__name__]
+        cause = next((line for line in lines if "error: " in line), lines[0])
+        if is_first():
+            say(f"torch.compile does not work here ({cause.strip()[:200]}): running without")
         torch._dynamo.reset()
         return False
     return True
@@ -541,6 +588,7 @@ def load(path) -> dict:
     claimed = sum(math.prod(x.shape) * x.itemsize for x in tensors)
     if claimed > path.stat().st_size:  # one number repeated without end is a tensor, too
         raise ValueError(f"{path} claims {claimed:,} bytes of weights and has fewer: refused")
+    saved["path"] = str(path)  # for messages
     meta = saved["meta"]
     # tokens in a row of pre-training: files from elsewhere and older ones do not say
     meta.setdefault("length", meta.get("run", {}).get("length", saved["config"]["context"]))
@@ -577,7 +625,7 @@ def load_model(saved: dict, world: World) -> Model:
             model = Model(ModelConfig(**config), world.compute)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
-            f"the checkpoint is of another model than its config says: {str(error)[:150]}"
+            f"{saved['path']} is of another model than its config says: {str(error)[:150]}"
         ) from None
     return fill_model(model, saved, world)
 
@@ -588,33 +636,34 @@ def fill_model(model, saved: dict, world: World):
 
     Sizes are compared before memory is taken. Raises ValueError as `load_model`.
     """
+    path = saved["path"]
     if saved["config"] != dataclasses.asdict(model.config):
-        raise ValueError(f"the checkpoint is of another model: {saved['config']}")
+        raise ValueError(f"{path} is of another model: {saved['config']}")
     here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     there = {name: tuple(x.shape) for name, x in saved["model"].items()}
     for name in here | there:
         if here.get(name) != there.get(name):
             raise ValueError(
-                "the checkpoint is of another model than its config says: "
+                f"{path} is of another model than its config says: "
                 f"{name} is {there.get(name)}, not {here.get(name)}"
             )
     place(model, world)
     for name, p in model.named_parameters():
         source = saved["model"][name]
         if not source.isfinite().all():
-            raise ValueError(f"the checkpoint has weights that are NaN or infinite, in {name}")
+            raise ValueError(f"{path} has weights that are NaN or infinite, in {name}")
         put(p, source)
     return model
 
 
-def encoding_of(meta: dict, model: Model):
-    """The tiktoken encoding of a checkpoint. Raises ValueError if the model has other ids."""
-    encoding = tokens.encoding(meta["encoding"])
+def encoding_of(saved: dict):
+    """The tiktoken encoding of a checkpoint. Raises ValueError if its model has other ids."""
+    encoding = tokens.encoding(saved["meta"]["encoding"])
+    known = saved["config"]["vocab"]
     vocab = tokens.vocab_size(encoding)
-    if vocab != model.config.vocab:
+    if vocab != known:
         raise ValueError(
-            f"the checkpoint knows {model.config.vocab} ids, its encoding {encoding.name} has "
-            f"{vocab}"
+            f"{saved['path']} knows {known} ids, its encoding {encoding.name} has {vocab}"
         )
     return encoding
 
@@ -712,11 +761,12 @@ def validations(cfg, steps: int) -> int:
     return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
 
 
-def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
+def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
-    is trained on, if there is one. Raises ValueError if something does not fit.
+    is trained on, if there is one. answers: whether training questions are answered by the model.
+    Raises ValueError if something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -734,19 +784,41 @@ def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
             f"{cfg.questions} is all for training: give --eval_questions 0, or a folder that has "
             "val.jsonl beside train.jsonl"
         )
-    train = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    encoding = encoding_of(before)
+    form = problems.form(cfg.questions)
+    context = before["config"]["context"]
+    room = problems.Room(
+        context,
+        max_new=cfg.max_new if answers else 0,
+        solutions=None if text else getattr(cfg, "solutions", None),
+        seed=cfg.seed,
+    )
+    train = questions_of(cfg, "train", cfg.limit or None, encoding, form, room)
     held_out = []
     if cfg.eval_questions:
-        held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions]
+        room = problems.Room(context, cfg.max_new)
+        held_out = questions_of(cfg, "val", cfg.eval_questions, encoding, form, room)
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations
-    encoding = encoding_of(parent, model)
-    form = problems.form(cfg.questions)
     return Setup(cfg, world, model, parent, state, contents, encoding, form, train, held_out)
+
+
+def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> list[dict]:
+    """The first `count` questions of a split (None: all), those that fit into `room`.
+
+    Raises ValueError, with the question's file and id, for one that does not; with --skip_long it
+    is left out, and one line says how many are.
+    """
+    rows = problems.load(cfg.questions, split)[:count]
+    path = problems.place(cfg.questions, split)
+    rows, left_out = problems.check_lengths(rows, path, encoding, form, room, cfg.skip_long)
+    if left_out and is_first():
+        say(left_out)
+    return rows
 
 
 def claim(cfg, contents: dict, others=()) -> dict | None:
@@ -850,7 +922,9 @@ def loop(first: int, steps: int, cfg, world: World, save):
             os.kill(os.getpid(), number)
 
     # a closed terminal sends SIGHUP, a scheduler SIGUSR1 before the time is up
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive it
+        numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         for step in profiled(range(first, steps), cfg, world):
@@ -924,9 +998,8 @@ class Log:
         known = [name for name in self.shown if values.get(name) is not None]
         told = "  ".join(f"{name} {values[name]:.3g}" for name in known)
         name = self.path.name.removesuffix(".metrics.jsonl")
-        with contextlib.suppress(OSError):  # a terminal that went away
-            self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
-            self.bar.update(step + 1 - self.bar.n)
+        self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
+        self.bar.update(step + 1 - self.bar.n)
 
     def add(self, step: int, **values):
         """A line beside the steps (a validation, say): `step` updates were done."""
@@ -995,8 +1068,7 @@ class Log:
         if self.active:
             self.flush()
             self.file.close()
-            with contextlib.suppress(OSError):
-                self.bar.close()
+            self.bar.close()
 
 
 def history(out) -> tuple[list[dict], dict]:

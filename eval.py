@@ -14,7 +14,6 @@ are in .jsonl.resume beside it: an evaluation that was stopped goes on.
 """
 
 import functools
-import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +132,8 @@ def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tenso
         text, goes_on = problems.until_next_question(asked.form, text)
         texts.append(text)
         ended.append(goes_on or not truncated)
-    flexible = [grader.flexible_answer(text) for text in texts]
-    flexible = [grader.compare(answer, row["answer"])[0] for answer in flexible]
+    loose = grader.compare_all([(grader.flexible_answer(text), row["answer"]) for text in texts])
+    flexible = [correct for correct, _ in loose]
     marks = grader.grade_all(texts, [row["answer"]] * len(texts), ended)
     right = [correct for correct, _ in marks]
     counts = [
@@ -164,76 +163,63 @@ def validate(run: common.Setup, sampler, log: common.Log, step: int):
 
 
 @torch.no_grad()
-def continuation_log_probs(sampler, pairs, greedy, world, progress=iter, budget=16384):
+def continuation_log_probs(model, pairs, greedy, world, progress=iter, budget=16384):
     """[(context ids, continuation ids)] -> [(log-prob, greedy)]: of each continuation its summed
     log-prob and, if `greedy` is asked for, whether each of its tokens is the most probable one.
 
-    The choices of a context share its keys and values. Contexts of one length make a batch of at
-    most `budget` tokens, each choice counted with its context; the ranks share the contexts. What
-    is too long for the model loses its first tokens (as in lm-eval). Raises ValueError if a
-    continuation alone is too long.
+    The continuations of a context share a row (model.Layout), rows of like length share a pass of
+    at most `budget` tokens, and the ranks share the contexts. What is too long for the model loses
+    its first tokens (as in lm-eval). Raises ValueError if a continuation alone is too long.
     """
-    config = sampler.model.config
+    limit = model.config.context
     choices = {}  # context -> its places in pairs
     for place, (context, continuation) in enumerate(pairs):
-        room = config.context + 1 - len(continuation)  # the last token is a target and no input
+        room = limit + 1 - len(continuation)  # the last token is a target and no input
         if room < 1:
             raise ValueError(
                 f"a choice of {len(continuation)} tokens is longer than the model's context of "
-                f"{config.context}"
+                f"{limit}"
             )
         choices.setdefault(tuple(context[-room:]), []).append(place)
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    mine = sorted(choices, key=len)[world.rank :: world.size]
-    for contexts in progress(list(context_batches(mine, choices, pairs, budget))):
+    lengths = {x: len(x) + sum(len(pairs[i][1]) for i in choices[x]) for x in choices}
+    mine = sorted(choices, key=lambda context: lengths[context])[world.rank :: world.size]
+    passes = []
+    for context in mine:
+        if not passes or (len(passes[-1]) + 1) * (lengths[context] + 8) > budget:
+            passes.append([])
+        passes[-1].append(context)
+    for contexts in progress(passes):
         places = [place for context in contexts for place in choices[context]]
-        group = [g for g, context in enumerate(contexts) for _ in choices[context]]
+        prompts = [context for context in contexts for _ in choices[context]]
         continuations = [pairs[place][1] for place in places]
-        found[places] = score_continuations(sampler, contexts, group, continuations, greedy)
+        found[places] = score_continuations(model, prompts, continuations, greedy, world.device)
     flat = world.sum(*found.flatten().tolist())
     return [
         (logp, greedy and misses == 0) for logp, misses in zip(flat[::2], flat[1::2], strict=True)
     ]
 
 
-def context_batches(contexts, choices, pairs, budget: int):
-    """Batches of contexts of one length, of at most `budget` tokens with all their choices."""
-    for length, same in itertools.groupby(contexts, key=len):
-        same = list(same)
-        longest = {x: max(len(pairs[place][1]) for place in choices[x]) for x in same}
-        most = max(len(choices[x]) * (length + longest[x]) for x in same)
-        step = max(1, budget // most)
-        for i in range(0, len(same), step):
-            yield same[i : i + step]
-
-
-def score_continuations(sampler, contexts, group, continuations, greedy: bool) -> torch.Tensor:
-    """(R, 2) fp64: summed log-prob of each continuation, and tokens that are not the likeliest.
-
-    contexts: G tuples of ids of one length; group: (R,) the context of each continuation.
-    """
-    config = sampler.model.config
-    device = sampler.head.device
-    ids = torch.tensor(contexts, device=device)  # (G, S + 1)
-    group = torch.tensor(group, device=device)
-    # the last token of a context belongs to the continuations: its output is wanted
-    past = sampler.prefill(ids[:, :-1])[1] if ids.shape[1] > 1 else []
-    past = [(keys[group], values[group]) for keys, values in past]
-    sizes = torch.tensor([len(x) for x in continuations], device=device)
-    padded = [torch.tensor(x) for x in continuations]
-    wanted = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)  # (R, T)
-    rows = torch.cat([ids[group, -1:], wanted[:, :-1]], dim=1)
-    hidden, _ = sampler.prefill(rows, past)  # (R, T, D)
-    real = torch.arange(wanted.shape[1], device=device) < sizes[:, None]
-    states = hidden[real]  # (N, D)
-    target = wanted[real]  # (N,)
-    scores = torch.zeros(2, *wanted.shape, dtype=torch.float64, device=device)
-    logp, _ = log_probs(states, sampler.model.head.weight, target, config.vocab)
-    scores[0, real] = logp.double()
+def score_continuations(model, contexts, continuations, greedy: bool, device) -> torch.Tensor:
+    """(len(contexts), 2) fp64: the summed log-prob of each continuation of a context, and how many
+    of its tokens are not the most probable ones (0 if `greedy` is not asked for)."""
+    every = len(continuations)
+    rows = problems.tree_rows(contexts, continuations, every)
+    batch = problems.make_batch(contexts, continuations, [1.0] * every, 0, per_row=every)
+    batch = batch.part(slice(None), batch.ids.shape[1], device)
+    states = model.hidden(batch.ids, batch.layout)[batch.mask]  # (N, D)
+    target = batch.target[batch.mask]  # (N,)
+    vocab = model.config.vocab
+    scores = torch.zeros(2, len(target), dtype=torch.float64, device=device)
+    scores[0] = log_probs(states, model.head.weight, target, vocab)[0]
     if greedy:  # a second product with the head
-        likeliest = torch.cat([sampler.logits(part).argmax(1) for part in states.split(256)])
-        scores[1, real] = (likeliest != target).double()
-    return scores.sum(2).T.cpu()
+        parts = [model.head(part)[:, :vocab].argmax(1) for part in states.split(256)]
+        scores[1] = torch.cat(parts) != target
+    order = [number for _, numbers in rows for number in numbers]
+    sizes = [len(continuations[number]) for number in order]
+    out = torch.zeros(every, 2, dtype=torch.float64)
+    out[order] = torch.stack([part.sum(1) for part in scores.cpu().split(sizes, dim=1)])
+    return out
 
 
 @torch.no_grad()
@@ -247,14 +233,21 @@ def held_out_losses(model, rows, micro: int, world, end: int | None = None) -> l
     losses = torch.zeros(count, dtype=torch.float64)
     for places in torch.arange(world.rank, count, world.size).split(micro):
         part = rows[places.numpy() % len(rows)]
-        starts = None
+        layout = None
         if end is not None:
-            starts = torch.from_numpy(tokens.document_starts(part, end)).to(world.device)
+            layout = [x.to(world.device) for x in layout_of(part, end)]
         ids = torch.from_numpy(part).to(world.device)
         weight = torch.ones(len(ids), ids.shape[1] - 1, device=world.device)
-        _, logp, _ = model(ids, weight=weight, starts=starts)
+        _, logp, _ = model(ids[:, :-1], ids[:, 1:], weight=weight, layout=layout)
         losses[places] = -logp.double().mean(1).cpu()
     return world.sum(*losses.tolist())[: len(rows)]
+
+
+def layout_of(rows, end: int) -> tuple[torch.Tensor, ...]:
+    """The model.Layout of rows of text (B, T + 1), in which the id `end` ends a document."""
+    position, document = tokens.documents(rows[:, :-1], end)
+    branch = torch.zeros(position.shape, dtype=torch.long)
+    return torch.from_numpy(position), torch.from_numpy(document), branch
 
 
 # -------------------------------------------------------------------------- rows of a checkpoint
@@ -273,12 +266,12 @@ class Subject(NamedTuple):
 
 def open_subject(path, cfg: Config, world) -> Subject:
     saved = common.load(path)
+    encoding = common.encoding_of(saved)
     model = common.load_model(saved, world).eval()
     sampler = Sampler(model, cfg.rows, common.can_compile(cfg, world))
     name = f"{Path(path).name}: batches of answers"
     hidden = world.rank > 0
     bar = functools.partial(tqdm, desc=name, leave=False, mininterval=2, disable=hidden)
-    encoding = common.encoding_of(saved["meta"], model)
     return Subject(Path(path), saved["meta"], model, sampler, encoding, bar)
 
 
@@ -322,7 +315,7 @@ class Rows:
         self.rows.append({"kind": kind, **self.base, **row})
         if self.active:
             write_rows(self.state, self.rows)
-            print(f"{self.base['checkpoint']}  {told}", flush=True)
+            tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
         if self.active:
@@ -409,7 +402,7 @@ def task_row(subject: Subject, rows: Rows, name: str, items: list[dict], world):
     if not rows.missing("general", settings):
         return
     score = functools.partial(
-        continuation_log_probs, subject.sampler, world=world, progress=subject.progress
+        continuation_log_probs, subject.model, world=world, progress=subject.progress
     )
     found = tasks.score(items, subject.encoding, score)
     told = f"{name}  accuracy {100 * found['accuracy']:.1f}  probability {found['probability']:.3f}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import common
 import plan
 import rl
+import sft
 from common import Count, Fraction, Positive, Whole
 from data import problems, tokens
 from eval import validate
@@ -95,6 +96,7 @@ def text_stream(cfg: Config, before: dict):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     rl.check(cfg)
+    sft.check(cfg)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     text = text_stream(cfg, before)
@@ -153,7 +155,7 @@ def main(given: dict):
                 ]
                 update(model, halves, cfg.weight_decay)
         sampler.refresh()
-        costs = rl.rl_costs(model, batch, numbers, cfg, began)
+        costs = rl.rl_costs(model, numbers, cfg, began)
         size = second.mask.shape[1]
         costs["flops"] += cfg.updates * cfg.batch * size * model.flops_per_token(size)
         speed = numbers["sampled_tokens"] / costs["seconds"]

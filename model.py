@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import varlen
+from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
 triton = None
@@ -141,19 +141,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    """Causal attention, all (B, H, T, K).
+class Layout(NamedTuple):
+    """Rows that hold more than one sequence: which tokens belong together.
 
-    documents: None, each row is one document; or bool, which keys each query sees, for instance
-    (B, 1, T, T); or `starts` of Model.hidden, for the flash kernel that takes such (CUDA, bf16)."""
-    if documents is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if documents.dtype == torch.bool:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents)
-    T = q.shape[2]  # no document is longer than its row
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, K)
-    y = varlen.varlen_attn(*flat, documents, documents, T, T, window_size=(-1, 0))
-    return y.unflatten(0, (-1, T)).transpose(1, 2)
+    A token sees what precedes it in its document, and there only the trunk (branch 0) and its own
+    branch. A text is documents without branches; a question with several answers is a prompt with a
+    branch for each answer, which do not see each other:
+
+        token      p0 p1 p2 | p3 a0 a1 | p3 b0 b1 b2      predicts   .. .. .. | a0 a1 a2 | b0 ...
+        branch      0  0  0 |  1  1  1 |  2  2  2  2
+        position    0  1  2 |  3  4  5 |  3  4  5  6      (the prompt's last token begins a branch)
+    """
+
+    position: Tensor  # (B, T) int64, along the branch from the start of its document
+    document: Tensor  # (B, T) int64, any number that the tokens of a document share
+    branch: Tensor  # (B, T) int64, 0 in the trunk
+
+    def mask(self) -> Tensor:
+        """bool (B, 1, T, T): which tokens (last dimension) each token sees."""
+        same = self.document[:, :, None] == self.document[:, None, :]
+        trunk = self.branch[:, None, :] == 0
+        own = self.branch[:, :, None] == self.branch[:, None, :]
+        return (same & (trunk | own)).tril()[:, None]
+
+    def blocks(self) -> flex.BlockMask:
+        """The same for FlexAttention, which leaves out blocks of 128 x 128 that nobody sees."""
+
+        def sees(b, h, query, key):
+            same = self.document[b, query] == self.document[b, key]
+            own = self.branch[b, query] == self.branch[b, key]
+            return (query >= key) & same & ((self.branch[b, key] == 0) | own)
+
+        B, T = self.document.shape
+        return flex.create_block_mask(sees, B, None, T, T, device=self.document.device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | flex.BlockMask | None) -> Tensor:
+    """Causal attention, all (B, H, T, K). seen: which keys each query sees (None: all before it),
+    as `Layout` has it."""
+    if isinstance(seen, flex.BlockMask):
+        return flex.flex_attention(q, k, v, block_mask=seen)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
 
 
 class Block(nn.Module):
@@ -171,12 +199,10 @@ class Block(nn.Module):
         self.down = Linear(c.ffn, c.width)
         self.mlp_norm = RMSNorm(c.width, c.eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None
-    ) -> Tensor:
-        """x (B, T, D); cos and sin of rope_table; documents: see `attend`."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen=None) -> Tensor:
+        """x (B, T, D); cos and sin of rope_table; seen: see `attend`."""
         q, k, v = self.project(x, cos, sin)
-        return self.finish(x, attend(q, k, v, documents))
+        return self.finish(x, attend(q, k, v, seen))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> q, k, v (B, H, T, K), the first two normalised and rotated."""
@@ -249,60 +275,54 @@ class Model(nn.Module):
         return self
 
     @torch.profiler.record_function("forward")  # a name in the traces of --profile
-    def hidden(self, ids_BT: Tensor, starts: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, layout: tuple | None = None) -> Tensor:
         """Final hidden states (B, T, D), what the head is applied to.
 
-        starts: int32 (documents + 1,), where documents start in the B*T tokens, a start at the head
-        of each row, and B*T last. Attention then does not leave a document, and positions count
-        from its start. None: each row is one document.
-        Raises ValueError above the context length."""
+        layout: a Layout or its three tensors; None, each row is one sequence. Raises ValueError for
+        a sequence above the context length."""
         B, T = ids_BT.shape
         c = self.config
-        if T > c.context:
-            raise ValueError(f"{T} tokens in a row, the model's context is {c.context}")
         x = F.embedding(ids_BT, self.embed.weight).to(self.compute)
         position = torch.arange(T, device=x.device)
-        documents = None
-        if starts is not None:
-            position, first = _documents(starts, B, T)
-            if x.is_cuda and x.dtype == torch.bfloat16:
-                documents = starts  # the flash kernel takes them as they are
-            else:
-                documents = (first[..., None] == first[:, :, None]).tril()  # (B, 1, T, T)
-            # Without this mark, another number of documents would be compiled anew.
-            torch._dynamo.maybe_mark_dynamic(starts, 0)
+        seen = None
+        if layout is not None:
+            layout = Layout(*layout)
+            position = layout.position[:, None]  # (B, 1, T)
+            seen = layout.blocks() if x.is_cuda else layout.mask()
+        elif T > c.context:
+            raise ValueError(f"{T} tokens in a row, the model's context is {c.context}")
         cos, sin = rope_table(position, c.head_width, c.theta)
         for block in self.blocks:
             if self.checkpoint_activations:
-                x = checkpoint(block, x, cos, sin, documents, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, seen, use_reentrant=False)
             else:
-                x = block(x, cos, sin, documents)
+                x = block(x, cos, sin, seen)
         return self.norm(x)
 
     def forward(
         self,
         ids_BT: Tensor,
+        target_BT: Tensor,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
         temperature: float = 1.0,
         z_loss: float = 0.0,
-        starts: Tensor | None = None,
+        layout: tuple | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probs of ids[:, 1:] given what precedes them: the one way into the head for all
-        trainers.
+        """Log-probs of each target given its token and what that sees: the one way into the head
+        for all trainers.
 
-        ids (B, T+1); mask (B, T) bool, which targets count (None: all); weight (B, T); starts: as
-        in `hidden`.
+        ids and target (B, T); mask (B, T) bool, which targets count (None: all); weight (B, T).
         With weight:    -> loss, logp (B, T), entropy (B, T), the latter two detached.
                            loss = sum of weight * -logp + z_loss * sum of lse^2 over the mask
         Without weight: -> logp, entropy (B, T), both differentiable: for clipped updates, KL and
                            evaluation.
         Positions outside the mask come back as exactly 0 and cost no product with the head."""
-        states = self.hidden(ids_BT[:, :-1], starts)
+        states = self.hidden(ids_BT, layout)
         B, T, D = states.shape
         rows = slice(None) if mask is None else mask.reshape(B * T).nonzero().squeeze(1)
         hidden = states.reshape(B * T, D)[rows]
-        target = ids_BT[:, 1:].reshape(B * T)[rows]
+        target = target_BT.reshape(B * T)[rows]
 
         def spread(values: Tensor) -> Tensor:
             """Values of the rows that count (N,) -> (B, T), zero elsewhere."""
@@ -327,15 +347,6 @@ class Model(nn.Module):
         c = self.config
         weights = sum(p.numel() for p in self.parameters()) - c.padded_vocab * c.width
         return 6.0 * weights + 12.0 * c.layers * c.width * length
-
-
-def _documents(starts: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """Of each of the B*T tokens its position in its document, and where that document starts, both
-    (B, 1, T)."""
-    first = starts.new_zeros(B * T).scatter(0, starts[:-1].long(), starts[:-1])
-    first = first.cummax(0).values
-    position = torch.arange(B * T, device=starts.device) - first
-    return position.view(B, 1, T), first.view(B, 1, T)
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -835,14 +846,16 @@ class Sampler:
         Samples on the CPU, and slot-steps used. noise (R, max_new); of `step`, the sizes are set
         here."""
         R, max_new = noise.shape
+        Q = len(prompts)
+        n = R // Q  # with Q and max_new, what the scripts read when memory runs out
         P = round_up(max(map(len, prompts)), self.span)
         # One span more than is used: a slice is then never the whole, which a compiler would tell
         # apart.
-        self._reserve(R, len(prompts), P + self.span, round_up(max_new, self.span) + self.span)
+        self._reserve(R, Q, P + self.span, round_up(max_new, self.span) + self.span)
         step = step._replace(rows=R, prompt=P)
         last, size = self._prefill_prompts(prompts, step)
         self._start_rows(size, noise, step)
-        self._draw(last.repeat_interleave(R // len(prompts), 0), step)
+        self._draw(last.repeat_interleave(n, 0), step)
         slots = R
         for t in range(max_new - 1):  # answers have t + 1 tokens, the last of them not in the cache
             if t % self.CHECK == self.CHECK - 1:

@@ -336,10 +336,8 @@ def main(words: list[str]):
 
 def cost_of_command(command: list[str]) -> Cost:
     """["rl.py", "--init", ...] with --plan among its flags -> what it costs."""
-    import common
-
     script = importlib.import_module(Path(command[0]).stem)
-    given = common.parse_flags(script.Config, command[1:])
+    given = script.common.parse_flags(script.Config, command[1:])
     if not given.get("plan"):
         raise ValueError(f"{' '.join(command)}: give it --plan, or it would run")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -23,7 +23,7 @@ import common
 import plan
 from common import Count, NonNegative, Positive, Whole
 from data import tokens
-from eval import held_out_losses
+from eval import held_out_losses, layout_of
 from model import PRESETS, Model, ModelConfig, adam, cosine, update
 
 
@@ -193,8 +193,8 @@ def beside(cfg: Config, name: str) -> str:
 def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, first, steps):
     """The micro-batches of each step, made by a thread while the step before is at work.
 
-    Each is ids (B, length + 1) and, with --doc_mask, where documents start (Model.hidden); on CUDA
-    in memory that the GPU reads on its own.
+    Each is ids (B, length + 1) and, with --doc_mask, the layout of documents (model.Layout); on
+    CUDA in memory that the GPU reads on its own.
     """
 
     def make(step):
@@ -204,7 +204,7 @@ def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, f
     def pinned(rows):
         parts = [torch.from_numpy(rows)]
         if cfg.doc_mask:
-            parts.append(torch.from_numpy(tokens.document_starts(rows, encoding.eot_token)))
+            parts += layout_of(rows, encoding.eot_token)
         return [x.pin_memory() for x in parts] if world.device.type == "cuda" else parts
 
     return tokens.ahead(make, first, steps)
@@ -217,10 +217,11 @@ def loss_and_gradients(model, micro_batches, cfg: Config, world: common.World):
     """
     loss = 0.0
     for parts in micro_batches:
-        ids, *starts = (x.to(world.device, non_blocking=True) for x in parts)
-        weight = torch.full(ids[:, 1:].shape, 1 / cfg.batch_tokens, device=world.device)
+        rows, *layout = (x.to(world.device, non_blocking=True) for x in parts)
+        ids = rows[:, :-1]
+        weight = torch.full(ids.shape, 1 / cfg.batch_tokens, device=world.device)
         z_loss = cfg.z_loss / cfg.batch_tokens
-        part, *_ = model(ids, weight=weight, z_loss=z_loss, starts=starts[0] if starts else None)
+        part, *_ = model(ids, rows[:, 1:], weight=weight, z_loss=z_loss, layout=layout or None)
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU

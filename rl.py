@@ -38,6 +38,8 @@ from model import Sampler, adam, cosine, update
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
+    """Flags of GRPO."""
+
     steps: Count = 60  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper
@@ -151,18 +153,22 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.B
         "answers": len(marks),
         "groups": len(advantage),
         "tokens": sum(map(len, rolled.answers)),
+        "prompt tokens": sum(map(len, rolled.prompts)),
     }
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
 
     # one denominator: every sampled token of the step, on all ranks
     weights = (advantage.flatten() / total["tokens"]).tolist()
     pad = tokens.pad_id(run.encoding)
-    batch = problems.make_batch(rolled.prompts, rolled.answers, weights, pad, rolled.logp)
+    batch = problems.make_batch(
+        rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
+    )
 
     shares = ("reward", "correct", "formatted", "truncated")
     numbers = {name: total[name] / total["answers"] for name in shares}
     numbers["flat"] = total["flat"] / total["groups"]
     numbers["length"] = total["tokens"] / total["answers"]
+    numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
     numbers["sampled_tokens"] = int(total["tokens"])
     numbers["waste"] = rolled.waste
     numbers["sample_seconds"] = sampled - began
@@ -199,10 +205,10 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
     sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
     micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
     """
-    how = dict(mask=micro.mask, temperature=cfg.temperature)
+    how = dict(mask=micro.mask, temperature=cfg.temperature, layout=micro.layout)
     if cfg.updates == 1 and not cfg.kl:
-        return model(micro.ids, weight=micro.weight, **how)
-    logp, entropy = model(micro.ids, **how)
+        return model(micro.ids, micro.target, weight=micro.weight, **how)
+    logp, entropy = model(micro.ids, micro.target, **how)
     old = logp.detach() if old is None else old
     loss = policy_loss(logp, old, micro.weight, cfg.clip_ratio)
     if cfg.kl:
@@ -214,8 +220,16 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
 def log_probs_of(model, batch: problems.Batch, cfg, world) -> list[torch.Tensor]:
     """Log-probs of each micro-batch under `model`, by the forward pass that training uses."""
     parts = problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)
-    how = dict(temperature=cfg.temperature)
-    return [model(micro.ids, mask=micro.mask, **how)[0] for micro in parts]
+    return [
+        model(
+            micro.ids,
+            micro.target,
+            mask=micro.mask,
+            temperature=cfg.temperature,
+            layout=micro.layout,
+        )[0]
+        for micro in parts
+    ]
 
 
 def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
@@ -278,13 +292,13 @@ def check_mismatch(step: int, mismatch: float | None, cfg):
         )
 
 
-def rl_costs(model, batch: problems.Batch, numbers: dict, cfg, began: float) -> dict:
+def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     """What the step cost, for the log: FLOPs of sampling (a forward pass) and of training."""
-    rows = cfg.questions_per_step * cfg.group
-    size = batch.mask.shape[1]
+    size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
-    prompts = rows * size - sampled  # roughly: padding counts as work done
-    passes = sampled / 3 + prompts / 3 / cfg.group + rows * size * cfg.updates
+    prompts = cfg.questions_per_step * numbers["prompt_length"]
+    trained = sampled + prompts * -(-cfg.group // cfg.answers_per_row)
+    passes = (sampled + prompts) / 3 + trained * cfg.updates
     return dict(
         flops=passes * model.flops_per_token(size),
         questions=cfg.questions_per_step,
@@ -356,7 +370,7 @@ def main(given: dict):
             if log.healthy(step, rows, dict(gradient_norm=norm), loss=loss):
                 update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         sampler.refresh()
-        costs = rl_costs(model, batch, numbers, cfg, began)
+        costs = rl_costs(model, numbers, cfg, began)
         speed = numbers["sampled_tokens"] / costs["seconds"]
         log(step, costs, loss=loss, gradient_norm=norm, **numbers, tokens_per_s=speed)
     validate(run, sampler, log, cfg.steps)

@@ -44,8 +44,8 @@ def main(given: dict):
     world = common.start(cfg.device, cfg.dtype)
     saved = common.load(cfg.checkpoints[0])
     meta = saved["meta"]
+    encoding = common.encoding_of(saved)
     model = common.load_model(saved, world)
-    encoding = common.encoding_of(meta, model)
     prefix = []
     if cfg.prompt:
         rows = [{"id": "prompt"}]

@@ -39,15 +39,14 @@ class Config(common.PostTraining):
 PAPER = dict(batch=64, lr=2e-5, max_new=512)
 
 
-def check_solutions(solutions: str):
-    if solutions != "all" and not (solutions.isdigit() and int(solutions)):
-        raise ValueError(f"--solutions takes a whole number from 1, or all, not {solutions!r}")
+def check(cfg):
+    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
+        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
 
 
 def tokenise(run: common.Setup) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
     cfg = run.cfg
-    check_solutions(cfg.solutions)
     pairs = []
     for question, solution in problems.solution_pairs(run.train, cfg.solutions, cfg.seed):
         prompt = tokens.encode(run.encoding, problems.prompt(run.form, question))
@@ -65,14 +64,17 @@ def sft_batch(run: common.Setup, pairs: list, step: int) -> problems.Batch:
     prompts = [prompt for prompt, _ in mine]
     answers = [answer for _, answer in mine]
     pad = tokens.pad_id(run.encoding)
-    return problems.make_batch(prompts, answers, [1 / n] * len(mine), pad)
+    weights = [1 / n] * len(mine)
+    return problems.make_batch(prompts, answers, weights, pad, per_row=cfg.answers_per_row)
 
 
 def sft_gradients(run: common.Setup, batch: problems.Batch):
     """-> loss over all ranks, the gradients of the batch, summed and clipped, and their norm."""
     loss = 0.0
     for micro in problems.micro_batches(batch, run.cfg.micro, run.world):
-        part, *_ = run.model(micro.ids, weight=micro.weight, mask=micro.mask)
+        part, *_ = run.model(
+            micro.ids, micro.target, weight=micro.weight, mask=micro.mask, layout=micro.layout
+        )
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU
@@ -87,7 +89,6 @@ def recipe_of(cfg: Config) -> str:
 
 def job_of(cfg: Config) -> plan.Job:
     """What a run trains on, reads and samples, for --plan."""
-    check_solutions(cfg.solutions)
     there = plan.questions(cfg.questions, cfg.plan)
     share = min(1, cfg.limit / there.train) if cfg.limit else 1
     pairs = there.solutions if cfg.solutions == "all" else there.train * int(cfg.solutions)
@@ -106,9 +107,10 @@ def job_of(cfg: Config) -> plan.Job:
 
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
+    check(cfg)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
-    run = common.begin(cfg, before, recipe_of(cfg))
+    run = common.begin(cfg, before, recipe_of(cfg), answers=False)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
@@ -134,7 +136,7 @@ def main(given: dict):
         if log.healthy(step, rows, dict(loss=loss, gradient_norm=norm)):
             update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         size = batch.mask.shape[1]  # padding counts as work done
-        flops = cfg.batch * size * model.flops_per_token(size)
+        flops = len(batch.ids) * world.size * size * model.flops_per_token(size)
         costs = dict(flops=flops, questions=cfg.batch, seconds=time.monotonic() - began)
         trained = int(world.sum(float(batch.mask.sum()))[0])
         speed = trained / costs["seconds"]

@@ -339,7 +339,7 @@ def checksum(path) -> dict:
 
 def listing(folder) -> dict:
     """{name: checksum} of the .jsonl and prompt.json files of a folder, those below it too."""
-    paths = [*Path(folder).rglob("*.jsonl"), *Path(folder).rglob("prompt.json")]
+    paths = [*Path(folder).rglob("[!.]*.jsonl"), *Path(folder).rglob("prompt.json")]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths)}
 
 

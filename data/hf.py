@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import checkpoint  # noqa: E402, I001
-from data import run  # noqa: E402
+import common  # noqa: E402
+from common import Count, Whole  # noqa: E402
 from data import files, tokens  # noqa: E402
 from model import PRESETS, ModelConfig  # noqa: E402
 
@@ -44,12 +44,12 @@ class Import:
     out: str  # checkpoint to write
     revision: str = ""  # branch of the hub id; beside a folder it only names the checkpoint
     # of pre-training (default: from the revision's or the folder's name, step10000-tokens21B)
-    tokens: int | None = None
+    tokens: Count | None = None
     questions: str = ""  # questions that rl.py, sft.py, mix.py and eval.py take by default
     tasks: str = ""  # general-capability tasks that eval.py takes by default
     # name of the pre-training text, in rows and reports (OLMo2's first stage)
     world: str = "olmo-mix-1124"
-    seed: int = 0  # pre-training seed, in rows and reports: number the runs of one size
+    seed: Whole = 0  # pre-training seed, in rows and reports: number the runs of one size
     overwrite: bool = False  # replace what is there
 
 
@@ -316,8 +316,9 @@ def import_folder(cfg: Import):
     if (folder / "tokenizer.json").is_file():
         check_tokenizer(folder / "tokenizer.json", tokens.encoding(encoding))
     weights, content = read_weights(folder, config)
-    meta = checkpoint.new_meta(
+    meta = common.new_meta(
         cfg,
+        {"source": content},
         stage="pretrain",
         recipe="base",
         step=step,
@@ -333,7 +334,7 @@ def import_folder(cfg: Import):
     )
     print(f"writing {cfg.out}", flush=True)
     model = SimpleNamespace(config=config, state_dict=lambda: weights)  # what `save` needs of one
-    checkpoint.save(cfg.out, model, meta)
+    common.save(cfg.out, model, meta)
     total = sum(w.numel() for w in weights.values())
     print(
         f"{cfg.out}: {meta['preset']}, {total:,} parameters, step {step}, {count / 1e9:g}B tokens, "
@@ -475,7 +476,7 @@ def export_folder(cfg: Export):
         raise ValueError(
             f"{folder} is not an empty folder: nothing in it is replaced, name another"
         )
-    saved = checkpoint.load(cfg.checkpoint)
+    saved = common.load(cfg.checkpoint)
     c = ModelConfig(**saved["config"])
     expected = layout(c).items()
     wanted = {ours: (len(names) * shape[0], *shape[1:]) for ours, (names, shape) in expected}
@@ -522,7 +523,8 @@ def main(argv):
         words = [*itertools.takewhile(lambda word: not word.startswith("-"), argv[1:3])]
         fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
         placed = [part for pair in zip(fields, words, strict=False) for part in pair]
-        run.main(script, Config, script.__doc__, placed + argv[1 + len(words) :])
+        argv = placed + argv[1 + len(words) :]
+        common.main(lambda given: script(Config(**given)), Config, script.__doc__, argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import run  # noqa: E402, I001
+import common  # noqa: E402
+from common import Count, Fraction, Whole  # noqa: E402
 from data import corpus, files, problems, questions, tasks, tokens, toy  # noqa: E402
 
 # ------------------------------------------------------------------------- the default world
@@ -35,17 +36,17 @@ from data import corpus, files, problems, questions, tasks, tokens, toy  # noqa:
 @dataclass(frozen=True)
 class Toy:
     out: str = "data/out/toy"  # the folder to make
-    tokens: int = 7_200_000  # of training text
-    val_tokens: int = 100_000  # of held-out text
-    math_share: float = 0.3  # of the text's tokens: word problems and drills
+    tokens: Count = 7_200_000  # of training text
+    val_tokens: Count = 100_000  # of held-out text
+    math_share: Fraction = 0.3  # of the text's tokens: word problems and drills
     # of the word problems in the text that look like the questions of post-training
-    format_share: float = 0.04
-    train_questions: int = 400  # easy, and as many hard ones
-    val_questions: int = 200  # of each level
-    test_questions: int = 300  # of each level
-    shots: int = 32  # solved questions to show a base model, of each level
-    task_items: int = 400  # of each general-capability task
-    seed: int = 0  # of everything
+    format_share: Fraction = 0.04
+    train_questions: Count = 400  # easy, and as many hard ones
+    val_questions: Count = 200  # of each level
+    test_questions: Count = 300  # of each level
+    shots: Whole = 32  # solved questions to show a base model, of each level
+    task_items: Count = 400  # of each general-capability task
+    seed: Whole = 0  # of everything
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -79,8 +80,6 @@ def write_text(folder, split, texts, enc):
 
 def make_toy(cfg):
     """Text, easy and hard questions, and general-capability tasks of the default world."""
-    if not (0 <= cfg.math_share <= 1 and 0 <= cfg.format_share <= 1):
-        raise ValueError("--math_share and --format_share are between 0 and 1")
     name = f"toy-math{100 * cfg.math_share:g}"
     if is_finished(cfg, name):
         return
@@ -111,7 +110,7 @@ MIX = ("dclm=0.472", "flan=0.166", "wiki=0.071", "pes2o=0.058", "stackexchange=0
 
 @dataclass(frozen=True)
 class Dolmino:
-    tokens: int = 50_000_000_000  # of training text; what is held out comes on top (paper: 50B)
+    tokens: Count = 50_000_000_000  # of training text; what is held out comes on top (paper: 50B)
     # SOURCE=SHARE,... of the tokens, in proportion (OLMo 2's 50B high-quality mix)
     mix: tuple[str, ...] = MIX
     # SOURCE=TOKENS,... on top of the mix (paper's data study: math=10e9)
@@ -120,16 +119,16 @@ class Dolmino:
     source: str = ""
     revision: str = "main"  # of the hub's data set; a commit hash pins it
     # times a source may be read to get its tokens (all of math is about 10.7B)
-    repeat: int = 1
+    repeat: Count = 1
     # folders of questions whose test prompts are looked for in the text: 13 words in a row
     check: tuple[str, ...] = ()
     out: str = "data/out/dolmino"  # the folder to make
     # held-out share of the documents: 10M tokens of 50B; copies of a document stay on one side
-    val_share: float = 0.0002
-    shard_tokens: int = 100_000_000  # tokens in a shard: 400 MB
+    val_share: Fraction = 0.0002
+    shard_tokens: Count = 100_000_000  # tokens in a shard: 400 MB
     # how many tokenise (0: one a core); their number changes nothing in the result
-    processes: int = 0
-    seed: int = 0  # of the order of the files and of the choice of held-out documents
+    processes: Whole = 0
+    seed: Whole = 0  # of the order of the files and of the choice of held-out documents
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -141,11 +140,11 @@ class Text:
     check: tuple[str, ...] = ()
     out: str = "data/out/text"  # the folder to make
     # held-out share of the documents; copies of a document stay on one side
-    val_share: float = 0.02
-    shard_tokens: int = 100_000_000  # tokens in a shard: 400 MB
+    val_share: Fraction = 0.02
+    shard_tokens: Count = 100_000_000  # tokens in a shard: 400 MB
     # how many tokenise (0: one a core); their number changes nothing in the result
-    processes: int = 0
-    seed: int = 0  # of the choice of held-out documents
+    processes: Whole = 0
+    seed: Whole = 0  # of the choice of held-out documents
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -253,7 +252,7 @@ class Tasks:
     # a folder with lambada/test.jsonl, hellaswag/validation.jsonl, ... (.gz or not); empty: the hub
     source: str = ""
     out: str = "data/out/tasks"  # the folder to make, for eval.py --tasks
-    limit: int = 0  # items of each benchmark, the first ones (0: all)
+    limit: Whole = 0  # items of each benchmark, the first ones (0: all)
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -300,7 +299,7 @@ def main(argv):
         raise SystemExit(2)
     else:
         Config, script = COMMANDS[argv[0]]
-        run.main(script, Config, script.__doc__, argv[1:])
+        common.main(lambda given: script(Config(**given)), Config, script.__doc__, argv[1:])
 
 
 if __name__ == "__main__":

@@ -150,6 +150,19 @@ def write_form(folder, form: Form):
     files.write_json(Path(folder) / "prompt.json", form._asdict())
 
 
+def check_form(form: Form, path, enc):
+    """Raises ValueError if the encoding lacks a word of the prompt itself: `path` needs another."""
+    start, end = form.prompt.split("{}")
+    for part in (start.rstrip(), end):
+        try:
+            tokens.encode(enc, part)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the prompt {form.prompt!r} cannot be asked: {error}; write a prompt.json "
+                'beside the questions, {"prompt": " Q : {} A :"} for instance'
+            ) from None
+
+
 def prompt(form: Form, question):
     return form.prompt.replace("{}", question)
 
@@ -202,8 +215,10 @@ def check_lengths(rows, path, enc, form: Form, room: Room, skip=False) -> tuple[
     To be called before the first step, so that no step of a long run meets another one. Without
     `skip` the first that does not fit is a ValueError, with `path`, id, length and limit. With it
     a question whose prompt does not fit is left out, of the others the solutions that do not, and
-    the second value is a line that says so, for the console ("" if all fit).
+    the second value is a line that says so, for the console ("" if all fit). A prompt that the
+    encoding lacks the words of is a ValueError in any case.
     """
+    check_form(form, path, enc)
     fitting = []
     faults = []
     for row in rows:
@@ -277,15 +292,26 @@ def solution_misfit(text, prompt_length, enc, room: Room) -> str | None:
 
 
 class Batch(NamedTuple):
-    """What SFT and RL train on, and mix.py's text.
+    """What SFT and RL train on, and mix.py's text; all (B, T), filled up on the right.
 
-    mask, weight and logp belong to the targets ids[:, 1:].
+    A row is a prompt and the answers to it, as model.Layout draws them, or a window of text.
     """
 
-    ids: torch.Tensor  # (B, T) int64, prompt and answer, filled up with padding on the right
-    mask: torch.Tensor  # (B, T-1) bool, the answer tokens, its end token with them
-    weight: torch.Tensor  # (B, T-1) f32, of each target in the loss, 0 outside the mask
-    logp: torch.Tensor | None  # (B, T-1) f32, what the sampler gave each target, 0 outside the mask
+    ids: torch.Tensor  # int64, what the model reads
+    target: torch.Tensor  # int64, what comes next
+    mask: torch.Tensor  # bool, whether the target is a token of an answer (or of the text)
+    weight: torch.Tensor  # f32, of each target in the loss, 0 outside the mask
+    logp: torch.Tensor  # f32, what the sampler gave each target, 0 outside the mask
+    layout: tuple | None = None  # position, document, branch of model.Layout, if a row has several
+
+    def part(self, rows, targets: int, device) -> "Batch":
+        """These rows, with their first `targets` columns, on a device."""
+
+        def take(x):
+            return x[rows, :targets].to(device)
+
+        layout = self.layout and tuple(map(take, self.layout))
+        return Batch(*map(take, self[:-1]), layout)
 
 
 def answer_seeds(seed, step, rows, n):
@@ -321,60 +347,85 @@ def text_batch(stream, batch, step, world):
 
     Every token of them, whichever rank has it, weighs 1/n.
     """
-    ids = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
-    mask = torch.ones(len(ids), stream.length, dtype=torch.bool)
-    return Batch(ids, mask, mask / (batch * stream.length), None)
+    rows = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
+    ids = rows[:, :-1]
+    mask = torch.ones(ids.shape, dtype=torch.bool)
+    return Batch(ids, rows[:, 1:], mask, mask / (batch * stream.length), torch.zeros(ids.shape))
 
 
-def micro_batches(batch, micro, world, idle=False):
-    """A batch in parts of `micro` rows, alike lengths together, each as wide as its longest row.
+def tree_rows(prompts, answers, per_row: int) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The rows of `make_batch`: (prompt, numbers of the answers that follow it) of each.
 
-    Rows whose weights are all 0 (the answers of a flat group) have no gradient and are left out,
-    unless `idle` ones are wanted. A sharded model needs all ranks for each pass: where some have
-    fewer parts, theirs are filled up with rows that count for nothing.
+    Answers to one prompt share a row, `per_row` of them at most, like lengths together.
     """
-    width = batch.ids.shape[1] - 1
+    together = {}
+    for number, prompt in enumerate(prompts):
+        assert prompt, "the first answer token needs something before it"
+        together.setdefault(tuple(prompt), []).append(number)
+    rows = []
+    for prompt, numbers in together.items():
+        numbers.sort(key=lambda number: -len(answers[number]))
+        rows += [(prompt, numbers[i : i + per_row]) for i in range(0, len(numbers), per_row)]
+    return rows
+
+
+def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
+    """Lists of ids to a Batch, whose rows are those of `tree_rows`.
+
+    weights: for each answer one number, or one per token of it. logps: for each answer (length,).
+    T is a multiple of 8, so that few shapes occur. The mask comes from lengths: ids may hold any
+    value.
+    """
+    rows = tree_rows(prompts, answers, per_row)
+    lengths = [len(prompt) - 1 + sum(len(answers[i]) for i in some) for prompt, some in rows]
+    shape = (len(rows), -(-max(lengths) // 8) * 8)
+    integers = dict(dtype=torch.long)
+    ids = torch.full(shape, pad)
+    target = torch.full(shape, pad)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    weight = torch.zeros(shape)
+    logp = torch.zeros(shape)
+    position = torch.zeros(shape, **integers)
+    branch = torch.zeros(shape, **integers)
+    for row, (prompt, numbers) in enumerate(rows):
+        trunk = len(prompt) - 1
+        ids[row, :trunk] = torch.tensor(prompt[:-1], **integers)
+        position[row, :trunk] = torch.arange(trunk)
+        begin = trunk
+        for which, number in enumerate(numbers, 1):
+            answer = answers[number]
+            place = slice(begin, begin + len(answer))
+            ids[row, place] = torch.tensor([prompt[-1], *answer[:-1]])
+            target[row, place] = torch.tensor(answer)
+            mask[row, place] = True
+            weight[row, place] = torch.as_tensor(weights[number], dtype=torch.float32)
+            if logps is not None:
+                logp[row, place] = torch.as_tensor(logps[number], dtype=torch.float32)
+            position[row, place] = torch.arange(trunk, trunk + len(answer))
+            branch[row, place] = which
+            begin += len(answer)
+    several = any(len(numbers) > 1 for _, numbers in rows)
+    layout = (position, torch.zeros(shape, **integers), branch) if several else None
+    return Batch(ids, target, mask, weight, logp, layout)
+
+
+def micro_batches(batch: Batch, answers: int, world, idle=False):
+    """A batch in parts of about `answers` answers, rows of like length together.
+
+    Each part is as wide as its longest row. Rows whose weights are all 0 (a flat group) have no
+    gradient and are left out, unless `idle` ones are wanted. A sharded model needs all ranks for
+    each pass: where some have fewer parts, theirs are filled up with rows that count for nothing.
+    """
+    width = batch.ids.shape[1]
     last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets that count
     order = last.argsort(descending=True, stable=True)
     order = order if idle else order[batch.weight[order].any(1)]
-    parts = order.split(micro) if len(order) else ()
+    per_row = int(batch.layout[2].amax()) if batch.layout else 1
+    parts = order.split(max(1, answers // per_row)) if len(order) else ()
     # agreed upon before any of them is passed through the model
     most = int(world.max(len(parts))[0]) if world.shard else 0
     for rows in parts:
-        targets = -(-int(last[rows].max()) // 8) * 8
-        yield narrowed(batch, rows, targets, world.device)
-    nothing = Batch(*(None if x is None else torch.zeros_like(x[:1]) for x in batch))
+        yield batch.part(rows, -(-int(last[rows].max()) // 8) * 8, world.device)
     for _ in range(len(parts), most):
-        yield narrowed(nothing, slice(None), 8, world.device)
-
-
-def narrowed(batch, rows, targets, device):
-    """These rows of a batch with their first `targets` targets, on a device."""
-    ids = batch.ids[rows, : targets + 1].to(device)
-    others = (x if x is None else x[rows, :targets].to(device) for x in batch[1:])
-    return Batch(ids, *others)
-
-
-def make_batch(prompts_ids, answers_ids, weights, pad, logps=None):
-    """Lists of ids to a Batch. `weights`: for each answer one number, or one per token of it.
-
-    T is a multiple of 8, so that few shapes occur. The mask comes from the lengths: the ids may
-    hold any value.
-    """
-    both = list(zip(prompts_ids, answers_ids, strict=True))
-    lengths = [len(start) + len(answer) for start, answer in both]
-    rows = len(lengths)
-    width = -(-max(lengths) // 8) * 8
-    ids = torch.full((rows, width), pad)
-    mask = torch.zeros(rows, width - 1, dtype=torch.bool)
-    weight = torch.zeros(rows, width - 1)
-    logp = None if logps is None else torch.zeros(rows, width - 1)
-    for row, (start, answer) in enumerate(both):
-        assert start, "the first answer token needs something before it"
-        ids[row, : lengths[row]] = torch.tensor([*start, *answer])
-        targets = slice(len(start) - 1, lengths[row] - 1)  # target t is token t + 1
-        mask[row, targets] = True
-        weight[row, targets] = torch.as_tensor(weights[row], dtype=torch.float32)
-        if logp is not None:
-            logp[row, targets] = torch.as_tensor(logps[row], dtype=torch.float32)
-    return Batch(ids, mask, weight, logp)
+        nothing = batch.part(slice(1), 8, world.device)
+        yield nothing._replace(mask=nothing.mask & False, weight=nothing.weight * 0)

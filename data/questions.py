@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import Count, Fraction, Whole
 from data import files, grader, problems, tokens
 from data.corpus import local_files
 from data.overlap import GRAM, draw, grams, words
@@ -312,10 +313,10 @@ class Gsm8k:
     # .json list of {"question", "target"} ending "The answer is N."; empty: 8 training questions
     shots: str = ""
     out: str = "data/out/gsm8k"  # the folder to make
-    val: int = 500  # training questions held out for validation
+    val: Count = 500  # training questions held out for validation
     # keep training questions with 13 words in a row of a test question (4 of 7,473)
     keep_overlap: bool = False
-    seed: int = 0  # of the choice of validation questions
+    seed: Whole = 0  # of the choice of validation questions
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -328,10 +329,10 @@ class Math:
     # or math500: the 500 of its test questions that many report (HuggingFaceH4/MATH-500)
     test: str = "test"
     out: str = "data/out/math"  # the folder to make
-    val: int = 500  # training questions held out for validation
+    val: Count = 500  # training questions held out for validation
     # keep training questions with 13 words in a row of a test question (a tenth of them)
     keep_overlap: bool = False
-    seed: int = 0  # of the choice of validation questions
+    seed: Whole = 0  # of the choice of validation questions
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -345,17 +346,17 @@ class OpenMath:
     dataset: str = "all"
     test: str = "test"  # or math500, instead of all MATH test questions
     # at most (paper: about 23 on average; the source has about 120)
-    solutions_per_question: int = 23
+    solutions_per_question: Count = 23
     code: bool = False  # also solutions that ran Python
     shots: str = (
         ""  # .json list of solved questions, as for gsm8k or math; empty: training questions
     )
     out: str = "data/out/openmath"  # the folder to make
     # questions held out for validation (paper: a held-out split, its size is not given)
-    val: int = 500
+    val: Count = 500
     # keep training questions with 13 words in a row of a test question
     keep_overlap: bool = False
-    seed: int = 0  # of the choice of validation questions and of solutions
+    seed: Whole = 0  # of the choice of validation questions and of solutions
     overwrite: bool = False  # replace the folder if it exists
 
 
@@ -365,11 +366,11 @@ class Split:
     samples: str
     questions: str  # the FOLDER
     # easy: so many of the answers right, or more; hard: so many or fewer (paper, of 64)
-    levels: tuple[int, ...] = (16, 8)
-    most: int = 10_000  # questions of each (paper: 10k; OpenMathInstruct-1 has fewer)
-    held_out: float = 0.1  # share of each for validation, and as much for test
+    levels: tuple[Whole, ...] = (16, 8)
+    most: Count = 10_000  # questions of each (paper: 10k; OpenMathInstruct-1 has fewer)
+    held_out: Fraction = 0.1  # share of each for validation, and as much for test
     out: str = "data/out/split"  # the folder to make, with split-easy/ and split-hard/ in it
-    seed: int = 0  # of the choice of questions
+    seed: Whole = 0  # of the choice of questions
     overwrite: bool = False  # replace the folder if it exists
 
 

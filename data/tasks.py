@@ -139,7 +139,7 @@ def load(folder):
     """
     files.check_listed(folder)
     tasks = {}
-    for path in sorted(Path(folder).glob("*.jsonl")):
+    for path in sorted(Path(folder).glob("[!.]*.jsonl")):  # hidden: ._facts.jsonl of a Mac
         tasks[path.stem] = []
         for where, item in files.numbered_jsonl(path, FIELDS):
             check(item, where)

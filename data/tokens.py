@@ -264,15 +264,17 @@ def ahead(make, first, end):
             yield made
 
 
-def document_starts(rows, end):
-    """Where documents start in rows[:, :-1], flattened, and the end: int32 (documents + 1,).
+def documents(ids, end):
+    """Of each token of `ids` (B, T): its position in its document, and the document's number.
 
-    The id `end` is the last of a document, as `encode_document` has it. A row begins with a
-    document, or with what is left of one.
+    The id `end` is the last of a document, as `encode_document` has it; a row begins with a
+    document, or with what is left of one. Both int64 (B, T).
     """
-    first = np.roll(rows[:, :-1] == end, 1, axis=1)
+    first = np.roll(ids == end, 1, axis=1)
     first[:, 0] = True
-    return np.append(np.flatnonzero(first), first.size).astype(np.int32)
+    place = np.arange(ids.shape[1])
+    start = np.maximum.accumulate(np.where(first, place, 0), axis=1)
+    return place - start, start
 
 
 class Stream:

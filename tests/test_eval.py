@@ -1,4 +1,4 @@
-"""eval.py, sample.py and the rows that data/report.py reads: what is measured, what is measured again, what is refused."""
+"""eval.py, sample.py and the rows that results/rows.py reads: what is measured, what is measured again, what is refused."""
 
 import collections
 import itertools
@@ -13,12 +13,15 @@ import pytest
 import torch
 from helpers import PRETRAIN, call, flags, refused, same_weights, small_model, start, weights
 from test_errors import stopped_at
-from test_report import TOKENS, rows_of, save
+from test_report import TOKENS, record, rows_of, save
 
 import eval as evaluation
 import rl
-from data import checkpoint, grader, problems, ranks, report, run, tasks, tokens, toy
+from data import checkpoint, grader, problems, ranks, run, tasks, tokens, toy
 from model import Model, ModelConfig, Sampler
+from results import report
+from results.findings import rollouts
+from results.rows import Arm, Record, read
 
 HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu", compile="false")
 FEW = HOW | dict(n=1, k="1", limit=2, max_new=8, tasks="")
@@ -66,7 +69,8 @@ def rows_in(folder, stem, kind=None) -> list[dict]:
 
 
 def test_rows_are_what_the_report_reads(measured, kept):
-    rows, torn = report.read(measured.results)
+    frame, torn = read(measured.results)
+    rows = [{k: v for k, v in row.items() if v == v} for row in frame.to_dict("records")]
     assert torn == [] and len(rows) == len(rows_in(measured.results, "step10")) + len(rows_in(measured.results, "rl"))
     found = collections.Counter((row["recipe"], row["kind"], row.get("shots")) for row in rows)
     assert found == {("base", "pass", 1): 1, ("base", "pass", 0): 1, ("base", "general", None): 3,
@@ -80,7 +84,7 @@ def test_rows_are_what_the_report_reads(measured, kept):
     assert trained["lr"] == 1e-3 and "share" not in trained
     assert all(len(row["right"]) == 10 and 0 < row["probability"] < 1 for row in rows if row["kind"] == "general")
     call("eval", report=kept)
-    assert "| sft-gold->rl |" in (kept / "report.md").read_text()
+    assert "sft-gold->rl" in (kept / "report.md").read_text()
 
 
 def test_the_curve_has_each_validation_and_the_mean_reward_since_the_last(measured):
@@ -301,7 +305,7 @@ def test_a_recipe_of_ones_own_stands_beside_the_others(measured, world, tmp_path
     call("eval", tmp_path / "m-rl-s3.pt", tmp_path / "m-rl-std-s3.pt", results=tmp_path / "rows", **FEW | dict(limit=4))
     report.report(tmp_path / "rows")
     page = (tmp_path / "rows/report.md").read_text()
-    assert "| sft-gold->rl |" in page and "| sft-gold->rl-std |" in page
+    assert "sft-gold->rl-std - sft-gold->rl" in page
 
 
 def test_a_file_of_questions_has_its_shots_beside_it(measured, monkeypatch, capsys, tmp_path):
@@ -418,10 +422,10 @@ def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path, capsys):
     rows = [*rows_of("rl", 0, 0)]
     save(tmp_path, rows)
     save(tmp_path, rows, "same.jsonl")
-    assert len(report.read(tmp_path)[0]) == len(rows)
+    assert len(Record(read(tmp_path)[0]).frame) == len(rows)
     save(tmp_path, [rows[0] | {"config_hash": "1", "checkpoint": "y.pt"}], "same.jsonl")
     message = refused(capsys, "eval", report=tmp_path)
-    assert "same.jsonl:1: y.pt and x.pt are two runs of one arm and seed" in message
+    assert "same.jsonl:1: y.pt" in message
     save(tmp_path, [{k: v for k, v in rows[0].items() if k != "config_hash"}], "same.jsonl")
     assert "same.jsonl:1: no field 'config_hash'" in refused(capsys, "eval", report=tmp_path)
 
@@ -429,14 +433,14 @@ def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path, capsys):
 def test_the_usual_group_has_no_name():
     """64 answers in every run is the arm "rl", and finding 7 finds it; with 8 in most, "rl n=64" is an arm of its own."""
     rows = [row for seed in range(3) for i in range(3) for row in rows_of("rl", i, seed, group=64)]
-    found = report.Results(rows)
-    assert found.names == ["rl"] and found.arm("rl n=64", TOKENS[0], "pass@1") == found.arm("rl", TOKENS[0], "pass@1")
+    assert [*map(str, record(rows).arms)] == ["rl"] and record(rows).with_rollouts(64) == Arm("rl")
     for seed in range(3):
         rows += rows_of("rl", 2, seed, group=5, logit=0.0)
-    text, cells = report.rollouts(report.Results(rows))
-    assert report.Results(rows).names == ["rl", "rl n=5"] and text.startswith("rl n=64 ") and len(cells) == 3
+    cells, at = rollouts(record(rows))
+    assert [*map(str, record(rows).arms)] == ["rl", "rl n=5"]
+    assert cells.shape[1] == 3 and at == [TOKENS[2]]
     rows = [row | {"group": 8} if i % 9 else row for i, row in enumerate(rows)]
-    assert "rl n=64" in report.Results(rows).names and report.Results(rows).group == 8
+    assert Arm("rl", group=64) in record(rows).arms and record(rows).group == 8
 
 
 def test_settings_that_make_no_sense(world, measured, tmp_path, capsys):

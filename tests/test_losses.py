@@ -48,11 +48,11 @@ def test_weighted_nll_equals_the_plain_one(monkeypatch, chunk, temperature, z_lo
     monkeypatch.setattr(network, "CHUNK", chunk)
     hidden, head, target, weight = numbers(150)
     results = []
-    for function in (
-        lambda *x: weighted_nll(*x, VOCAB, temperature, z_loss)[:2],
-        lambda *x: plain(*x, temperature, z_loss),
+    for function, settings in (
+        (weighted_nll, (VOCAB, temperature, z_loss)),
+        (plain, (temperature, z_loss)),
     ):
-        loss, logp = function(hidden, head, target, weight)
+        loss, logp, *_ = function(hidden, head, target, weight, *settings)
         results.append((loss, logp, *torch.autograd.grad(3 * loss, (hidden, head))))
     torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
 
@@ -67,30 +67,31 @@ def test_log_probs_and_entropy_equal_the_plain_ones(monkeypatch, chunk, temperat
     expected = law.log_prob(target), law.entropy()
     torch.testing.assert_close((logp, entropy), expected)
     ours = torch.autograd.grad((weight * logp + weight.flip(0) * entropy).sum(), (hidden, head))
-    theirs = torch.autograd.grad(
-        (weight * expected[0] + weight.flip(0) * expected[1]).sum(), (hidden, head)
-    )
+    total = (weight * expected[0] + weight.flip(0) * expected[1]).sum()
+    theirs = torch.autograd.grad(total, (hidden, head))
     torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
 def test_gradients_by_finite_differences():
     hidden, head, target, weight = numbers(5)
     for z_loss in (0.0, 0.3):
-        assert torch.autograd.gradcheck(
-            lambda h, w, z=z_loss: weighted_nll(h, w, target, weight, VOCAB, 0.7, z)[0],
-            (hidden, head),
-        )
-    assert torch.autograd.gradcheck(
-        lambda h, w: log_probs(h, w, target, VOCAB, 0.7), (hidden, head)
-    )
+
+        def loss(hidden, head, z_loss=z_loss):
+            return weighted_nll(hidden, head, target, weight, VOCAB, 0.7, z_loss)[0]
+
+        assert torch.autograd.gradcheck(loss, (hidden, head))
+
+    def measure(hidden, head):
+        return log_probs(hidden, head, target, VOCAB, 0.7)
+
+    assert torch.autograd.gradcheck(measure, (hidden, head))
 
 
 def test_both_primitives_give_one_log_prob():
     hidden, head, target, weight = numbers(70, torch.float32)
-    torch.testing.assert_close(
-        weighted_nll(hidden, head, target, weight, VOCAB, 0.8)[1],
-        log_probs(hidden, head, target, VOCAB, 0.8)[0],
-    )
+    _, one, _ = weighted_nll(hidden, head, target, weight, VOCAB, 0.8)
+    other, _ = log_probs(hidden, head, target, VOCAB, 0.8)
+    torch.testing.assert_close(one, other)
 
 
 def test_negative_weight_does_not_reverse_the_z_loss():
@@ -120,10 +121,8 @@ def test_no_rows_at_all(dtype):
 def test_extreme_logits_stay_finite():
     hidden, head, target, weight = numbers(8)
     loss, logp, _ = weighted_nll(hidden * 1e4, head, target, weight, VOCAB)
-    assert all(
-        bool(torch.isfinite(x).all())
-        for x in (loss, logp, *torch.autograd.grad(loss, (hidden, head)))
-    )
+    for x in (loss, logp, *torch.autograd.grad(loss, (hidden, head))):
+        assert torch.isfinite(x).all()
 
 
 # ---- GRPO, by hand
@@ -131,13 +130,11 @@ def test_extreme_logits_stay_finite():
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.1, 0.1, 0.0]], dtype=torch.float64)
-    expected = torch.tensor(
-        [[0.75, -0.25, -0.25, -0.25], [0.7, -0.2, -0.2, -0.3]], dtype=torch.float64
-    )
+    expected = [[0.75, -0.25, -0.25, -0.25], [0.7, -0.2, -0.2, -0.3]]
+    expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(rl.advantages(rewards, std_norm=False), expected)
-    std = torch.tensor(
-        [[3**0.5 / 4], [(0.66 / 4) ** 0.5]], dtype=torch.float64
-    )  # sqrt(mean of the squares above)
+    # the root of the mean of the squares above
+    std = torch.tensor([[3**0.5 / 4], [(0.66 / 4) ** 0.5]], dtype=torch.float64)
     torch.testing.assert_close(rl.advantages(rewards, std_norm=True), expected / std)
 
 
@@ -169,38 +166,33 @@ def test_policy_loss_by_hand(advantage, ratio, loss, slope):
     weight = torch.tensor([[advantage, 0.0]], dtype=torch.float64)
     value = rl.policy_loss(logp, old, weight, clip_ratio=0.2)
     assert float(value.detach()) == pytest.approx(loss)
-    torch.testing.assert_close(
-        torch.autograd.grad(value, logp)[0], torch.tensor([[slope, 0.0]], dtype=torch.float64)
-    )
+    expected = torch.tensor([[slope, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(value, logp)[0], expected)
 
 
 def test_kl_by_hand():
     gap = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)
-    torch.testing.assert_close(
-        rl.kl_to(gap - 2, torch.full((3,), -2.0, dtype=torch.float64)), gap.exp() - gap - 1
-    )
-    p, q = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.25, 0.25])
-    assert float((p * rl.kl_to(q.log(), p.log())).sum()) == pytest.approx(
-        float((p * (p / q).log()).sum())
-    )  # unbiased
+    found = rl.kl_to(gap - 2, torch.full((3,), -2.0, dtype=torch.float64))
+    torch.testing.assert_close(found, gap.exp() - gap - 1)
+    p = torch.tensor([0.2, 0.3, 0.5])
+    q = torch.tensor([0.5, 0.25, 0.25])
+    exact = float((p * (p / q).log()).sum())
+    assert float((p * rl.kl_to(q.log(), p.log())).sum()) == pytest.approx(exact)  # unbiased
 
 
 def answers_of(*rows):
-    """A sampler that says these (ids, cut, log-prob of each token), whatever it is asked."""
+    """A sampler that says these (ids, truncated, log-prob of each token), whatever it is asked."""
 
     def sampler(prompts, n, max_new, seeds, ends, temperature):
         assert len(rows) == len(prompts) * n == len(seeds)
-        tokens_, logp = torch.full((len(rows), max_new), ends[0]), torch.zeros(len(rows), max_new)
+        said = torch.full((len(rows), max_new), ends[0])
+        logp = torch.zeros(len(rows), max_new)
         for row, (ids, _, value) in enumerate(rows):
-            tokens_[row, : len(ids)], logp[row, : len(ids)] = torch.tensor(ids), value
-        return Samples(
-            tokens_,
-            torch.tensor([len(ids) for ids, _, _ in rows]),
-            logp,
-            torch.tensor([cut for _, cut, _ in rows]),
-            0.0,
-            logp,
-        )
+            said[row, : len(ids)] = torch.tensor(ids)
+            logp[row, : len(ids)] = value
+        lengths = torch.tensor([len(ids) for ids, _, _ in rows])
+        truncated = torch.tensor([truncated for _, truncated, _ in rows])
+        return Samples(said, lengths, logp, truncated, 0.0, logp)
 
     return sampler
 
@@ -250,12 +242,8 @@ def test_rl_batch_by_hand():
         assert (batch.logp[row, span] == -1.0 - row).all()
     assert not batch.weight[~batch.mask].any()
     assert stats["reward"] == pytest.approx(1.1 / 4) and stats["length"] == n / 4
-    assert (stats["correct"], stats["formatted"], stats["cut"], stats["flat"]) == (
-        0.25,
-        0.5,
-        0.25,
-        0.0,
-    )
+    shares = stats["correct"], stats["formatted"], stats["cut"], stats["flat"]
+    assert shares == (0.25, 0.5, 0.25, 0.0)
 
 
 def test_sampled_stop_token_is_trained():
@@ -263,9 +251,8 @@ def test_sampled_stop_token_is_trained():
     before the end token."""
     enc = tokens.encoding("toy")
     texts = [say(" #### 2", enc), say(" #### 3", enc)] * 2
-    batch, _ = rl.rl_batch(
-        answers_of(*((ids, False, -1.0) for ids in texts)), QUESTIONS, enc, rl_config(), 0, ALONE
-    )
+    sampler = answers_of(*((ids, False, -1.0) for ids in texts))
+    batch, _ = rl.rl_batch(sampler, QUESTIONS, enc, rl_config(), 0, ALONE)
     trained = batch.ids[:, 1:][batch.weight != 0]
     assert int((trained == enc.eot_token).sum()) == 4
     row = {"id": "a", "question": "sam has 2 apples ?", "answer": "2", "solutions": ["#### 2"]}
@@ -276,10 +263,14 @@ def test_sampled_stop_token_is_trained():
 def test_reward_never_reads_the_prompt(monkeypatch):
     """The grader is handed what was sampled and nothing else. Seen to fail with the prompt decoded
     in front of it."""
-    enc, seen = tokens.encoding("toy"), []
-    monkeypatch.setattr(
-        grader, "grade_all", lambda texts, *_: seen.extend(texts) or [(False, False)] * len(texts)
-    )
+    enc = tokens.encoding("toy")
+    seen = []
+
+    def grade_all(texts, *_):
+        seen.extend(texts)
+        return [(False, False)] * len(texts)
+
+    monkeypatch.setattr(grader, "grade_all", grade_all)
     said = [([enc.eot_token], False, -1.0), (say(" #### 2", enc), False, -1.0)] * 2
     rl.rl_batch(answers_of(*said), QUESTIONS, enc, rl_config(), 0, ALONE)
     assert seen == ["", " #### 2"] * 2
@@ -311,13 +302,11 @@ def ragged_batch(rows=7):
     """Rows of all lengths, weights of both signs, log-probs as a sampler would give them."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(300, (3 + i % 3,), generator=generator).tolist() for i in range(rows)]
-    answers = [
-        torch.randint(300, (1 + 3 * i % 11,), generator=generator).tolist() for i in range(rows)
-    ]
+    lengths = [1 + 3 * i % 11 for i in range(rows)]
+    answers = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
     weights = torch.randn(rows, generator=generator).tolist()
-    return problems.make_batch(
-        prompts, answers, weights, 0, [torch.full((len(a),), -5.0) for a in answers]
-    )
+    logps = [torch.full((length,), -5.0) for length in lengths]
+    return problems.make_batch(prompts, answers, weights, 0, logps)
 
 
 def gradient_of(model, backward):
@@ -330,22 +319,19 @@ def gradient_of(model, backward):
 def test_micro_batches_share_one_denominator(toy_model, stage):
     """Rows of unlike length, so a mean of means would differ. Seen to fail with `part` divided by
     the piece's tokens."""
-    batch, results = ragged_batch(), []
+    batch = ragged_batch()
+    results = []
     for micro in (1, 3, 100):
         cfg = SimpleNamespace(micro=micro, temperature=1.0, clip_ratio=0.2, kl=0.0)
-        if stage == "sft":
-            results.append(
-                gradient_of(toy_model, lambda c=cfg: sft.sft_backward(toy_model, batch, c, ALONE))
-            )
-        else:
-            old = (
-                rl.micro_log_probs(toy_model, batch, cfg, ALONE) if stage == "rl clipped" else None
-            )
-            results.append(
-                gradient_of(
-                    toy_model, lambda c=cfg, o=old: rl.rl_backward(toy_model, batch, c, ALONE, o)[0]
-                )
-            )
+
+        def backward(cfg=cfg):
+            if stage == "sft":
+                return sft.sft_backward(toy_model, batch, cfg, ALONE)
+            clipped = stage == "rl clipped"
+            old = rl.micro_log_probs(toy_model, batch, cfg, ALONE) if clipped else None
+            return rl.rl_backward(toy_model, batch, cfg, ALONE, old)[0]
+
+        results.append(gradient_of(toy_model, backward))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-9, rtol=1e-9)
 
@@ -355,10 +341,8 @@ def test_sft_weights_are_one_over_all_answer_tokens():
     rank's own rows."""
     pairs = [([1, 2, 3], list(range(4, 5 + i))) for i in range(8)]
     n = sum(len(answer) for _, answer in pairs)
-    batches = [
-        sft.sft_batch(pairs, 0, 8, 0, 0, ranks.World(rank, 2, torch.device("cpu"), torch.float32))
-        for rank in (0, 1)
-    ]
+    worlds = [ranks.World(rank, 2, torch.device("cpu"), torch.float32) for rank in (0, 1)]
+    batches = [sft.sft_batch(pairs, 0, 8, 0, 0, world) for world in worlds]
     for batch in batches:
         torch.testing.assert_close(batch.weight, batch.mask / n)
     assert sum(int(batch.mask.sum()) for batch in batches) == n
@@ -369,15 +353,15 @@ def test_on_policy_gradient_is_the_policy_gradient_at_ratio_one(toy_model):
     KL at its minimum."""
     batch, cfg = ragged_batch(), SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.5)
     own = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
-    _, plain_gradient = gradient_of(
-        toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE)[0]
-    )
-    loss, clipped = gradient_of(
-        toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, old=own)[0]
-    )
-    _, pulled = gradient_of(
-        toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, reference=own)[0]
-    )
+
+    def gradient(**more):
+        return gradient_of(
+            toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, **more)[0]
+        )
+
+    _, plain_gradient = gradient()
+    loss, clipped = gradient(old=own)
+    _, pulled = gradient(reference=own)
     assert loss == pytest.approx(-float(batch.weight.double().sum()))  # ratio 1
     torch.testing.assert_close(clipped, plain_gradient, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(pulled, plain_gradient, atol=1e-9, rtol=1e-9)
@@ -390,12 +374,10 @@ def test_ratio_one_does_not_hide_a_mismatch(toy_model):
     batch, cfg = ragged_batch(), SimpleNamespace(micro=3, temperature=1.0, clip_ratio=0.2, kl=0.0)
     logp = toy_model(batch.ids, mask=batch.mask)[0].detach()
     for shift in (0.0, 0.3, -0.3):
-        _, told = rl.rl_backward(
-            toy_model, batch._replace(logp=(logp + shift) * batch.mask), cfg, ALONE
-        )
-        assert told["mismatch"] == pytest.approx(abs(shift), abs=1e-9) and told[
-            "mismatch_max"
-        ] == pytest.approx(abs(shift), abs=1e-9)
+        shifted = batch._replace(logp=(logp + shift) * batch.mask)
+        _, told = rl.rl_backward(toy_model, shifted, cfg, ALONE)
+        assert told["mismatch"] == pytest.approx(abs(shift), abs=1e-9)
+        assert told["mismatch_max"] == pytest.approx(abs(shift), abs=1e-9)
         assert told["mismatch_kl"] == pytest.approx(math.exp(-shift) + shift - 1, abs=1e-9)
 
 
@@ -448,9 +430,8 @@ def adamw_deltas(model, steps, weight_decay):
             copy.data.copy_(p.data)
             copy.grad = g.clone()
         optimizer.step()
-        deltas.append(
-            [copy.detach() - p.detach() for copy, p in zip(copies, model.parameters(), strict=True)]
-        )
+        moved = zip(copies, model.parameters(), strict=True)
+        deltas.append([copy.detach() - p.detach() for copy, p in moved])
     return deltas
 
 
@@ -467,10 +448,8 @@ def test_update_is_the_definition(share, weight_decay):
 
     def reference():
         copies = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
-        groups = [
-            {"params": copies[:1], "weight_decay": 0.0},
-            {"params": copies[1:]},
-        ]  # OLMo2: the embedding is not decayed
+        # OLMo2: the embedding is not decayed
+        groups = [{"params": copies[:1], "weight_decay": 0.0}, {"params": copies[1:]}]
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
     shares = [1.0] if share is None else [share, 1 - share]
@@ -481,18 +460,14 @@ def test_update_is_the_definition(share, weight_decay):
             [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
             for _ in shares
         ]
-        deltas = adamw_deltas(
-            model, list(zip(theirs, rates, gradients, strict=False)), weight_decay
-        )
+        steps = list(zip(theirs, rates, gradients, strict=False))
+        deltas = adamw_deltas(model, steps, weight_decay)
         expected = [
             p.detach() + sum(s * d[i] for s, d in zip(shares, deltas, strict=True))
             for i, p in enumerate(model.parameters())
         ]
-        update(
-            model,
-            [(o, s * lr, g) for o, s, lr, g in zip(ours, shares, rates, gradients, strict=False)],
-            weight_decay,
-        )
+        rates = [share * lr for share, lr in zip(shares, rates, strict=False)]
+        update(model, list(zip(ours, rates, gradients, strict=True)), weight_decay)
         torch.testing.assert_close(list(model.parameters()), expected, atol=1e-12, rtol=1e-12)
     assert all(p.grad is None for p in model.parameters())
 
@@ -505,7 +480,6 @@ def test_gradients_are_clipped_once_and_the_norm_is_from_before(clip):
     count = sum(p.numel() for p in model.parameters())
     taken, norm = ranks.gradients(model, ALONE, clip)
     assert norm == pytest.approx(2 * count**0.5)
-    assert float(sum(g.square().sum() for g in taken)) == pytest.approx(
-        1.0 if clip else 4 * count, rel=1e-4
-    )
+    squares = float(sum(g.square().sum() for g in taken))
+    assert squares == pytest.approx(1.0 if clip else 4 * count, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())

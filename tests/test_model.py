@@ -85,23 +85,16 @@ def test_logits_log_probs_and_gradients_equal_transformers(reference, length):
     loss, logp, _ = ours(ids, weight=weight)
     loss.backward()
 
-    torch.testing.assert_close(
-        ours.hidden(ids[:, :-1]) @ ours.head.weight[:VOCAB].T, logits, atol=1e-4, rtol=0
-    )
+    own_logits = ours.hidden(ids[:, :-1]) @ ours.head.weight[:VOCAB].T
+    torch.testing.assert_close(own_logits, logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(logp, expected.detach(), atol=1e-4, rtol=0)
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     for name, gradient in renamed(gradients, VOCAB).items():
         size = float(gradient.abs().max()) + 1
-        torch.testing.assert_close(
-            gradient,
-            theirs.get_parameter(name).grad,
-            atol=1e-4 * size,
-            rtol=0,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
-    assert (
-        not gradients["head.weight"][VOCAB:].any() and not gradients["embed.weight"][VOCAB:].any()
-    )
+        expected = theirs.get_parameter(name).grad
+        assert torch.allclose(gradient, expected, atol=1e-4 * size, rtol=0), name
+    assert not gradients["head.weight"][VOCAB:].any()
+    assert not gradients["embed.weight"][VOCAB:].any()
 
 
 @pytest.mark.parametrize(
@@ -115,11 +108,8 @@ def test_parameter_counts(preset, parameters):
     count = sum(p.numel() for p in model.parameters())
     assert count == parameters if preset == "1b" else abs(count / parameters - 1) < 0.01
     if preset == "1b":
-        assert (
-            model.flops_per_token(4096)
-            == 6 * (count - 100352 * 2048) + 12 * 16 * 2048 * 4096
-            == 9_286_987_776
-        )
+        flops = 6 * (count - 100352 * 2048) + 12 * 16 * 2048 * 4096
+        assert model.flops_per_token(4096) == flops == 9_286_987_776
 
 
 def test_init_is_a_truncated_normal_of_the_seed():
@@ -127,9 +117,9 @@ def test_init_is_a_truncated_normal_of_the_seed():
     one, same, other = (Model(config).init_weights(seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.head.weight, other.head.weight)
-    assert one.head.weight.abs().max() <= 0.06 and float(
-        one.head.weight.detach().std()
-    ) == pytest.approx(0.02 * 0.987, rel=0.02)
+    head = one.head.weight.detach()
+    assert head.abs().max() <= 0.06
+    assert float(head.std()) == pytest.approx(0.02 * 0.987, rel=0.02)
     assert bool((one.norm.weight == 1).all())
 
 
@@ -155,12 +145,8 @@ def test_log_probs_are_not_shifted_by_one():
         expected = logits.log_softmax(1)[torch.arange(2), ids[:, t + 1]]
         torch.testing.assert_close(logp[:, t], expected.detach(), atol=1e-10, rtol=0)
         torch.testing.assert_close(free[:, t], expected, atol=1e-10, rtol=0)
-        torch.testing.assert_close(
-            entropy[:, t],
-            torch.distributions.Categorical(logits=logits).entropy(),
-            atol=1e-10,
-            rtol=0,
-        )
+        exact = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(entropy[:, t], exact, atol=1e-10, rtol=0)
 
 
 def test_the_future_is_not_seen():
@@ -196,9 +182,8 @@ def test_mask_selects_and_changes_nothing_else(with_weight):
         masked, logp, _ = model(ids, weight=weight, mask=mask, z_loss=0.1)
         lse = (model.hidden(ids[:, :-1]) @ model.head.weight[:VOCAB].T).logsumexp(-1)
         whole, all_logp, _ = model(ids, weight=weight * mask)
-        torch.testing.assert_close(
-            masked, whole + 0.1 * (lse.square() * mask).sum()
-        )  # z-loss: over the mask only
+        z_loss = 0.1 * (lse.square() * mask).sum()  # over the mask only
+        torch.testing.assert_close(masked, whole + z_loss)
     else:
         (logp, entropy), (all_logp, all_entropy) = model(ids, mask=mask), model(ids)
         torch.testing.assert_close(entropy, all_entropy * mask)
@@ -227,13 +212,11 @@ def test_bfloat16_compute_keeps_fp32_weights_and_log_probs():
     model.compute = torch.bfloat16
     loss, logp, _ = model(ids, weight=torch.full((2, 19), 1 / 38))
     loss.backward()
-    assert logp.dtype == torch.float32 and {p.grad.dtype for p in model.parameters()} == {
-        torch.float32
-    }
+    assert logp.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert float((logp - exact.detach()).abs().mean()) < 0.05
-    torch.testing.assert_close(
-        model(ids)[0], logp, atol=1e-5, rtol=0
-    )  # both ways into the head agree
+    # both ways into the head agree
+    torch.testing.assert_close(model(ids)[0], logp, atol=1e-5, rtol=0)
 
 
 def test_more_tokens_than_the_context_are_refused():

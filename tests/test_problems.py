@@ -268,6 +268,15 @@ def test_word_that_the_encoding_lacks_is_found_before_the_first_step(toy):
         problems.check_lengths([asked], "mine", toy, FORM, room, skip=True)
 
 
+def test_prompt_that_the_encoding_has_no_words_for_is_named(toy):
+    """Not the first question, whose words are known. Seen to fail without check_form."""
+    rows = [question("a", ["how", "many", "?"])]
+    for skip in (False, True):
+        with pytest.raises(ValueError, match="mine: .*Question.*prompt.json"):
+            room = problems.Room(100, max_new=8)
+            problems.check_lengths(rows, "mine", toy, problems.Form(), room, skip)
+
+
 def test_lengths_of_real_words_are_exact_at_the_limit(cl100k):
     """Short texts are not encoded, their bytes are counted; that must not change the answer."""
     form = problems.Form()

@@ -336,10 +336,13 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
 
     monkeypatch.setattr(Sampler, "_batch", watched)
     sampler = Sampler(model)
-    # By hand: prompts of 8 columns and answers of 24, and 8 more of each in the buffers. A column is
-    # 1024 bytes of keys and values, and beside them 4 of a prompt and 4 * 8 + 24 of an answer. The
-    # products of a layer take more than the logits: 32 * 24 numbers of 8 bytes.
-    question = 16 * 1028 + 4 * (32 * (1024 + 56) + 32 * 24 * 8 + 8 * (48 + 4 * 32))
+    # By hand: prompts of 8 columns and answers of 24, and room for 8 more of each. A column is 1024
+    # bytes of keys and values, and beside them 4 of a prompt and 4 * 8 + 24 of an answer. The
+    # prefill takes more than a decoded token: the keys and values again, and of a layer
+    # 4 * 48 and 8 * 32 numbers a token.
+    buffers = 16 * (1024 + 4) + 4 * 32 * (1024 + 56)
+    question = buffers + 8 * (1024 + 8 * (4 * 48 + 8 * 32))
+    assert sampler._bytes(4, 7, 24, 0) == question
     monkeypatch.setattr(network, "free_bytes", lambda device: 2.5 * question)
     with pytest.warns(UserWarning, match="sampling 8 answers at a time, not 20; a lower --max_new"):
         same(sampler(PROMPTS, 4, 24, range(20), [END, 1, 2]), whole)
@@ -358,10 +361,12 @@ def test_no_limit_where_the_system_does_not_say_what_is_free(model, monkeypatch)
 
 def test_progress_wraps_the_batches(model):
     shown = []
-    sampler = Sampler(model, 8)
-    sampler(
-        PROMPTS, 4, 24, range(20), [END], progress=lambda batches: shown.append(batches) or batches
-    )
+
+    def progress(batches):
+        shown.append(batches)
+        return batches
+
+    Sampler(model, 8)(PROMPTS, 4, 24, range(20), [END], progress=progress)
     assert sorted(q for questions in shown[0] for q in questions) == [0, 1, 2, 3, 4]
     assert max(map(len, shown[0])) == 2
 

@@ -466,6 +466,14 @@ def test_malformed_item_is_named_with_its_line(tmp_path, change):
     assert tasks.load(tmp_path) == {"facts": [item]}
 
 
+def test_hidden_file_is_no_task(tmp_path):
+    """A Mac leaves them on other disks. Seen to fail with "._facts" as a second task."""
+    text = json.dumps({"context": "a", "choices": [" b", " c"], "label": 0}) + "\n"
+    for name in ("facts", "._facts"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert [*tasks.load(tmp_path)] == ["facts"]
+
+
 @pytest.mark.parametrize("change", ["missing", "added", "shorter"])
 def test_folder_of_tasks_knows_what_it_holds(source, tmp_path, change):
     """A task more or less changes the mean. Seen to fail without the list in world.json."""

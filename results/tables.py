@@ -1,0 +1,185 @@
+"""What the report says in words: report.md of a folder, the block of findings, the terminal."""
+
+import pandas as pd
+
+from results.findings import BASE, FINDINGS, RL, SEEDS, SFT, SFT_RL, decide
+from results.rows import RECIPES, Arm, tokens_name
+from results.stats import MARGIN
+
+ABOUT = """In %, differences in points. ±: half of the 95% interval over seeds and questions; SE:
+one standard error over questions, where no pre-training run has two seeds. By run: the means of
+the pre-training runs. The rules are in results/findings.py.
+"""
+METRICS = {  # heading -> metric; those below the line are of the main questions alone
+    "pass@1": "pass@1",
+    "pass@8": "pass@8",
+    "pass@32": "pass@32",
+    "32 in format": "pass@k, 32 in format",
+    "formatted": "in format",
+    "flexible@1": "right in any format",
+    "flops": "FLOPs",
+    "accuracy": "general capability",
+    "loss": "text loss (nats per token)",
+}
+
+
+def table(header, rows):
+    """Markdown, without the columns in which no row has anything."""
+    kept = [i for i in range(len(header)) if any(str(row[i]) not in ("", "-") for row in rows)]
+    lines = [[line[i] for i in kept] for line in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n" if rows else ""
+
+
+def shown(e, metric="", sign=""):
+    if not e or metric == "flops":
+        return f"{e.mean:.3g}" if e and not sign else "-"
+    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    error = f" ±{scale * e.half():.{digits}f}{'' if e.df else ' SE'}" if e.half() else ""
+    return f"{scale * e.mean:{sign}.{digits}f}{error}"
+
+
+def span(finding, e):
+    """An estimate with the interval of its kind, in points."""
+    if not e.df:
+        return f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} SE"
+    half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
+    return f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}]"
+
+
+def said(finding, v):
+    reason = f" ({v.reason})" if v.reason else ""
+    return f"**{v.verdict}**{reason} {span(finding, v.estimate) if v.estimate else ''}".strip()
+
+
+def block(records):
+    """{name: verdicts} -> the table of the nine findings, one column per record."""
+    rows = []
+    for i, finding in enumerate(FINDINGS, 1):
+        told = [said(finding, verdicts[str(i)]) for verdicts in records.values()]
+        rows.append([i, finding.claim, finding.paper, *told])
+    return table(["", "finding", "paper", *(name.replace("-", " ") for name in records)], rows)
+
+
+def in_full(r, verdicts):
+    """The findings of one record, also with all seeds pooled."""
+    rows, pooled = [], decide(r, pooled=True)
+    for finding, (number, v) in zip(FINDINGS, verdicts.items(), strict=True):
+        cells = [number, f"{finding.rule} ({finding.kind})", said(finding, v)]
+        if e := v.estimate:
+            runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
+            cells += [f"{v.p:.2g} ({v.holm:.2g})", f"{e.seeds} x {e.questions}", runs]
+            cells += [", ".join(map(tokens_name, v.tokens)), said(finding, pooled[number])]
+        rows.append(cells + [""] * (8 - len(cells)))
+    header = ["", "primary contrast", "verdict", "p (Holm)", "seeds x questions", "by run"]
+    return table([*header, "checkpoints", "all seeds pooled"], rows)
+
+
+def references(r, arm):
+    """What an arm is compared with. First what it varies: "rl-dr" rl, "a->b" a and b, another
+    number of rollouts, share, world or model the usual; "rl-x" also "sft-x"; then base, sft, rl
+    and sft->rl, as far as they come before it."""
+    if arm.recipe == "base":
+        return [arm._replace(shots=0)] if arm.shots else []
+    alike = {other.recipe: other for other in r.arms if other == arm._replace(recipe=other.recipe)}
+    change = "" if arm.recipe.startswith("sft") else arm.recipe.partition("-")[2]
+    parts = arm.recipe.split("->")
+    names = [name for name in alike if arm.recipe.startswith(name + "-") or name in parts]
+    names = sorted(names, key=len, reverse=True)
+    names += [name for name in alike if change and name.startswith(f"sft-{change}")]
+    found = [alike[name] for name in names] + [r.with_rollouts(5)] * (arm.group > 0)
+    found += [Arm(arm.recipe)] * bool(arm.share or arm.world or arm.model)
+    known = [x._replace(world=arm.world, model=arm.model) for x in (BASE, SFT, RL, SFT_RL)]
+    found += known[: known.index(arm) if arm in known else None]
+    return [other for other in dict.fromkeys(found) if other != arm]
+
+
+def levels(r, asked):
+    """Every arm on a question set, each followed by its differences."""
+    rows, metrics = [], list(METRICS)[: len(METRICS) if asked == r.main else -2]
+    for t, arm in ((t, arm) for t in r.tokens for arm in r.arms):
+        found = {metric: r.level(arm, t, metric, asked) for metric in metrics}
+        if not any(found.values()):
+            continue
+        seeds = max(e.seeds for e in found.values() if e)
+        cells = [shown(e, metric) for metric, e in found.items()]
+        runs = found["pass@1"].runs.items() if found["pass@1"] else ()
+        last = ", ".join(f"{run}: {100 * mean:.1f}" for run, mean in runs)
+        rows.append([tokens_name(t), f"**{arm}**", seeds, *cells, last])
+        for other in references(r, arm):
+            gaps = [m != "flops" and r.gap(m, arm, other, t, asked) for m in metrics]
+            if any(gaps):
+                seeds = max(e.seeds for e in gaps if e)
+                cells = [shown(e, m, "+") for m, e in zip(metrics, gaps, strict=True)]
+                rows.append([tokens_name(t), f"{arm} - {other}", seeds, *cells, ""])
+    heads = [METRICS[metric] for metric in metrics]
+    return table(["tokens", asked or "arm", "seeds", *heads, "pass@1 by run"], rows)
+
+
+def training(r):
+    """What all runs of the folder took, each counted once."""
+    seed = r.frame.seed.where(r.frame.recipe != "base", 0)  # those of a base are draws of shots
+    runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["config_hash", "seed"])
+    told = f"{len(runs)} runs, {runs.seconds.sum():,.0f} seconds, {runs.flops.sum():.2e} FLOPs"
+    return f"Training, without evaluation, runs side by side: {told}.\n"
+
+
+def page(r, verdicts, pictures, torn):
+    """The text of report.md."""
+    parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
+    if any(v.estimate for v in verdicts.values()) and r.split == "test":
+        bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
+        room = [f"{tokens_name(t)} {shown(e)}" for t, e in bases.items() if e]
+        room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
+        parts += ["## Findings\n", in_full(r, verdicts), room]
+    parts += [f"![{name}]({name})\n" for name in pictures]
+    for asked in r.benchmarks or [""]:
+        parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]
+    return "\n".join([*parts, training(r)])
+
+
+# ---- the terminal
+
+
+def grid(r):
+    """Recipes by checkpoints, in %."""
+    columns = {}
+    for metric, name in {
+        **{f"pass@{k}": f"pass@{k}" for k in (1, 8, 32)},
+        "accuracy": "general",
+    }.items():
+        for t in r.tokens:
+            found = {str(arm): r.level(arm, t, metric) for arm in r.arms}
+            columns[name, tokens_name(t)] = {arm: 100 * e.mean for arm, e in found.items() if e}
+    frame = pd.DataFrame(columns).reindex([*map(str, r.arms)]).dropna(how="all")
+    return frame.to_string(float_format="{:.1f}".format, na_rep="-", line_width=100)
+
+
+def arrow(kind, e):
+    flat = MARGIN if kind == "equivalence" else e.half() * (1 if e.df else 2)  # two standard errors
+    return "→" if abs(e.mean) <= flat else "↑" if e.mean > 0 else "↓"
+
+
+def directions(r, verdicts):
+    """What the rows say about the findings, and about recipes that the paper does not have."""
+    seeds = max([v.estimate.seeds for v in verdicts.values() if v.estimate], default=0)
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
+    lines = (
+        [f"{count}: a direction, no verdict (points; SE: one standard error over questions)"]
+        if 0 < seeds < SEEDS
+        else []
+    )
+    for (number, v), finding in zip(verdicts.items(), FINDINGS, strict=True):
+        if e := v.estimate:
+            verdict = f" {v.verdict:14}" if seeds >= SEEDS else ""
+            here = f"{arrow(finding.kind, e)} {span(finding, e)}"
+            paper = "→" if finding.kind == "equivalence" else "↑"
+            lines.append(f"{number}{verdict} {here:24} paper {paper}  {finding.claim}")
+    absent = ", ".join(number for number, v in verdicts.items() if not v.estimate)
+    lines += [f"no rows for findings {absent}"] if absent and seeds else []
+    own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
+    for arm in own[:8]:
+        other = references(r, arm)[0]
+        gaps = [(tokens_name(t), r.gap("pass@1", arm, other, t)) for t in r.tokens]
+        told = [f"{t} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps if e]
+        lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told else []
+    return lines

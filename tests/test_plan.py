@@ -55,7 +55,7 @@ def step(model, optimizers, ids, micros=2):
     taken = []
     for _ in optimizers:
         for _ in range(micros):
-            model(ids, weight=weight)[0].backward()
+            model(ids[:, :-1], ids[:, 1:], weight=weight)[0].backward()
         taken.append([p.grad for p in model.parameters()])  # as common.gradients does
         model.zero_grad(set_to_none=True)
     pairs = zip(optimizers, taken, strict=True)
@@ -160,7 +160,8 @@ def kept_for_backward(layers, compiled, width=128, ffn=384, heads=2, rows=2, len
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.zeros(rows, length + 1, dtype=torch.long), weight=torch.ones(rows, length))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        model(ids, ids, weight=torch.ones(rows, length))
     return sum(storage.nbytes() for storage in kept.values()), model
 
 

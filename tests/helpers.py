@@ -34,6 +34,14 @@ def small_model(vocab=37, padded_vocab=64, dtype=torch.float64, **shape):
     return model
 
 
+def next_tokens(model, ids, **how):
+    """`Model.forward` on rows of text (B, T + 1): each token is to be predicted from those before.
+
+    how: weight, mask, temperature ..., of the T targets.
+    """
+    return model(ids[:, :-1], ids[:, 1:], **how)
+
+
 def flags(*words, **values) -> list[str]:
     pairs = [part for name, value in values.items() for part in (f"--{name}", value)]
     return [str(part) for part in (*words, *pairs)]

@@ -210,7 +210,7 @@ def test_error_names_no_folder_that_is_gone(tmp_path, capsys, monkeypatch):
         (["toys"], "'toys'"),
         (["toy", "--tokns", "5"], "--tokens"),
         (["toy", "--math_share", "1.5"], "--math_share"),
-        (["toy", "--val_questions", "0"], "easy/val"),
+        (["toy", "--val_questions", "0"], "--val_questions"),
         (["text", "--source", "absent"], "absent"),
         (["gsm8k", "--source", "."], "train.jsonl"),
         (["tasks", "--source", "."], "lambada/test.jsonl"),

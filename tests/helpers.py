@@ -19,6 +19,7 @@ from model import Model, ModelConfig
 ROOT = Path(__file__).parents[1]
 # real data, beside the project
 DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))
+ALONE = common.World(0, 1, torch.device("cpu"), torch.float64)
 PRETRAIN = "--batch_tokens 1024 --length 64 --warmup 2 --compile false --eval_rows 4".split()
 
 
@@ -40,6 +41,12 @@ def next_tokens(model, ids, **how):
     how: weight, mask, temperature ..., of the T targets.
     """
     return model(ids[:, :-1], ids[:, 1:], **how)
+
+
+def setup(cfg, model=None, world=ALONE, **more) -> common.Setup:
+    """What a trainer has before its first step, as far as a test needs it."""
+    known = dict(cfg=cfg, model=model, world=world, **more)
+    return common.Setup(**dict.fromkeys(common.Setup._fields) | known)
 
 
 def flags(*words, **values) -> list[str]:

@@ -1,134 +1,193 @@
-"""Beyond the paper: a share that moves, text as the second stream of mix.py, pre-training that goes on from any weights."""
+"""Beyond the paper: a share that moves, text as the second stream of mix.py, pre-training that goes
+on from any weights."""
 
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PRETRAIN, call, flags, metrics, refused, same_weights, weights
-from test_errors import changed, stopped_at
+from faults import ran, signalled
+from helpers import ALONE, PRETRAIN, call, changed, flags, lines_of, metrics, setup, weights
+from runs import goes_on
 
+import common
 import mix
-from data import checkpoint, plan, problems, ranks, run, tokens
-from model import Model, ModelConfig, Sampler, cosine
-from rl import rl_backward, rl_batch
-from sft import sft_backward, sft_batch, tokenise
+from data import problems, tokens
+from data.files import write_rows
+from model import Sampler, cosine
+from rl import rl_batch, rl_gradients
+from sft import sft_batch, sft_gradients, tokenise
 
-DOUBLE = ranks.World(0, 1, torch.device("cpu"), torch.float64)
-MIX = dict(questions_per_step=4, group=4, max_new=40, steps=3, save_every=1, eval_questions=0, lr=1e-3, batch=8, sft_warmup=2,
-           compile="false", dtype="float64")  # fmt: skip
+MIX = dict(
+    questions_per_step=4,
+    group=4,
+    max_new=40,
+    steps=3,
+    save_every=1,
+    eval_questions=0,
+    lr=1e-3,
+    batch=8,
+    sft_warmup=2,
+    compile="false",
+    dtype="float64",
+)
 TEXT = dict(tokens=3 * 1024, save_every=1, dtype="float64")
 LENGTH = 64  # of PRETRAIN
+READ = 10 * 1024 // LENGTH  # windows that the base checkpoint has read
 
 
 def load(path):
-    return checkpoint.load_model(checkpoint.load(path), Model, ModelConfig, DOUBLE)
+    return common.load_model(common.load(path), ALONE)
 
 
-def gradients(model):
+class HandMadeAdam:
+    """Kingma & Ba, algorithm 1, on a list of gradients; -> the updates at learning rate 1."""
+
+    def __init__(self):
+        self.m = 0
+        self.v = 0
+        self.t = 0
+
+    def __call__(self, gradients):
+        g = torch.cat([x.flatten() for x in gradients])
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.95 * self.v + 0.05 * g * g
+        self.t += 1
+        mean = self.m / (1 - 0.9**self.t)
+        deviation = (self.v / (1 - 0.95**self.t)).sqrt()
+        parts = (-mean / (deviation + 1e-8)).split([x.numel() for x in gradients])
+        return [part.view_as(x) for part, x in zip(parts, gradients, strict=True)]
+
+
+def windows(world, first, count, seed=0):
+    """Windows first, first + 1, ... of the first epoch's order, from the shard's raw bytes.
+
+    (count, LENGTH + 1) ids.
+    """
+    ids = np.fromfile(world.data / "train_000.bin", "<u2", offset=64).astype(np.int64)
+    order = np.random.default_rng([seed, 0]).permutation((len(ids) - 1) // LENGTH)
+    begins = [LENGTH * window for window in order[first : first + count]]
+    return torch.from_numpy(np.stack([ids[begin : begin + LENGTH + 1] for begin in begins]))
+
+
+def cross_entropy(model, ids, z_loss=0.0):
+    """The mean over all tokens, with all logits at once."""
+    logits = model.hidden(ids[:, :-1]).flatten(0, 1) @ model.head.weight[: model.config.vocab].T
+    z_term = z_loss * logits.logsumexp(1).square().mean()
+    return F.cross_entropy(logits, ids[:, 1:].flatten()) + z_term
+
+
+def gradients_of(model, loss):
+    """Those of a loss, clipped to a norm of 1."""
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     taken = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     return taken
 
 
-class HandMadeAdam:
-    """Kingma & Ba, algorithm 1, on a list of gradients; -> the update of each parameter at learning rate 1."""
-
-    def __init__(self):
-        self.m, self.v, self.t = 0, 0, 0
-
-    def __call__(self, taken):
-        g = torch.cat([x.flatten() for x in taken])
-        self.m, self.v, self.t = 0.9 * self.m + 0.1 * g, 0.95 * self.v + 0.05 * g * g, self.t + 1
-        flat = -(self.m / (1 - 0.9**self.t)) / ((self.v / (1 - 0.95**self.t)).sqrt() + 1e-8)
-        return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in taken]), taken, strict=True)]
-
-
-def windows(world, first, count, seed=0, length=LENGTH):
-    """Windows first, first + 1, ... of the first epoch's order, from the shard's raw bytes: (count, length + 1)."""
-    ids = np.fromfile(next(world.data.glob("train_*.bin")), "<u2", offset=64).astype(np.int64)
-    order = np.random.default_rng([seed, 0]).permutation((len(ids) - 1) // length)
-    return torch.from_numpy(np.stack([ids[i * length : i * length + length + 1] for i in order[first : first + count]]))
-
-
-def cross_entropy(model, ids, z_loss=0.0):
-    """The mean over all tokens, with all logits at once."""
-    logits = model.hidden(ids[:, :-1]).flatten(0, 1) @ model.head.weight[: model.config.vocab].T
-    return F.cross_entropy(logits, ids[:, 1:].flatten()) + z_loss * logits.logsumexp(1).square().mean()
+def furthest(path, model) -> float:
+    """The largest difference of a checkpoint's weights from a model's."""
+    found = weights(path)
+    gaps = [(found[name] - p.detach()).abs().max() for name, p in model.named_parameters()]
+    return float(max(gaps))
 
 
 # ---- the share
 
 
 def test_a_moving_share_equals_two_optimizers_by_hand(world, tmp_path):
-    """Shares .2, .5, .8: each side's update from one theta with its own moments. Seen to fail with the share of the next step,
-    with the shares exchanged and with the moments of a side kept still."""
-    call("mix", *flags(init=world.taught, out=tmp_path / "mix.pt", share=0.2, share_end=0.8, **MIX))
-    cfg = run.configure(mix.Config, flags(init="x", **MIX))
-    model, enc, rows = load(world.taught), tokens.encoding("toy"), problems.load(world.data / "easy", "train")
-    sampler, pairs, sides = Sampler(model), tokenise(enc, rows, "1", 0), (HandMadeAdam(), HandMadeAdam())
+    """Shares .2, .5, .8: each side's update from one theta with its own moments.
+
+    Seen to fail with the share of the next step, with the shares exchanged and with the moments of
+    a side kept still.
+    """
+    out = tmp_path / "mix.pt"
+    call("mix", init=world.taught, out=out, share=0.2, share_end=0.8, **MIX)
+    cfg = mix.Config(**common.parse_flags(mix.Config, flags(init="x", **MIX)))
+    model = load(world.taught)
+    easy = world.data / "easy"
+    train = problems.load(easy, "train")
+    encoding = tokens.encoding("toy")
+    run = setup(cfg, model, encoding=encoding, form=problems.form(easy), train=train)
+    sampler = Sampler(model)
+    pairs = tokenise(run)
+    sides = (HandMadeAdam(), HandMadeAdam())
     for step, share in enumerate((0.2, 0.5, 0.8)):
-        rl_backward(model, rl_batch(sampler, rows, enc, cfg, step, DOUBLE)[0], cfg, DOUBLE)
-        taken = [gradients(model)]
-        sft_backward(model, sft_batch(pairs, tokens.pad_id(enc), 8, 0, step, DOUBLE), cfg, DOUBLE)
-        taken.append(gradients(model))
-        rates = share * cosine(step, 3, 1e-3, 5, floor=1.0), (1 - share) * cosine(step, 3, 2e-3, 2)
+        batch, _ = rl_batch(run, sampler, step)
+        taken = (
+            rl_gradients(run, batch, None, None)[1],
+            sft_gradients(run, sft_batch(run, pairs, step))[1],
+        )
+        rates = (
+            share * cosine(step, 3, 1e-3, 5, floor=1.0),
+            (1 - share) * cosine(step, 3, 2e-3, 2),
+        )
         with torch.no_grad():
-            for side, gradient, rate in zip(sides, taken, rates, strict=True):
-                for p, delta in zip(model.parameters(), side(gradient), strict=True):
+            for side, gradients, rate in zip(sides, taken, rates, strict=True):
+                for p, delta in zip(model.parameters(), side(gradients), strict=True):
                     p += rate * delta
         sampler.refresh()
-    found = weights(tmp_path / "mix.pt")
-    assert max(float((found[name] - p.detach()).abs().max()) for name, p in model.named_parameters()) < 1e-8
-    assert [share for _, share in metrics(tmp_path / "mix.pt", "share")] == [0.2, 0.5, 0.8]
-    assert checkpoint.load(tmp_path / "mix.pt")["meta"]["run"]["share_end"] == 0.8
+    assert furthest(out, model) < 1e-8
+    assert [share for _, share in metrics(out, "share")] == [0.2, 0.5, 0.8]
+    assert common.load(out)["meta"]["run"]["share_end"] == 0.8
 
 
 def test_the_share_at_its_ends():
     def shares(share, end, steps):
-        return [mix.share_of(SimpleNamespace(share=share, share_end=end, steps=steps), step) for step in range(steps)]
+        cfg = SimpleNamespace(share=share, share_end=end, steps=steps)
+        return [mix.share_of(cfg, step) for step in range(steps)]
 
-    assert shares(0.1, None, 7) == shares(0.1, 0.1, 7) == [0.1] * 7  # exactly, so that 0 and 1 are sft.py and rl.py bit for bit
-    assert shares(0.0, 1.0, 5) == [0, 0.25, 0.5, 0.75, 1] and shares(0.3, 0.9, 1) == [0.3]
+    # exactly, so that 0 and 1 are sft.py and rl.py bit for bit
+    assert shares(0.1, None, 7) == shares(0.1, 0.1, 7) == [0.1] * 7
+    assert shares(0.0, 1.0, 5) == [0, 0.25, 0.5, 0.75, 1]
+    assert shares(0.3, 0.9, 1) == [0.3]
 
 
 # ---- text as the second stream
 
 
 def test_gradient_of_the_text_is_that_of_pre_training(world):
-    """And two ranks together have what one has. Seen to fail with 1/n of a rank's own tokens and with step 0 at the beginning."""
-    stream = tokens.Stream(world.data, "train", LENGTH, 0, "toy", 10 * 1024)
-    taken = []
-    for size in (1, 2):
-        model = load(world.taught)
-        for rank in range(size):
-            batch = problems.text_batch(stream, 6, 2, DOUBLE._replace(rank=rank, size=size))
-            assert batch.ids.shape == (6 // size, LENGTH + 1)
-            sft_backward(model, batch, SimpleNamespace(micro=4), DOUBLE)
-        taken.append([p.grad for p in model.parameters()])
+    """And two ranks together have what one has.
+
+    Seen to fail with 1/n of a rank's own tokens and with step 0 at the beginning.
+    """
     model = load(world.taught)
-    cross_entropy(model, windows(world, 10 * 1024 // LENGTH + 2 * 6, 6)).backward()
-    for one, two, plain in zip(*taken, [p.grad for p in model.parameters()], strict=True):
-        torch.testing.assert_close(one, plain, atol=1e-9, rtol=1e-6)
-        torch.testing.assert_close(two, one, atol=1e-12, rtol=1e-12)
+    stream = tokens.Stream(world.data, "train", LENGTH, 0, "toy", 10 * 1024)
+    run = setup(SimpleNamespace(micro=4, clip=0.0), model)
+    parts = []
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        batch = problems.text_batch(stream, 6, 2, ALONE._replace(rank=rank, size=size))
+        assert batch.ids.shape == batch.target.shape == (6 // size, LENGTH)
+        parts.append(sft_gradients(run, batch)[1])
+    cross_entropy(model, windows(world, READ + 2 * 6, 6)).backward()
+    for whole, one, other, p in zip(*parts, model.parameters(), strict=True):
+        torch.testing.assert_close(whole, p.grad, atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(one + other, whole, atol=1e-12, rtol=1e-12)
 
 
 def test_mix_with_text(world, tmp_path):
     start = changed(world.taught, tmp_path / "start.pt", meta=lambda m: m | {"pretrain_seed": 3})
-    call("mix", *flags(init=start, text=world.data, **MIX))
-    meta = checkpoint.load(tmp_path / "start-mix-text.pt")["meta"]
-    assert (meta["recipe"], meta["tokens"], meta["length"]) == ("sft-gold->mix-text", 10 * 1024, LENGTH)
-    (_, first), *_ = metrics(tmp_path / "start-mix-text.pt", "sft_loss")
+    call("mix", init=start, text=world.data, **MIX)
+    out = tmp_path / "start-mix-text.pt"
+    meta = common.load(out)["meta"]
+    assert meta["recipe"] == "sft-gold->mix-text"
+    assert (meta["tokens"], meta["length"]) == (10 * 1024, LENGTH)
+    first = lines_of(out)[0]["sft_loss"]
     with torch.no_grad():
-        assert first == pytest.approx(float(cross_entropy(load(start), windows(world, 160, 8, seed=3))), abs=1e-7)
+        expected = float(cross_entropy(load(start), windows(world, READ, 8, seed=3)))
+    assert first == pytest.approx(expected, abs=1e-7)
 
 
 def test_text_needs_no_solutions(world, tmp_path):
-    rows = [row | {"solutions": []} for row in problems.load(world.data / "easy", "train")]
-    run.write_lines(tmp_path / "easy/train.jsonl", rows)
-    call("mix", *flags(init=world.taught, out=tmp_path / "a.pt", text=world.data, questions=tmp_path / "easy", **MIX | {"steps": 1}))
+    easy = world.data / "easy"
+    rows = [row | {"solutions": []} for row in problems.load(easy, "train")]
+    write_rows(tmp_path / "easy/train.jsonl", rows)
+    problems.write_form(tmp_path / "easy", problems.form(easy))
+    where = dict(init=world.taught, out=tmp_path / "a.pt", questions=tmp_path / "easy")
+    call("mix", text=world.data, **where, **MIX | {"steps": 1})
 
 
 # ---- pre-training goes on
@@ -136,102 +195,66 @@ def test_text_needs_no_solutions(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["base", "taught"])
 def test_pretraining_goes_on(world, tmp_path, name):
-    """From the base (the control) and from trained weights: the same text, that of steps 10 and 11 of the first run, and a fresh
-    optimizer. Seen to fail with the text from its beginning, with the seed of the trained checkpoint as that of the text, and
-    with the moments of another run."""
-    start = changed(getattr(world, name), tmp_path / "start.pt", meta=lambda m: m | {"seed": 5, "pretrain_seed": 3})
-    call("pretrain", *flags(*PRETRAIN, data=world.data, init=start, **TEXT | {"tokens": 2048}))
-    out, parent = tmp_path / "start-text/step2.pt", checkpoint.load(start)["meta"]
-    model, side = load(start), HandMadeAdam()
-    for step, (_, loss, lr) in enumerate(metrics(out, "loss", "lr")):
-        total = cross_entropy(model, windows(world, 160 + 16 * step, 16, seed=3), z_loss=1e-5)
-        assert loss == pytest.approx(total.item(), abs=1e-7) and lr == cosine(step, 2, 4e-3, 2)
-        total.backward()
-        with torch.no_grad():
-            for p, delta in zip(model.parameters(), side(gradients(model)), strict=True):
-                p += lr * (delta - (0 if p is model.embed.weight else 0.05 * p))
-    found = weights(out)
-    assert max(float((found[name] - p.detach()).abs().max()) for name, p in model.named_parameters()) < 1e-7
+    """From the base (the control) and from trained weights: the same text, that of steps 10 and 11
+    of the first run, and a fresh optimizer.
 
-    meta = checkpoint.load(out)["meta"]
+    Seen to fail with the text from its beginning, with the seed of the trained checkpoint as that
+    of the text, and with the moments of another run.
+    """
+    seeds = {"seed": 5, "pretrain_seed": 3}
+    start = changed(getattr(world, name), tmp_path / "start.pt", meta=lambda m: m | seeds)
+    call("pretrain", *PRETRAIN, data=world.data, init=start, **TEXT | {"tokens": 2048})
+    out = tmp_path / "start-text/step2.pt"
+    parent = common.load(start)["meta"]
+    model = load(start)
+    side = HandMadeAdam()
+    for step, (_, loss, lr) in enumerate(metrics(out, "loss", "lr")):
+        total = cross_entropy(model, windows(world, READ + 16 * step, 16, seed=3), z_loss=1e-5)
+        assert loss == pytest.approx(total.item(), abs=1e-7)
+        assert lr == cosine(step, 2, 4e-3, 2)
+        deltas = side(gradients_of(model, total))
+        with torch.no_grad():
+            for p, delta in zip(model.parameters(), deltas, strict=True):
+                p += lr * (delta - (0 if p is model.embed.weight else 0.05 * p))
+    assert furthest(out, model) < 1e-7
+
+    meta = common.load(out)["meta"]
     assert meta["recipe"] == {"base": "text", "taught": "sft-gold->text"}[name]
-    assert (meta["tokens"], meta["step"], meta["seed"], meta["pretrain_seed"], meta["length"]) == (12 * 1024, 2, 5, 3, LENGTH)
-    assert (meta["parent"], meta["parent_hash"]) == (str(start), checkpoint.config_hash(parent))
-    assert all(meta[k] == parent[k] for k in ("preset", "world", "questions", "tasks", "encoding"))
+    assert (meta["tokens"], meta["step"], meta["length"]) == (12 * 1024, 2, LENGTH)
+    assert (meta["seed"], meta["pretrain_seed"]) == (5, 3)
+    assert (meta["parent"], meta["parent_hash"]) == (str(start), common.config_hash(parent))
+    for kept in ("preset", "world", "questions", "tasks", "encoding"):
+        assert meta[kept] == parent[kept]
     assert not list(tmp_path.glob("start-text/*.resume"))
 
 
 def test_it_goes_on_once_more(world, tmp_path):
     """tokens count on, and so does the text."""
     words = flags(*PRETRAIN, data=world.data, **TEXT | {"tokens": 1024})
-    call("pretrain", *words, init=world.taught, out=tmp_path / "one", seed=7)
-    call("pretrain", *words, init=tmp_path / "one/step1.pt", out=tmp_path / "two")
-    meta, ((_, loss),) = checkpoint.load(tmp_path / "two/step1.pt")["meta"], metrics(tmp_path / "two/step1.pt", "loss")
-    assert (meta["recipe"], meta["tokens"], meta["seed"], meta["pretrain_seed"]) == ("sft-gold->text->text", 12 * 1024, 7, 0)
+    one = tmp_path / "one/step1.pt"
+    two = tmp_path / "two/step1.pt"
+    call("pretrain", *words, init=world.taught, out=one.parent, seed=7)
+    call("pretrain", *words, init=one, out=two.parent)
+    meta = common.load(two)["meta"]
+    assert meta["recipe"] == "sft-gold->text->text" and meta["tokens"] == 12 * 1024
+    assert (meta["seed"], meta["pretrain_seed"]) == (7, 0)
     with torch.no_grad():
-        total = cross_entropy(load(tmp_path / "one/step1.pt"), windows(world, 176, 16), z_loss=1e-5)
-    assert loss == pytest.approx(float(total), abs=1e-7)
+        expected = float(cross_entropy(load(one), windows(world, READ + 16, 16), z_loss=1e-5))
+    assert lines_of(two)[0]["loss"] == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("stage", ["mix", "pretrain"])
-def test_resume(world, tmp_path, monkeypatch, capsys, stage):
+def test_resume(world, tmp_path, stage):
     """Bit for bit, as for the other forms of the scripts."""
-    def words(folder):
+
+    def words(out):
         if stage == "mix":
-            return flags(init=world.taught, text=world.data, out=folder / "step3.pt", **MIX)
-        return flags(*PRETRAIN, init=world.taught, data=world.data, out=folder, **TEXT)
+            return flags(init=world.taught, text=world.data, out=out, **MIX)
+        return flags(*PRETRAIN, init=world.taught, data=world.data, out=out.parent, **TEXT)
 
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    call(stage, *words(tmp_path / "whole"))
-    stopped_at(4 if stage == "mix" else 2, monkeypatch)
-    assert "at step 2" in refused(capsys, stage, *words(tmp_path / "cut"))
-    monkeypatch.undo()
-    call(stage, *words(tmp_path / "cut"), "--resume")
-    assert same_weights(tmp_path / "whole/step3.pt", tmp_path / "cut/step3.pt")
-    one, two = (metrics(tmp_path / name / "step3.pt", "loss", "sft_loss", "gradient_norm") for name in ("whole", "cut"))
-    assert one == [line for line in two if line[1] is not None]
-
-
-def test_a_file_that_does_not_say_the_length(world, tmp_path):
-    """Of older code, by its own flags, or from elsewhere: the model's context."""
-    def without(meta):
-        return {k: v for k, v in meta.items() if k != "length"}
-
-    base, taught = (changed(path, tmp_path / path.name, meta=without) for path in (world.base, world.taught))
-    assert [checkpoint.load(path)["meta"]["length"] for path in (base, taught)] == [LENGTH, 512]
-
-
-def test_what_does_not_fit(world, tmp_path, capsys):
-    text = flags(*PRETRAIN, init=world.taught, data=world.data, out=tmp_path / "ckpt", **TEXT)
-    for words in (["--preset", "toy-large"], ["--embed_std", "0.1"]):
-        assert "--preset and --embed_std are for new ones" in refused(capsys, "pretrain", *text, *words)
-    shard = next(world.data.glob("train_*.bin")).read_bytes()
-    (tmp_path / "train_000.bin").write_bytes(shard[:28] + b"cl100k_base".ljust(36, b"\0") + shard[64:])
-    assert "its tokens are 'cl100k_base', but 'toy' is needed" in refused(capsys, "pretrain", *text, "--data", tmp_path)
-    both = flags(init=world.taught, out=tmp_path / "a.pt", **MIX)
-    assert "its tokens are 'cl100k_base', but 'toy' is needed" in refused(capsys, "mix", *both, text=tmp_path)
-    assert "leave out --solutions" in refused(capsys, "mix", *both, text=world.data, solutions="all")
-    assert "--share_end lies between 0" in refused(capsys, "mix", *both, share_end=-0.1)
-    assert [path.name for path in tmp_path.iterdir()] == ["train_000.bin"]
-
-
-# ---- what it costs
-
-
-def test_plan(monkeypatch):
-    """A million tokens are a million more, wherever they start; the text of a mix is rows of the length of pre-training, in place of
-    solutions; a control is measured as what is trained is, with 0 shots."""
-    monkeypatch.setattr(plan, "models", {})
-    one, = {plan.cost(f"+ python pretrain.py --data d --out ckpt/p {more} --preset 1b --tokens 1e9")[1][:2] for more in ("", "--seed 1")}
-    again = plan.cost("+ python pretrain.py --data d --init ckpt/p/step9.pt --out ckpt/p/step9-text --tokens 1e9 --save_steps 7")[1]
-    assert again[:2] == one and again[2] == 2 * 4 * 1_484_916_736
-    plain, gold, text = (plan.cost(f"+ python mix.py --init ckpt/p/step9.pt --steps 10 --batch 64 {more}")[1]
-                         for more in ("", "--batch 128", "--text d"))  # fmt: skip
-    token = plan.models["ckpt/p"].model.flops_per_token
-    rl_alone = 2 * plain[0] - gold[0]
-    assert text[0] - rl_alone == pytest.approx(10 * 64 * 4096 * token(4096)) and text[2] == plain[2]
-    seen = {name: plan.cost(f"+ python eval.py ckpt/{name} {more}")[1][0] for name, more in
-            (("p/step9.pt", ""), ("p/step9-text/step7.pt", ""), ("p/step9-rl.pt", ""), ("p/step8-rl.pt", "--text d"))}  # fmt: skip
-    assert seen["p/step9.pt"] > 1.9 * seen["p/step9-rl.pt"] and seen["p/step9-text/step7.pt"] == seen["p/step9-rl.pt"]
-    assert seen["p/step8-rl.pt"] - seen["p/step9-rl.pt"] == pytest.approx(256 * 4096 * token(plan.PROMPT + plan.ANSWER) / 3)
+    whole = tmp_path / "whole/step3.pt"
+    stopped = tmp_path / "stopped/step3.pt"
+    call(stage, *words(whole))
+    assert ran(lambda: (signalled(signal.SIGTERM, 1), call(stage, *words(stopped)))) == 143
+    assert common.load(f"{stopped}.resume")["step"] == 2
+    goes_on(stage, lambda _: whole, world, stopped, words(stopped))

@@ -73,18 +73,23 @@ def start(script: str, *words, env=None, **more) -> subprocess.Popen:
 
 
 def refused(capsys, script: str, *words, **values) -> str:
-    """`call`, which must fail with exit status 2 and one line; -> that line.
+    """`call`, which must fail with exit status 2 and one line; -> that line."""
+    return complaint(capsys, lambda: call(script, *words, **values))
 
-    The frames of a progress bar, which end in a carriage return, are no lines.
-    """
+
+def complaint(capsys, action) -> str:
+    """action() must fail with exit status 2 and one line; -> that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(script, *words, **values)
+        action()
     return error_of(capsys.readouterr().err, stop.value.code)
 
 
 def error_of(said: str, status: int) -> str:
-    """What a script that failed with status 2 said on stderr, which must be one line."""
+    """What a script that failed with status 2 said on stderr, which must be one line.
+
+    The frames of a progress bar, which end in a carriage return, are no lines.
+    """
     assert status == 2, said
     assert "Traceback" not in said
     (line,) = [line for line in re.split(r"[\r\n]", said) if "error:" in line]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, complaint
 
 from data import files, grader, prepare, problems, tokens, toy
 
@@ -77,13 +77,7 @@ def own(made, tmp_path):
 
 def refused(capsys, *words) -> str:
     """`prepare.py words`, which must fail with exit status 2 and one line; -> that line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main([str(word) for word in words])
-    told = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    (line,) = (line for line in told if "error:" in line)
-    return line
+    return complaint(capsys, lambda: prepare.main([str(word) for word in words]))
 
 
 def toy_flags(**changes):

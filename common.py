@@ -220,19 +220,25 @@ def print_help(Config, doc: str):
         lines += ["", "flags:" if cls is Config else (cls.__doc__ or "").strip().splitlines()[0]]
         for name, _ in read_comments(cls):
             if name not in told:
-                lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
+                line = f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}"
+                lines.append(line.rstrip())
             told.add(name)
     print("\n".join(lines), flush=True)
 
 
 def shown_values(Config, name: str) -> str:
-    """The default of a flag, what the paper's sizes have instead, and its legal range."""
+    """The default of a flag, what the paper's sizes have instead, and its legal values."""
     default = Config.__dataclass_fields__[name].default
     paper = vars(sys.modules[Config.__module__]).get("PAPER", {})
-    legal = typing.get_type_hints(Config, include_extras=True)[name]
+    kind = typing.get_type_hints(Config, include_extras=True)[name]
     parts = [] if default in (dataclasses.MISSING, "", (), None) else [str(default)]
     parts += [f"paper's sizes: {paper[name]}"] if name in paper else []
-    parts += [str(x) for x in getattr(legal, "__metadata__", ())]
+    while typing.get_origin(kind) not in (None, Annotated, Literal):
+        kind = typing.get_args(kind)[0]  # of X | None, or of a tuple
+    if typing.get_origin(kind) is Literal:
+        parts.append(" or ".join(typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:
+        parts.append(str(typing.get_args(kind)[1]))
     return f"[{'; '.join(parts)}]" if parts else ""
 
 

@@ -137,7 +137,7 @@ def test_sampler_of_another_policy_stops_the_run(world, tmp_path, monkeypatch, c
 def poisoned(monkeypatch, calls):
     """The gradient is NaN at these calls of common.gradients.
 
-    -> the rows that went forward, call by call.
+    -> the rows that went forward, call by call: their ids, and the last target.
     """
     real = common.gradients
     forward = network.Model.forward
@@ -150,10 +150,10 @@ def poisoned(monkeypatch, calls):
             return [g * math.nan for g in taken], math.nan
         return taken, norm
 
-    def recorded(self, ids, *arguments, **more):
+    def recorded(self, ids, target, **more):
         if more.get("weight") is not None and torch.is_grad_enabled():
-            seen[-1] += ids.tolist()
-        return forward(self, ids, *arguments, **more)
+            seen[-1] += torch.cat([ids, target[:, -1:]], 1).tolist()
+        return forward(self, ids, target, **more)
 
     monkeypatch.setattr(common, "gradients", gradients)
     monkeypatch.setattr(network.Model, "forward", recorded)

@@ -14,6 +14,7 @@ are in .jsonl.resume beside it: an evaluation that was stopped goes on.
 """
 
 import functools
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +290,7 @@ class Rows:
         self.state = Path(f"{self.file}.resume")  # not FILE: what FILE holds is complete
         before = self.state if self.state.exists() else self.file
         self.rows = read_rows(before) if before.exists() else []
+        world.max(0)  # no rank writes before all have read: they must agree on what is missing
         others = {row["checkpoint"] for row in self.rows} - {self.base["checkpoint"]}
         if others and not cfg.overwrite:
             raise ValueError(
@@ -312,6 +314,14 @@ class Rows:
         return True
 
     def add(self, kind: str, row: dict, told: str):
+        """Keep a row and print what it says. Raises ValueError if a number in it is NaN."""
+        losses = row.get("losses", [])
+        numbers = [value for value in (*row.values(), *losses) if isinstance(value, float)]
+        if any(map(math.isnan, numbers)):
+            raise ValueError(
+                f"{self.base['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
+                "no row is written"
+            )
         self.rows.append({"kind": kind, **self.base, **row})
         if self.active:
             write_rows(self.state, self.rows)

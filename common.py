@@ -220,19 +220,25 @@ def print_help(Config, doc: str):
         lines += ["", "flags:" if cls is Config else (cls.__doc__ or "").strip().splitlines()[0]]
         for name, _ in read_comments(cls):
             if name not in told:
-                lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
+                line = f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}"
+                lines.append(line.rstrip())
             told.add(name)
     print("\n".join(lines), flush=True)
 
 
 def shown_values(Config, name: str) -> str:
-    """The default of a flag, what the paper's sizes have instead, and its legal range."""
+    """The default of a flag, what the paper's sizes have instead, and its legal values."""
     default = Config.__dataclass_fields__[name].default
     paper = vars(sys.modules[Config.__module__]).get("PAPER", {})
-    legal = typing.get_type_hints(Config, include_extras=True)[name]
+    kind = typing.get_type_hints(Config, include_extras=True)[name]
     parts = [] if default in (dataclasses.MISSING, "", (), None) else [str(default)]
     parts += [f"paper's sizes: {paper[name]}"] if name in paper else []
-    parts += [str(x) for x in getattr(legal, "__metadata__", ())]
+    while typing.get_origin(kind) not in (None, Annotated, Literal):
+        kind = typing.get_args(kind)[0]  # of X | None, or of a tuple
+    if typing.get_origin(kind) is Literal:
+        parts.append(" or ".join(typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:
+        parts.append(str(typing.get_args(kind)[1]))
     return f"[{'; '.join(parts)}]" if parts else ""
 
 
@@ -755,6 +761,11 @@ def configure(Config, given: dict, paper: dict):
     preset = given.get("plan") or before["meta"]["preset"]
     defaults = paper if paper_size(preset) else {}
     return Config(**(defaults | given)), before
+
+
+def validations(cfg, steps: int) -> int:
+    """How often a trainer answers the validation questions: before, after, and in between."""
+    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
 
 
 def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:

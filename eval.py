@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import plan
 from common import Count, NonNegative, Whole
 from data import grader, problems, tasks, tokens
 from data.files import fingerprint, read_rows, write_rows
@@ -55,6 +56,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
     overwrite: bool = False  # measure again what has a row
+    plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this would cost with it, and exit
 
 
 # ----------------------------------------------------------------------------- three measurements
@@ -432,6 +434,35 @@ def text_row(subject: Subject, rows: Rows, world):
     rows.add("text", settings | found, told)
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What the checkpoints read and answer, for --plan.
+
+    What is known of them is their names: STEP.pt is a base, which is asked with shots and without.
+    """
+    there = plan.questions(cfg.questions[0] if cfg.questions else "", cfg.plan)
+    max_new = cfg.max_new or common.longest({"run": {}, "preset": cfg.plan})
+    count = there.test if cfg.final else there.val
+    if cfg.questions and cfg.questions[0].endswith(".jsonl"):
+        count = there.train
+    count = min(count, cfg.limit or count) * max(1, len(cfg.questions))
+    asked = 0
+    for path in cfg.checkpoints:
+        is_base = "-" not in Path(path).stem
+        asked += count * (len(cfg.shots) or 1 + is_base)
+    measured = 0
+    if cfg.tasks is None and common.paper_size(cfg.plan):
+        measured = plan.TASKS
+    if cfg.text:
+        measured += 256 * plan.text_row(cfg.plan)
+    counts = plan.Tokens(
+        read=asked * plan.PROMPT + measured * len(cfg.checkpoints),
+        sampled=asked * cfg.n * plan.longest_answer(max_new),
+    )
+    row = plan.PROMPT + max_new
+    job = plan.Job("eval", [counts], row, optimizers=0, answers=count * cfg.n, checkpoints=0)
+    return job._replace(note=there.note)
+
+
 def main(given: dict):
     cfg = Config(**given)
     if cfg.report:
@@ -442,6 +473,8 @@ def main(given: dict):
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):
         raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     if cfg.json:
         raise ValueError("--json goes with --report")
     if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):

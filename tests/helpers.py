@@ -21,6 +21,7 @@ from model import Model, ModelConfig
 ROOT = Path(__file__).parents[1]
 # real data, beside the project
 DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))
+ALONE = common.World(0, 1, torch.device("cpu"), torch.float64)
 PRETRAIN = "--batch_tokens 1024 --length 64 --warmup 2 --compile false --eval_rows 4".split()
 
 
@@ -34,6 +35,20 @@ def small_model(vocab=37, padded_vocab=64, dtype=torch.float64, **shape):
         norm_weight = torch.rand(p.shape, generator=generator).to(p) + 0.5
         p.data = p.data * 10 if p.dim() > 1 else norm_weight
     return model
+
+
+def next_tokens(model, ids, **how):
+    """`Model.forward` on rows of text (B, T + 1): each token is to be predicted from those before.
+
+    how: weight, mask, temperature ..., of the T targets.
+    """
+    return model(ids[:, :-1], ids[:, 1:], **how)
+
+
+def setup(cfg, model=None, world=ALONE, **more) -> common.Setup:
+    """What a trainer has before its first step, as far as a test needs it."""
+    known = dict(cfg=cfg, model=model, world=world, **more)
+    return common.Setup(**dict.fromkeys(common.Setup._fields) | known)
 
 
 def flags(*words, **values) -> list[str]:
@@ -60,18 +75,23 @@ def start(script: str, *words, env=None, **more) -> subprocess.Popen:
 
 
 def refused(capsys, script: str, *words, **values) -> str:
-    """`call`, which must fail with exit status 2 and one line; -> that line.
+    """`call`, which must fail with exit status 2 and one line; -> that line."""
+    return complaint(capsys, lambda: call(script, *words, **values))
 
-    The frames of a progress bar, which end in a carriage return, are no lines.
-    """
+
+def complaint(capsys, action) -> str:
+    """action() must fail with exit status 2 and one line; -> that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(script, *words, **values)
+        action()
     return error_of(capsys.readouterr().err, stop.value.code)
 
 
 def error_of(said: str, status: int) -> str:
-    """What a script that failed with status 2 said on stderr, which must be one line."""
+    """What a script that failed with status 2 said on stderr, which must be one line.
+
+    The frames of a progress bar, which end in a carriage return, are no lines.
+    """
     assert status == 2, said
     assert "Traceback" not in said
     (line,) = [line for line in re.split(r"[\r\n]", said) if "error:" in line]

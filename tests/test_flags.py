@@ -138,12 +138,20 @@ def test_help_shows_each_flag_with_its_reason_and_default(capsys, script):
         call(script, "--help")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    for field in dataclasses.fields(config_of(script)):
+    module = importlib.import_module(script)
+    ranges = numbers_of(module.Config)
+    paper = getattr(module, "PAPER", {})
+    for field in dataclasses.fields(module.Config):
         (line,) = [line for line in shown.splitlines() if line.startswith(f"  --{field.name} ")]
-        reason = line.removeprefix(f"  --{field.name} ").partition("[")[0].strip()
-        assert len(reason) > 5, f"no reason beside --{field.name}"
-        if field.default is not dataclasses.MISSING:
-            assert line.endswith(f"[{field.default}]")
+        reason, _, values = line.removeprefix(f"  --{field.name} ").partition(" [")
+        assert len(reason.strip()) > 5, f"no reason beside --{field.name}"
+        told = values.removesuffix("]").split("; ")
+        if field.default not in (dataclasses.MISSING, "", (), None):
+            assert told[0] == str(field.default)
+        if field.name in paper:
+            assert told[1].endswith(f" {paper[field.name]}")
+        if field.name in ranges:
+            assert told[-1] == str(ranges[field.name][1])
 
 
 def test_help_into_a_pipe_that_is_closed(monkeypatch, capsys):
@@ -177,4 +185,21 @@ def test_another_default_keeps_the_inherited_reason(capsys):
     common.print_help(Child, "")
     shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     shown = dict(words for words in shown if len(words) == 2 and words[0].startswith("--"))
-    assert shown == {"--two": "above [3]", "--three": "its own []", "--one": "beside [1]"}
+    expected = {"--two": "above [3; from 1]", "--three": "its own", "--one": "beside [1; from 1]"}
+    assert shown == expected
+
+
+@dataclasses.dataclass(kw_only=True)
+class Wrapped:
+    many: tuple[common.Count, ...] = (1, 2)  # of a tuple
+    maybe: common.Fraction | None = None  # of an option
+    choice: typing.Literal["stop", "skip"] = "stop"  # of a few words
+
+
+def test_help_shows_legal_values_inside_other_types(capsys):
+    """Seen to fail with ranges shown of plain numbers alone."""
+    common.print_help(Wrapped, "")
+    shown = capsys.readouterr().out
+    assert "of a tuple [(1, 2); from 1]\n" in shown
+    assert "of an option [from 0 to 1]\n" in shown
+    assert "of a few words [stop; stop or skip]\n" in shown

@@ -15,6 +15,10 @@ from data import problems, tokens
 from data.files import write_rows
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def killed(stage, words, out, after):
     """Start the real script and kill it as soon as its metrics show `after` steps."""
     process = start(stage, *words)
@@ -34,9 +38,11 @@ def stopped(stage, words, after=3):
     assert ran(lambda: (signalled(signal.SIGTERM, after - 1), call(stage, *words))) == 143
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [slow("pretrain"), slow("sft"), "rl", slow("mix")])
 def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage):
     """N steps equal k steps, kill -9 and --resume: the weights and each line of the metrics.
+
+    Of real processes; test_kill.py does it with forks, for all stages.
 
     Seen to fail with `first = state["step"] + 1`, without the optimizer's state, and with the
     metrics of the lost steps kept.

@@ -177,6 +177,7 @@ def start(args, side: str) -> list[subprocess.Popen]:
     settings |= {"MALLOC_TRIM_THRESHOLD_": 1 << 28, "MALLOC_MMAP_THRESHOLD_": 1 << 25}
     if args.ranks > 1:
         settings |= {"WORLD_SIZE": args.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings |= {"TORCHELASTIC_RUN_ID": "bench"}  # not started by hand
     command = [sys.executable, *sys.argv, "--side", side]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     processes = []

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import common
 import eval as evaluation
 from data import tasks, tokens
-from model import PRESETS, Model, ModelConfig, Sampler
+from model import PRESETS, Model, ModelConfig
 
 
 def lm_eval_on(model, batch):
@@ -73,7 +73,7 @@ def main():
     encoding = tokens.encoding("cl100k_base")
     world = common.start()
     model = model_of(args, encoding, world).eval()
-    score = functools.partial(evaluation.continuation_log_probs, Sampler(model), world=world)
+    score = functools.partial(evaluation.continuation_log_probs, model, world=world)
     absent = bench.missing("lm_eval")
     peer = None if absent else lm_eval_on(model, args.batch)
     measured = []

@@ -11,11 +11,13 @@ this size: all answers of a step in one pass, no gradient checkpointing, fused A
 advantages that are not divided by the group's deviation, no logging and no saving. The sides take
 turns step by step, and the ratio is the median over steps.
 
-vs_trl: TRL's seconds per step over ours. train_vs_plain_rows: a training pass over rows of a
-prompt and one answer each, over the one that rl.py has; 1 while that is what rl.py has.
+vs_trl: TRL's seconds per step over ours. train_vs_plain_rows: seconds of the forward and backward
+passes of a batch over rows of a prompt and one answer each, over those with --answers_per_row.
 """
 
 import contextlib
+import dataclasses
+import functools
 import io
 import os
 import statistics
@@ -60,15 +62,7 @@ class Ours:
         cfg, world, model = self.run.cfg, self.run.world, self.run.model
         began = self.clock()
         batch, numbers = rl.rl_batch(self.run, self.sampler, step)
-        forward = 0.0
-        backward = 0.0
-        for micro in problems.micro_batches(batch, cfg.micro, world):
-            start = self.clock()
-            loss, *_ = rl.rl_loss(model, micro, cfg)
-            half = self.clock()
-            loss.backward()
-            forward += half - start
-            backward += self.clock() - half
+        forward, backward = self.passes(batch)
         start = self.clock()
         gradients, _ = common.gradients(model, world, cfg.clip)
         update(model, [(self.optimizer, cfg.lr, gradients)], cfg.weight_decay)
@@ -85,6 +79,31 @@ class Ours:
         self.spent.append(parts)
         self.numbers.append(numbers)
         return whole
+
+    def passes(self, batch: problems.Batch) -> tuple[float, float]:
+        """Seconds of the forward and the backward passes of a step."""
+        cfg, world, model = self.run.cfg, self.run.world, self.run.model
+        forward = 0.0
+        backward = 0.0
+        for micro in problems.micro_batches(batch, cfg.micro, world):
+            start = self.clock()
+            loss, *_ = rl.rl_loss(model, micro, cfg)
+            half = self.clock()
+            loss.backward()
+            forward += half - start
+            backward += self.clock() - half
+        return forward, backward
+
+    def vs_plain_rows(self, count: int) -> float:
+        """Seconds of the passes with one answer per row over those of rl.py, same answers."""
+        sides = []
+        for per_row in (self.cfg.answers_per_row, 1):
+            cfg = dataclasses.replace(self.cfg, answers_per_row=per_row)
+            batch, _ = rl.rl_batch(self.run._replace(cfg=cfg), self.sampler, 0)
+            sides.append(functools.partial(self.passes, batch))
+        _, _, ratio = bench.turns(*sides, count, self.run.world.device)
+        self.run.model.zero_grad(set_to_none=True)
+        return ratio
 
 
 # ------------------------------------------------------------------------------------------ TRL
@@ -188,7 +207,7 @@ def steps_in_turns(ours: Ours, checkpoint: str, steps: int, folder: str) -> tupl
 
 
 def main():
-    flags = bench.parser(__doc__, turns=0)
+    flags = bench.parser(__doc__, turns=7)
     flags.add_argument("checkpoint")
     flags.add_argument("--steps", type=int, default=10, help="steps that are timed")
     flags.add_argument("--no-compile", action="store_true", help="as rl.py --compile false")
@@ -209,7 +228,8 @@ def main():
         else:
             for step in range(count):
                 ours.step(step)
-    report(args, ours, theirs, absent)
+        plain = ours.vs_plain_rows(args.turns)
+    report(args, ours, theirs, absent, plain)
 
 
 def quietly(work, *given):
@@ -219,13 +239,15 @@ def quietly(work, *given):
         return work(*given)
 
 
-def report(args, ours: Ours, theirs: tuple[list, list], absent: str):
+def report(args, ours: Ours, theirs: tuple[list, list], absent: str, plain: float):
     spent = ours.spent[WARM_UP:]
     wholes = [sum(parts.values()) for parts in spent]
-    mean = {name: statistics.fmean(parts[name] for parts in spent) for name in spent[0]}
-    whole = sum(mean.values())
+    # medians: a step in which a new shape is compiled takes seconds
+    typical = {name: statistics.median(parts[name] for parts in spent) for name in spent[0]}
+    whole = sum(typical.values())
     lines = [
-        [name, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.0%}"] for name, seconds in mean.items()
+        [name, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.0%}"]
+        for name, seconds in typical.items()
     ]
     lines.append(["a step", f"{1e3 * whole:,.1f}", "100%"])
     sampled = statistics.fmean(x["sampled_tokens"] for x in ours.numbers[WARM_UP:])
@@ -235,9 +257,10 @@ def report(args, ours: Ours, theirs: tuple[list, list], absent: str):
     if seconds:
         ratio = statistics.median(b / a for b, a in zip(seconds, wholes, strict=True))
         told = f" (TRL: {statistics.fmean(tokens_of):.0f})"
-        mean_of = f"{1e3 * statistics.fmean(seconds):,.1f}"
-        lines.append(["a step of TRL's", mean_of, f"{ratio:.2f} times"])
+        median = f"{1e3 * statistics.median(seconds):,.1f}"
+        lines.append(["a step of TRL's", median, f"{ratio:.2f} times"])
     lines += [["TRL", absent]] if absent else []
+    lines.append(["passes, one answer per row", None, f"{plain:.2f} times"])
     cfg = ours.cfg
     bench.show(
         f"{bench.machine(ours.run.world.device)}; {cfg.questions_per_step} questions x "
@@ -247,9 +270,9 @@ def report(args, ours: Ours, theirs: tuple[list, list], absent: str):
     )
     figures = {
         "vs_trl": round(ratio, 3),
-        "train_vs_plain_rows": 1.0,
+        "train_vs_plain_rows": round(plain, 3),
         "ms_a_step": round(1e3 * whole, 1),
-        "shares": {name: round(seconds / whole, 3) for name, seconds in mean.items()},
+        "shares": {name: round(seconds / whole, 3) for name, seconds in typical.items()},
     }
     bench.finish(args, figures)
 

@@ -47,9 +47,10 @@ name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p10/step2393-rl--lr-3e-4-s100, wha
   esac
 }
 has_rows() {  # CELL: are the rows of its last checkpoint there?
-  local rows
+  local rows files
   rows=$RESULTS/$(name "$@")
-  [ -f "$rows.jsonl" ] || compgen -G "$rows/*.jsonl" > /dev/null
+  files=("$rows.jsonl" "$rows"/*.jsonl)
+  [ -f "${files[0]}" ] || [ -f "${files[1]}" ]
 }
 logged() {  # FUNCTION CELL: what it prints goes to a log; if it fails, the end of it is shown
   local log

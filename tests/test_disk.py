@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from faults import at_call, failed, ran, signalled
 from helpers import PRETRAIN, call, files, flags, refused, same_weights
-from runs import goes_on, record, words_of
 
 import common
 from data import tokens
+from runs import goes_on, record, words_of
 
 
 @pytest.fixture()
@@ -89,16 +89,20 @@ def test_folder_that_cannot_be_made(world, tmp_path, capsys):
 # ------------------------------------------------------------------------------------ the metrics
 
 
-def test_metrics_removed_under_the_run(whole, world, tmp_path, sft):
-    """The run stops at the next save; the state before it is intact, and its totals go on."""
+@pytest.mark.parametrize("owner, name, step", [(common.Log, "healthy", 2), (common, "save", 6)])
+def test_metrics_removed_under_the_run(whole, world, tmp_path, sft, owner, name, step):
+    """The run stops at the next save; the state before it is intact, and its totals go on.
+
+    In the midst of it, or at the very end, when the checkpoint is to be written.
+    """
     out, log, words = sft
 
     def child():
-        at_call(common.Log, "healthy", 3, log.unlink)
+        at_call(owner, name, 3, log.unlink)
         call("sft", *words)
 
     assert str(log) in failed(child, tmp_path / "said")
-    assert common.load(f"{out}.resume")["step"] == 2
+    assert common.load(f"{out}.resume")["step"] == step
     assert ran(lambda: call("sft", *words, "--resume")) == 0
     assert same_weights(out, whole("sft"))
     assert record(out)[-2]["totals"] == record(whole("sft"))[-2]["totals"]

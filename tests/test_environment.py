@@ -21,12 +21,12 @@ import torch
 import torch._inductor.config
 from faults import at_call, fork, ran, wait
 from helpers import ROOT, call, flags, lines_of, same_weights, start
-from runs import goes_on, steps_of, words_of
 from test_checkpoints import sources
 
 import common
 from data import problems
 from data.files import read_rows, write_rows
+from runs import goes_on, steps_of, words_of
 
 # ------------------------------------------------------------- torch.compile that cannot work
 

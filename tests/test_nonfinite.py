@@ -13,11 +13,11 @@ import pytest
 import torch
 from faults import at_call, kill_self, not_finite_at, ran
 from helpers import PRETRAIN, call, flags, refused, same_weights
-from runs import STAGES, goes_on, record, steps_of, words_of
 
 import common
 import model as network
 from data import problems, tokens
+from runs import STAGES, goes_on, record, steps_of, words_of
 
 
 def slow(*values):

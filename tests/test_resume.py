@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from faults import not_finite_at, ran, signalled
 from helpers import call, files, flags, refused, same_weights, start
-from runs import STAGES, goes_on, record, words_of
 
 import common
 from data import problems, tokens
 from data.files import write_rows
+from runs import STAGES, goes_on, record, words_of
 
 
 def slow(value):

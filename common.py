@@ -472,7 +472,8 @@ def shard_model(model, world: World, master: torch.dtype):
     """FSDP2: a block's weights travel in the compute dtype, embedding and head in fp32."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    # on the group that is there, whose timeout is long: a group of the mesh's own would have gloo's
+    mesh = dist.device_mesh.DeviceMesh.from_group(dist.group.WORLD, world.device.type)
     policy = MixedPrecisionPolicy(
         param_dtype=world.compute,
         reduce_dtype=master,
@@ -760,6 +761,11 @@ def configure(Config, given: dict, paper: dict):
     preset = given.get("plan") or before["meta"]["preset"]
     defaults = paper if paper_size(preset) else {}
     return Config(**(defaults | given)), before
+
+
+def validations(cfg, steps: int) -> int:
+    """How often a trainer answers the validation questions: before, after, and in between."""
+    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
 
 
 def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
@@ -1121,9 +1127,12 @@ def profiled(steps, cfg, world: World):
         yield from steps
         return
 
+    path = f"{cfg.out}.trace.json"
+    written = []
+
     def ready(profiler):
-        path = f"{cfg.out}.trace.json"
         profiler.export_chrome_trace(path)
+        written.append(path)
         shares, seconds = time_shares(profiler.events())
         lines = [f"  {name:10}{share:6.1%}" for name, share in shares.items()]
         print(f"\n{path}: {seconds * 1e3:.1f} ms per step", *lines, sep="\n", flush=True)
@@ -1133,6 +1142,8 @@ def profiled(steps, cfg, world: World):
         for step in steps:
             yield step
             profiler.step()
+    if not written:
+        say(f"--profile wrote no {path}: its first step is number {WARM_UP + 1}, the run was over")
 
 
 def time_shares(events) -> tuple[dict[str, float], float]:
@@ -1145,13 +1156,20 @@ def time_shares(events) -> tuple[dict[str, float], float]:
     spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_cpu if e.name in RANGES]
     spans.sort()
     spent = {name: 0.0 for name in RANGES if any(span[2] == name for span in spans)}
-    kernels = [(e.time_range.start, sum(k.duration for k in e.kernels)) for e in on_cpu]
-    if any(duration for _, duration in kernels):
-        for at, duration in kernels:
-            place = bisect.bisect(spans, at, key=lambda span: span[0]) - 1
-            if place >= 0 and at <= spans[place][1]:
-                spent[spans[place][2]] += duration
-    else:
+    # A kernel has the id of the call of CUDA that launched it, a whole graph's kernels that of one
+    # call. Operators have ids of their own, and the launch of a graph is in none.
+    calls = {e.id: e.time_range.start for e in on_cpu if e.name.startswith(("cu", "hip"))}
+    kernels = [
+        e
+        for e in events
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
+    for kernel in kernels:
+        at = calls.get(kernel.id, -1)
+        place = bisect.bisect(spans, at, key=lambda span: span[0]) - 1
+        if place >= 0 and at <= spans[place][1]:
+            spent[spans[place][2]] += kernel.time_range.end - kernel.time_range.start
+    if not kernels:
         for begin, end, name in spans:
             spent[name] += end - begin
     whole = sum(step.end - step.start for step in steps)

@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 
 import common
+import plan
 import rl
 import sft
 from common import Count, Fraction, Positive, Whole
@@ -65,6 +66,17 @@ def recipe_of(cfg: Config) -> str:
     return cfg.recipe or usual
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, reads and samples, for --plan."""
+    job = rl.job_of(cfg)
+    length = plan.PROMPT + plan.longest_answer(cfg.max_new)
+    if cfg.text:
+        length = plan.text_row(cfg.plan)
+    second = plan.Tokens(trained=cfg.steps * cfg.updates * cfg.batch * length, length=length)
+    row = max(job.row, length)
+    return job._replace(script="mix", parts=[*job.parts, second], optimizers=2, row=row)
+
+
 def text_stream(cfg: Config, before: dict):
     """The text that goes on where the pre-training of the checkpoint stopped; None without --text.
 
@@ -85,6 +97,8 @@ def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     rl.check(cfg)
     sft.check(cfg)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     text = text_stream(cfg, before)
     run = common.begin(cfg, before, recipe_of(cfg), text)
     cfg, world, model = run.cfg, run.world, run.model

@@ -29,6 +29,7 @@ import torch
 from torch.profiler import record_function
 
 import common
+import plan
 from common import Count, NonNegative, Positive, Whole
 from data import grader, problems, tokens
 from eval import validate
@@ -37,6 +38,8 @@ from model import Sampler, adam, cosine, update
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
+    """Flags of GRPO."""
+
     steps: Count = 60  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper
@@ -304,6 +307,22 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     )
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, reads and samples, for --plan."""
+    rows = cfg.steps * cfg.questions_per_step * cfg.group
+    validations = common.validations(cfg, cfg.steps) * cfg.eval_questions
+    answer = plan.longest_answer(cfg.max_new)
+    whole = plan.PROMPT + answer
+    again = (cfg.updates > 1) + (cfg.kl > 0)  # log-probs of the policy that sampled, of the start
+    counts = plan.Tokens(
+        trained=rows * cfg.updates * whole,
+        read=(rows / cfg.group + validations) * plan.PROMPT + rows * again * whole,
+        sampled=(rows + validations * cfg.eval_n) * answer,
+    )
+    most = max(cfg.questions_per_step * cfg.group, cfg.eval_questions * cfg.eval_n)
+    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, answers=most)
+
+
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
@@ -315,6 +334,8 @@ def check(cfg: Config):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     check(cfg)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     run = common.begin(cfg, before, cfg.recipe or "rl")
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None

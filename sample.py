@@ -49,7 +49,9 @@ def main(given: dict):
     prefix = []
     if cfg.prompt:
         rows = [{"id": "prompt"}]
-        texts = [cfg.prompt]
+        # words of the toy world begin with their space
+        toy = encoding.name == "toy"
+        texts = [f" {cfg.prompt.strip()}" if toy else cfg.prompt]
     else:
         folder = cfg.questions or meta["questions"]
         form = problems.form(folder)

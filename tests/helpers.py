@@ -1,6 +1,7 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
 import ast
+import collections
 import functools
 import gzip
 import importlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from model import Model, ModelConfig
@@ -159,3 +161,15 @@ def real(name) -> list[dict]:
         pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
     with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do, by the name of the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from bench_cpu import transformers_twin
+from bench import transformers_twin
 from helpers import DATASETS, call, complaint, same_weights, small_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file

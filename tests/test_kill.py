@@ -8,9 +8,9 @@ import faults
 import pytest
 from faults import KINDS, at_call, kill_self, ran
 from helpers import call, same_weights
-from runs import STAGES, goes_on, words_of
 
 import common
+from runs import STAGES, goes_on, words_of
 
 
 @pytest.fixture(scope="module")

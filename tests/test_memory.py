@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 from helpers import refused
-from runs import words_of
 
 import model as network
+from runs import words_of
 
 
 def no_memory(*_, **__):

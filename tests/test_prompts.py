@@ -148,7 +148,7 @@ def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, fle
 
 
 def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
-    """Eight of Wei et al. and Minerva's four: right for the grader, without their old ending."""
+    """Of Wei et al. and of Minerva: each is right for the grader, without its old ending."""
     for file, count, answers in (
         ("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
         ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"]),

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from faults import not_finite_at, ran, signalled
 from helpers import call, files, flags, refused, same_weights, start
-from runs import STAGES, goes_on, record, words_of
 
 import common
 from data import problems, tokens
 from data.files import write_rows
+from runs import STAGES, goes_on, record, words_of
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def killed(stage, words, out, after):
@@ -34,9 +38,11 @@ def stopped(stage, words, after=3):
     assert ran(lambda: (signalled(signal.SIGTERM, after - 1), call(stage, *words))) == 143
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [slow("pretrain"), slow("sft"), "rl", slow("mix")])
 def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage):
     """N steps equal k steps, kill -9 and --resume: the weights and each line of the metrics.
+
+    Of real processes; test_kill.py does it with forks, for all stages.
 
     Seen to fail with `first = state["step"] + 1`, without the optimizer's state, and with the
     metrics of the lost steps kept.

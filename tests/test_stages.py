@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import call, largest_difference, metrics, same_weights, weights
-from runs import STAGES, record, steps_of, words_of
 
 import common
+from runs import STAGES, record, steps_of, words_of
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import bench
-from bench import transformers_twin  # noqa: F401  tests of transformers' form take it from here
 
 
 def run(script: str, *flags) -> dict:

@@ -1,5 +1,6 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
+import ast
 import collections
 import functools
 import gzip
@@ -113,6 +114,16 @@ def changed(path, out, **changes):
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {name: change(saved[name]) for name, change in changes.items()}, out)
     return out
+
+
+def calls_in(paths):
+    """(where, name, {keyword: text}, node) of each call in these Python files."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                yield f"{path}:{node.lineno} {name}", name, given, node
 
 
 def weights(path) -> dict:

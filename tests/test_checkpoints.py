@@ -1,6 +1,5 @@
 """A checkpoint is whole or absent, is what it says, and never code."""
 
-import ast
 import os
 import pickle
 import signal
@@ -9,7 +8,7 @@ import zipfile
 import pytest
 import torch
 from faults import kill_self, ran
-from helpers import ROOT, changed, files, flags, refused, same_weights
+from helpers import ROOT, calls_in, changed, files, flags, refused, same_weights
 
 import common
 
@@ -191,20 +190,14 @@ def test_nothing_that_is_loaded_can_run():
     functions = ("eval", "exec", "__import__", "os.system", "np.load")
     functions += ("torch.jit.load", "torch.hub.load", "pd.read_pickle", "pd.eval")
     loads = 0
-    for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func)
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            where = f"{path}:{node.lineno} {name}"
-            if name == "torch.load":
-                loads += 1
-                assert given.get("weights_only") == "True", where
-            assert name.split(".")[0] not in modules, where
-            assert name not in functions, where
-            for flag in ("allow_pickle", "trust_remote_code", "shell"):
-                assert given.get(flag, "False") == "False", where
+    for where, name, given, _ in calls_in(sources()):
+        if name == "torch.load":
+            loads += 1
+            assert given.get("weights_only") == "True", where
+        assert name.split(".")[0] not in modules, where
+        assert name not in functions, where
+        for flag in ("allow_pickle", "trust_remote_code", "shell"):
+            assert given.get(flag, "False") == "False", where
     assert loads >= 1
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch._inductor.config
 from faults import at_call, fork, ran, wait
-from helpers import ROOT, call, flags, lines_of, same_weights, start
+from helpers import ROOT, call, calls_in, flags, lines_of, same_weights, start
 from test_checkpoints import sources
 
 import common
@@ -222,21 +222,16 @@ def test_every_file_is_opened_as_utf8():
         importlib.import_module(script)
     files = [getattr(module, "__file__", None) or "/" for module in list(sys.modules.values())]
     files = [Path(file) for file in files if file.startswith(f"{ROOT}/")]
-    for path in [file for file in files if file.parent.name != "tests"]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func)
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            where = f"{path}:{node.lineno} {name}"
-            if name.endswith((".read_text", ".write_text")):
-                assert "utf-8" in given.get("encoding", ""), where
-            if name in ("open", "io.open", "os.fdopen", "gzip.open"):
-                words = [ast.unparse(x) for x in node.args] + [*given.values()]
-                binary = name == "gzip.open" or any("b'" in x or "'rb" in x for x in words)
-                binary = binary or any(re.fullmatch(r"'[rwa]\+?b'", x) for x in words)
-                plain = any("os.devnull" in x or "/proc/" in x for x in words)
-                assert binary or plain or "encoding" in given, where
+    ours = [file for file in files if file.parent.name != "tests"]
+    for where, name, given, node in calls_in(ours):
+        if name.endswith((".read_text", ".write_text")):
+            assert "utf-8" in given.get("encoding", ""), where
+        if name in ("open", "io.open", "os.fdopen", "gzip.open"):
+            words = [ast.unparse(x) for x in node.args] + [*given.values()]
+            binary = name == "gzip.open" or any("b'" in x or "'rb" in x for x in words)
+            binary = binary or any(re.fullmatch(r"'[rwa]\+?b'", x) for x in words)
+            plain = any("os.devnull" in x or "/proc/" in x for x in words)
+            assert binary or plain or "encoding" in given, where
 
 
 # ------------------------------------------------------------------------ names in the environment

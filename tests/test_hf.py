@@ -5,14 +5,13 @@ import functools
 import gzip
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from bench_cpu import transformers_twin
+from bench import transformers_twin
 from helpers import DATASETS, call, complaint, same_weights, small_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from data import hf, tokens
-from data.files import read_rows
+from data.files import read_rows, write_rows
 from model import PRESETS, ModelConfig
 
 TOY = tokens.VOCABULARY["toy"]
@@ -504,73 +503,60 @@ def test_pickles_are_refused(refused, theirs, tmp_path):
         path.unlink()
     assert "nothing to read" in refused("import", theirs, tmp_path / "out.pt")
     (theirs / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
-    assert "pickles (.bin) can run code when they are read and are refused" in refused(
-        "import", theirs, tmp_path / "out.pt"
-    )
+    assert "pickles" in refused("import", theirs, tmp_path / "out.pt")
 
 
 def test_what_claims_a_terabyte_is_refused(refused, theirs, tmp_path):
-    """A header of that length, a tensor of that size, a billion layers: before memory is taken for
-    them.
-    """
+    """A header of that length, a tensor of that size, a billion layers: before memory is taken."""
     path = sorted(theirs.glob("*.safetensors"))[0]
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
-    header, rest = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    header = json.loads(whole[8 : 8 + size])
+    rest = whole[8 + size :]
     name = next(name for name in header if name != "__metadata__")
-    huge = json.dumps(
-        header | {name: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}}
-    ).encode()
+    tensor = {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}
+    huge = json.dumps(header | {name: tensor}).encode()
     for content in (
         (1 << 40).to_bytes(8, "little") + whole[8:],
         len(huge).to_bytes(8, "little") + huge + rest,
     ):
         path.write_bytes(content)
-        assert f"{path.name} is truncated or no safetensors" in refused(
-            "import", theirs, tmp_path / "out.pt"
-        )
+        assert path.name in refused("import", theirs, tmp_path / "out.pt")
     path.write_bytes(whole)
     edit(theirs / "config.json", num_hidden_layers=10**9)
-    assert "its config.json has 1000000000 layers, its files" in refused(
-        "import", theirs, tmp_path / "out.pt"
-    )
+    assert "1000000000 layers" in refused("import", theirs, tmp_path / "out.pt")
 
 
 def test_incomplete_download_is_refused(refused, theirs, tmp_path):
-    last, index = sorted(theirs.glob("*.safetensors"))[-1], theirs / "model.safetensors.index.json"
+    last = sorted(theirs.glob("*.safetensors"))[-1]
+    index = theirs / "model.safetensors.index.json"
+    out = tmp_path / "out.pt"
     whole = last.read_bytes()
     last.write_bytes(whole[:-8])
-    assert f"{last.name} is truncated or no safetensors" in refused(
-        "import", theirs, tmp_path / "out.pt"
-    )
+    assert f"{last.name} is truncated" in refused("import", theirs, out)
     last.unlink()
-    assert f"lacks {last.name}: download it again" in refused("import", theirs, tmp_path / "out.pt")
+    assert f"lacks {last.name}" in refused("import", theirs, out)
     shutil.copy(sorted(theirs.glob("*.safetensors"))[0], last)
-    assert "is also in another file" in refused("import", theirs, tmp_path / "out.pt")
+    assert "is also in another file" in refused("import", theirs, out)
     last.write_bytes(whole)
     (tmp_path / "elsewhere.safetensors").write_bytes(whole)
     named = json.loads(index.read_text())["weight_map"]
-    edit(
-        index,
-        weight_map={
-            k: "../elsewhere.safetensors" if v == last.name else v for k, v in named.items()
-        },
-    )
-    assert "lacks ../elsewhere.safetensors" in refused("import", theirs, tmp_path / "out.pt")
+    outside = {name: "../elsewhere.safetensors" for name in named if named[name] == last.name}
+    edit(index, weight_map=named | outside)
+    assert "lacks ../elsewhere.safetensors" in refused("import", theirs, out)
     edit(index, weight_map={})
-    assert "lacks all" in refused("import", theirs, tmp_path / "out.pt")
+    assert "lacks all" in refused("import", theirs, out)
 
 
 # ------------------------------------------------------------------------------------- nothing lost
 
 
 def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
-    out, folder = tmp_path / "out.pt", tmp_path / "folder"
+    out = tmp_path / "out.pt"
+    folder = tmp_path / "folder"
     out.write_text("mine")
-    assert (
-        "exists: --overwrite replaces it" in refused("import", theirs, out)
-        and out.read_text() == "mine"
-    )
+    assert "--overwrite" in refused("import", theirs, out)
+    assert out.read_text() == "mine"
     convert("import", theirs, out, "--overwrite")
     assert common.load(out)["meta"]["recipe"] == "base"
     folder.mkdir()
@@ -598,25 +584,22 @@ def test_nothing_is_overwritten(refused, world, theirs, tmp_path, monkeypatch):
 
 
 def test_wrong_words(refused, world, theirs, tmp_path, capsys):
-    assert "--out is needed" in refused("import", theirs)
-    assert "unknown flag --revison, did you mean --revision?" in refused(
-        "import", theirs, tmp_path / "a.pt", "--revison", "main"
-    )
-    assert "unknown flag" in refused("export", world.taught, tmp_path / "a", tmp_path / "b")
-    assert "--dtype takes auto, float32, bfloat16, not 'int8'" in refused(
-        "export", world.taught, tmp_path / "a", "--dtype", "int8"
-    )
-    assert "no checkpoint at" in refused("export", tmp_path / "none.pt", tmp_path / "a")
-    assert "'exprot' is not a command" in refused("exprot")
+    out = tmp_path / "a"
+    assert "--out" in refused("import", theirs)
+    message = refused("import", theirs, tmp_path / "a.pt", "--revison", "main")
+    assert "--revison" in message and "--revision?" in message
+    assert str(tmp_path / "b") in refused("export", world.taught, out, tmp_path / "b")
+    message = refused("export", world.taught, out, "--dtype", "int8")
+    assert "--dtype" in message and "'int8'" in message
+    assert "none.pt" in refused("export", tmp_path / "none.pt", out)
+    assert "'exprot'" in refused("exprot")
     convert("--help")
     assert "python data/hf.py export" in capsys.readouterr().out
     saved = common.load(world.taught)
     saved["model"]["norm.weight"] = torch.ones(3)
     torch.save(saved, tmp_path / "odd.pt")
-    assert "is of another model than its config says" in refused(
-        "export", tmp_path / "odd.pt", tmp_path / "a"
-    )
-    assert not (tmp_path / "a").exists()
+    assert "odd.pt is of another model" in refused("export", tmp_path / "odd.pt", out)
+    assert not out.exists()
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -680,23 +663,18 @@ def test_tokenizer_gives_our_ids(cl100k, tmp_path):
     common.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})
     convert("export", tmp_path / "a.pt", folder)
     theirs = AutoTokenizer.from_pretrained(folder)
-    texts = [*HARD_TEXTS, *real_texts()] if DATASETS.is_dir() else HARD_TEXTS
+    texts = [*HARD_TEXTS, *real_texts()]
+    whole = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
         assert ids == tokens.encode(cl100k, text), text[:80]
-        assert (
-            theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            == text
-        )
+        assert theirs.decode(ids, **whole) == text
     special = {theirs.convert_tokens_to_ids(text): text for text in hf.OLMO2}
-    assert special == {100256 + i: text for i, text in enumerate(hf.OLMO2)} and len(hf.OLMO2) == 22
-    assert all(special[i] == text for text, i in cl100k._special_tokens.items()) and len(
-        theirs
-    ) == tokens.vocab_size(cl100k)
-    assert (
-        (theirs.eos_token_id, theirs.pad_token_id)
-        == (cl100k.eot_token, tokens.pad_id(cl100k))
-        == (100257, 100277)
-    )
+    assert len(hf.OLMO2) == 22
+    assert special == {100256 + i: text for i, text in enumerate(hf.OLMO2)}
+    assert all(special[i] == text for text, i in cl100k._special_tokens.items())
+    assert len(theirs) == tokens.vocab_size(cl100k)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (100257, 100277)
+    assert (cl100k.eot_token, tokens.pad_id(cl100k)) == (100257, 100277)
     assert theirs.decode([9906, 100257, 100277], skip_special_tokens=True) == "Hello"
     # and it is what import accepts beside the weights
     convert("import", folder, tmp_path / "b.pt", "--tokens", "1")
@@ -706,31 +684,22 @@ def test_tokenizer_gives_our_ids(cl100k, tmp_path):
 def test_toy_tokenizer(world, tmp_path):
     """The toy's own words, and the folder imports again."""
     convert("export", world.taught, tmp_path / "hf")
-    theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokens.encoding("toy")
-    lines = [
-        json.loads(line) for line in (world.data / "easy" / "train.jsonl").read_text().splitlines()
-    ]
-    for text in (
-        f" Q : {line['question'].strip()} A : {line['solutions'][0].strip()}" for line in lines
-    ):
-        text = re.sub(r"^ ?", " ", text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    enc = tokens.encoding("toy")
+    for row in read_rows(world.data / "easy/train.jsonl"):
+        text = f" Q : {row['question'].strip()} A : {row['solutions'][0].strip()}"
         ids = enc.encode_ordinary(text)
-        assert (
-            theirs(text).input_ids == ids
-            and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
-        )
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
     assert (theirs.eos_token_id, theirs.pad_token_id) == (enc.eot_token, tokens.pad_id(enc))
     convert("import", tmp_path / "hf", tmp_path / "again.pt", "--tokens", "1")
     assert same_weights(world.taught, tmp_path / "again.pt")
 
 
 def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
-    Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, [])).save(
-        str(theirs / "tokenizer.json")
-    )
-    assert "tokenizer.json is not toy: the checkpoint was trained on other ids" in refused(
-        "import", theirs, tmp_path / "out.pt"
-    )
+    other = Tokenizer(models.BPE({"a": 0, "<|endoftext|>": TOY - 2}, []))
+    other.save(str(theirs / "tokenizer.json"))
+    assert "tokenizer.json is not toy" in refused("import", theirs, tmp_path / "out.pt")
     (theirs / "tokenizer.json").write_text("{}")
     assert "cannot read" in refused("import", theirs, tmp_path / "out.pt")
 
@@ -738,48 +707,30 @@ def test_another_tokenizer_is_refused(refused, theirs, tmp_path):
 # --------------------------------------------------------------------------------------- the stages
 
 
+def sum_of(i):
+    answer = str(i + 1)
+    solutions = [f"{i} + 1 = {answer}\n#### {answer}"]
+    known = {"id": str(i), "question": f"What is {i} + 1?", "answer": answer}
+    return known | {"solutions": solutions}
+
+
 def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
     """rl, sft, mix and eval with nothing but --init and sizes: questions, encoding and recipe
-    follow from the meta.
-    """
-    rows = [
-        {
-            "id": str(i),
-            "question": f"What is {i} + 1?",
-            "answer": str(i + 1),
-            "solutions": [f"{i} + 1 = {i + 1}\n#### {i + 1}"],
-        }
-        for i in range(6)
-    ]
+    follow from the meta."""
     for split in ("train", "val", "shots"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{split}.jsonl", map(sum_of, range(6)))
     model = small_model(100278, 100352, torch.float32, width=16, ffn=24)
-    transformers_twin(model).to(torch.bfloat16).save_pretrained(
-        tmp_path / NAMED, max_shard_size="4MB"
-    )
-    start, shared = tmp_path / "step10000.pt", dict(eval_questions=2, eval_n=2, max_new=6)
+    theirs = transformers_twin(model).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / NAMED, max_shard_size="4MB")
+    start = tmp_path / "step10000.pt"
+    tuned = tmp_path / "step10000-sft.pt"
     convert("import", tmp_path / NAMED, start, "--questions", tmp_path)
-    call("sft", init=start, steps=1, batch=2, **shared)
-    call("rl", init=start, steps=1, questions_per_step=2, group=2, compile="false", **shared)
-    call(
-        "rl",
-        init=tmp_path / "step10000-sft.pt",
-        steps=1,
-        questions_per_step=2,
-        group=2,
-        compile="false",
-        **shared,
-    )
-    call(
-        "mix",
-        init=start,
-        steps=1,
-        questions_per_step=2,
-        group=2,
-        batch=2,
-        compile="false",
-        **shared,
-    )
+    shared = dict(steps=1, eval_questions=2, eval_n=2, max_new=6, compile="false")
+    rollouts = dict(questions_per_step=2, group=2)
+    call("sft", init=start, batch=2, **shared)
+    call("rl", init=start, **rollouts, **shared)
+    call("rl", init=tuned, **rollouts, **shared)
+    call("mix", init=start, batch=2, **rollouts, **shared)
     recipes = {
         "step10000": "base",
         "step10000-sft": "sft",
@@ -788,36 +739,20 @@ def test_every_stage_starts_from_an_imported_checkpoint(cl100k, tmp_path):
         "step10000-mix": "mix",
     }
     paths = [tmp_path / f"{name}.pt" for name in recipes]
-    call(
-        "eval",
-        *paths,
-        results=tmp_path / "results",
-        limit=2,
-        n=2,
-        k="1,2",
-        shots="0",
-        max_new=6,
-        compile="false",
-    )
+    sizes = dict(limit=2, n=2, k="1,2", shots="0", max_new=6, compile="false")
+    call("eval", *paths, results=tmp_path / "results", **sizes)
+    expected = dict(tokens=21 * 10**9, world="olmo-mix-1124", model="2x16", n=2)
     for path in paths:
-        meta, rows = (
-            common.load(path)["meta"],
-            read_rows(tmp_path / "results" / f"{path.stem}.jsonl"),
-        )
+        meta = common.load(path)["meta"]
+        rows = read_rows(tmp_path / "results" / f"{path.stem}.jsonl")
         (row,) = (row for row in rows if row["kind"] == "pass")
         assert meta["recipe"] == row["recipe"] == recipes[path.stem]
-        assert (row["tokens"], row["world"], row["model"], row["n"]) == (
-            21 * 10**9,
-            "olmo-mix-1124",
-            "2x16",
-            2,
-        )
-        assert path == start or meta["parent_hash"] == common.config_hash(
-            common.load(meta["parent"])["meta"]
-        )
-    assert not same_weights(start, paths[1])
+        assert expected.items() <= row.items()
+        if path != start:
+            parent = common.load(meta["parent"])["meta"]
+            assert meta["parent_hash"] == common.config_hash(parent)
+    assert not same_weights(start, tuned)
     convert("export", paths[4], tmp_path / "mixed")  # and what the stages wrote goes back
     ids = torch.tensor([tokens.encode(cl100k, "Question: What is 1 + 1?\nAnswer:")])
-    torch.testing.assert_close(
-        their_logits(tmp_path / "mixed", ids), our_logits(paths[4], ids), rtol=0, atol=1e-4
-    )
+    expected = our_logits(paths[4], ids)
+    torch.testing.assert_close(their_logits(tmp_path / "mixed", ids), expected, rtol=0, atol=1e-4)

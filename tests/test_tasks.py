@@ -140,7 +140,7 @@ def harness(model):
 
     Its sums are in fp64: in fp32 those of PIQA's long choices, of -600, are off by 1e-4.
     """
-    from bench_cpu import transformers_twin
+    from bench import transformers_twin
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter

@@ -453,6 +453,7 @@ def run_scripts(folder: Path) -> dict:
     length = f"--tokens {1024 * steps} --batch_tokens 1024 --length 64 --warmup 2"
     base = f"@base/step{steps}.pt"
     learn = f"rl.py --init @taught.pt --steps 8 --eval_every 4 --eval_n 8 --save_every 1 {how}"
+    learn += on_gpu("", " --questions_per_step 8 --eval_questions 4 --max_new 24")
     finished("prepare", f"data/prepare.py toy --out @toy --tokens {1100 * steps} {sizes}")
     finished("pretrain", f"pretrain.py --data @toy --out @base --doc_mask {length} {how}")
     taught = f"--steps {on_gpu(200, 40)} --lr 4e-3 --eval_questions 0"

@@ -529,9 +529,17 @@ def can_compile(cfg, world: World) -> bool:
 
 
 def compile_blocks(model, dynamic: bool = True):
-    """In place, so that parameters keep their names; all blocks share one code."""
+    """In place, so that parameters keep their names; all blocks share one code.
+
+    dynamic: one code for all numbers of rows and tokens. It is still compiled anew for one row and
+    for several, for one block of FlexAttention's mask and for several, with gradients and without,
+    with a layout and without: twelve at most, where PyTorch gives up after eight and goes on with
+    uncompiled blocks.
+    """
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         block.compile(dynamic=dynamic)
+    model.compiled = True
 
 
 # --------------------------------------------------------------------------------- checkpoints

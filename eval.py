@@ -207,7 +207,7 @@ def score_continuations(model, contexts, continuations, greedy: bool, device) ->
     every = len(continuations)
     rows = problems.tree_rows(contexts, continuations, every)
     batch = problems.make_batch(contexts, continuations, [1.0] * every, 0, per_row=every)
-    batch = batch.part(slice(None), batch.ids.shape[1], device)
+    batch = batch.to(device)
     states = model.hidden(batch.ids, batch.layout)[batch.mask]  # (N, D)
     target = batch.target[batch.mask]  # (N,)
     vocab = model.config.vocab

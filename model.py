@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -165,15 +166,22 @@ class Layout(NamedTuple):
         return (same & (trunk | own)).tril()[:, None]
 
     def blocks(self) -> flex.BlockMask:
-        """The same for FlexAttention, which leaves out blocks of 128 x 128 that nobody sees."""
+        """The same for FlexAttention, which leaves out blocks of 128 x 128 that nobody sees.
 
-        def sees(b, h, query, key):
-            same = self.document[b, query] == self.document[b, key]
-            own = self.branch[b, query] == self.branch[b, key]
-            return (query >= key) & same & ((self.branch[b, key] == 0) | own)
+        Only compiled blocks make one kernel of it, see `Model.hidden`. What is found here holds a
+        few bool (B, T, T) for a moment, 0.13 GB each for 8 rows of 4096, once a pass and not once a
+        layer: compiling that, too, would be one more thing to compile for every new shape.
+        """
+        document = self.document
+        branch = self.branch
 
-        B, T = self.document.shape
-        return flex.create_block_mask(sees, B, None, T, T, device=self.document.device)
+        def sees(b, h, query, key):  # tensors from outside: a new mask is no new code to compile
+            same = document[b, query] == document[b, key]
+            own = branch[b, query] == branch[b, key]
+            return (query >= key) & same & ((branch[b, key] == 0) | own)
+
+        B, T = document.shape
+        return flex.create_block_mask(sees, B, None, T, T, device=document.device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | flex.BlockMask | None) -> Tensor:
@@ -244,9 +252,10 @@ class Model(nn.Module):
     """OLMo2. Weights are kept in fp32 (or fp64); `compute` is the dtype of activations and of
     matrix products."""
 
-    checkpoint_activations = (
-        False  # keep only the blocks' inputs; run each again when going backward
-    )
+    # keep only the blocks' inputs; run each again when going backward
+    checkpoint_activations = False
+    # whether the blocks are compiled (common.compile_blocks says so)
+    compiled = False
 
     def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32):
         super().__init__()
@@ -288,7 +297,7 @@ class Model(nn.Module):
         if layout is not None:
             layout = Layout(*layout)
             position = layout.position[:, None]  # (B, 1, T)
-            seen = layout.blocks() if x.is_cuda else layout.mask()
+            seen = layout.blocks() if self.takes_blocks(x) else layout.mask()
         elif T > c.context:
             raise ValueError(f"{T} tokens in a row, the model's context is {c.context}")
         cos, sin = rope_table(position, c.head_width, c.theta)
@@ -298,6 +307,14 @@ class Model(nn.Module):
             else:
                 x = block(x, cos, sin, seen)
         return self.norm(x)
+
+    def takes_blocks(self, x: Tensor) -> bool:
+        """Whether a layout goes to FlexAttention, as blocks, and not to SDPA, as a dense mask.
+
+        FlexAttention is one kernel only where a compiler makes it one: run as it is, it holds all
+        scores in fp32, where SDPA with a mask holds the mask. A CPU has no backward pass of it, and
+        Triton no products in fp64."""
+        return self.compiled and x.is_cuda and x.dtype != torch.float64
 
     def forward(
         self,
@@ -436,17 +453,56 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that a batch may take; no limit where the system does not say."""
+def free_bytes(device: torch.device, root: str = "/") -> float:
+    """Memory that a batch may take; no limit where the system does not say.
+
+    On a CPU what the machine has left, or what the process's container or job has left, if that is
+    less. root: the folder that has proc and sys."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    machine = number_in(Path(root, "proc/meminfo"), math.inf, "MemAvailable:")
+    return min(1024 * machine, container_bytes(Path(root)))
+
+
+# of control groups (Linux's limits for containers and jobs), version 1 and 2: where they are, the
+# limit, what is in use, and what of that is files that can be read again
+GROUPS_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUPS_2 = ("", "memory.max", "memory.current", "inactive_file")
+
+
+def container_bytes(root: Path) -> float:
+    """What the control groups of this process leave it; no limit where there is none."""
     try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-            return 1024 * int(available.split()[1])
-    except (OSError, StopIteration):
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
         return math.inf
+    room = math.inf
+    for line in groups:  # 4:memory:/jobs/7 in version 1, 0::/jobs/7 in version 2
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, limit, used, files = GROUPS_1 if controllers else GROUPS_2
+        top = root / "sys/fs/cgroup" / place
+        # a container often sees its own group at the top, under a name from outside
+        folder = top / (group.strip("/") if ".." not in group else "")
+        for above in (folder, *folder.parents):
+            held = number_in(above / used, 0) - number_in(above / "memory.stat", 0, files)
+            room = min(room, number_in(above / limit, math.inf) - held)
+            if above == top:  # a limit of a group is one of all below it
+                break
+    return max(0, room)
+
+
+def number_in(path: Path, missing: float, name: str = "") -> float:
+    """The number in a file of the system, or the one beside a name; `missing` if it is not there,
+    or is a word."""
+    try:
+        lines = path.read_text().splitlines()
+        words = next(line for line in lines if line.startswith(name)).removeprefix(name).split()
+        return int(words[0])
+    except (OSError, StopIteration, IndexError, ValueError):
+        return missing
 
 
 class Weights(NamedTuple):

@@ -304,14 +304,17 @@ class Batch(NamedTuple):
     logp: torch.Tensor  # f32, what the sampler gave each target, 0 outside the mask
     layout: tuple | None = None  # position, document, branch of model.Layout, if a row has several
 
-    def part(self, rows, targets: int, device) -> "Batch":
-        """These rows, with their first `targets` columns, on a device."""
+    def each(self, function) -> "Batch":
+        """The batch of what `function` makes of each tensor."""
+        layout = self.layout and tuple(map(function, self.layout))
+        return Batch(*map(function, self[:-1]), layout)
 
-        def take(x):
-            return x[rows, :targets].to(device)
+    def part(self, rows, targets: int) -> "Batch":
+        """These rows, with their first `targets` columns."""
+        return self.each(lambda x: x[rows, :targets])
 
-        layout = self.layout and tuple(map(take, self.layout))
-        return Batch(*map(take, self[:-1]), layout)
+    def to(self, device) -> "Batch":
+        return self.each(lambda x: x.to(device))
 
 
 def answer_seeds(seed, step, rows, n):
@@ -421,11 +424,15 @@ def micro_batches(batch: Batch, answers: int, world, idle=False):
     order = last.argsort(descending=True, stable=True)
     order = order if idle else order[batch.weight[order].any(1)]
     per_row = int(batch.layout[2].amax()) if batch.layout else 1
-    parts = order.split(max(1, answers // per_row)) if len(order) else ()
+    size = max(1, answers // per_row)
+    parts = order.split(size) if len(order) else ()
     # agreed upon before any of them is passed through the model
     most = int(world.max(len(parts))[0]) if world.shard else 0
-    for rows in parts:
-        yield batch.part(rows, -(-int(last[rows].max()) // 8) * 8, world.device)
+    # once and not part by part: to send something to a GPU is to wait for what it is doing
+    batch = batch.to(world.device)
+    places = order.to(world.device).split(size)
+    for rows, here in zip(parts, places, strict=False):
+        yield batch.part(here, -(-int(last[rows].max()) // 8) * 8)
     for _ in range(len(parts), most):
-        nothing = batch.part(slice(1), 8, world.device)
+        nothing = batch.part(slice(1), 8)
         yield nothing._replace(mask=nothing.mask & False, weight=nothing.weight * 0)

@@ -75,7 +75,10 @@ Fraction = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Flags of all trainers: where and how a run works. None but --dtype changes its result."""
+    """Flags of all trainers: where and how a run works.
+
+    None changes what is learned, but --dtype, and an update that --on_nonfinite or --spike skips.
+    """
 
     micro: Count = 64  # rows of text, or answers, per forward pass; never changes the result
     compile: bool = True  # torch.compile the blocks: seconds at the start, more the first time
@@ -154,7 +157,8 @@ def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
                 value = rest.pop(0)
         given[name] = parse_value(name, value, hints[name])
     for field in dataclasses.fields(Config):
-        if field.default is dataclasses.MISSING and field.name not in given:
+        needed = field.default is dataclasses.MISSING and not given.get("plan")
+        if needed and field.name not in given:
             raise ValueError(f"--{field.name} is needed; --help says what it is")
     return given
 
@@ -280,7 +284,8 @@ class Unhurt:
         try:
             yield
         except OSError:  # what is left in the buffer would fail again, at the latest at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -329,16 +334,15 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def memory_message(error: RuntimeError, Config, given: dict) -> str:
-    """One line with the flags that take less memory, at the values they have now."""
+    """One line with the flags that take less memory, with the values that were given."""
     wanted = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     ways = []
-    for name in ("micro", "rows", "max_new", "checkpoint_activations", "shard"):
+    for name in ("micro", "answers_per_row", "rows", "max_new"):
         if name in Config.__dataclass_fields__:
-            value = given.get(name, Config.__dataclass_fields__[name].default)
-            if value is False:
-                ways.append(f"--{name}")
-            elif value is not True:
-                ways.append(f"a lower --{name} (now {value})")
+            ways.append(f"a lower --{name}" + (f" (now {given[name]})" if name in given else ""))
+    for name in ("checkpoint_activations", "shard"):
+        if name in Config.__dataclass_fields__ and not given.get(name):
+            ways.append(f"--{name}")
     more = f" ({wanted[1]} more)" if wanted else ""
     return f"out of memory{more}: try {', '.join(ways)} or more GPUs"
 
@@ -370,15 +374,20 @@ class World(NamedTuple):
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
+    def wait(self):
+        """For all ranks, which call it together."""
+        if self.size > 1:
+            dist.barrier()
+
     def sum(self, *values) -> list[float]:
-        """Sums over the ranks, in fp64, of numbers and of tensors of one element."""
+        """Sums over the ranks, in fp64, of numbers and tensors of one element. All ranks call."""
         total = self.stack(values)
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def max(self, *values) -> list[float]:
-        """The largest over the ranks, of numbers and of tensors of one element."""
+        """The largest over the ranks, of numbers and tensors of one element. All ranks call."""
         if self.size == 1:
             return [float(x) for x in values]
         most = self.stack(values)
@@ -765,6 +774,7 @@ def configure(Config, given: dict, paper: dict):
     A flag that was not given has the value that Config declares, or, from a checkpoint of the
     paper's sizes, the one in `paper`.
     """
+    given = {"init": "", **given}  # --plan needs none
     before = None if given.get("plan") else load(given["init"])
     preset = given.get("plan") or before["meta"]["preset"]
     defaults = paper if paper_size(preset) else {}

@@ -154,12 +154,13 @@ def validate(run: common.Setup, sampler, log: common.Log, step: int):
     if not run.held_out:
         return
     cfg = run.cfg
-    sampler.refresh()
     asked = Asked(run.encoding, run.form, run.held_out)
     ks = (1, 2, 4, 8, 16, 32)
     log.add(
         step,
-        validation=solve(sampler, asked, cfg.eval_n, cfg.max_new, 0.6, cfg.seed, run.world, ks),
+        validation=solve(
+            sampler, asked, cfg.eval_n, cfg.max_new, Config.temperature, cfg.seed, run.world, ks
+        ),
     )
 
 
@@ -290,7 +291,7 @@ class Rows:
         self.state = Path(f"{self.file}.resume")  # not FILE: what FILE holds is complete
         before = self.state if self.state.exists() else self.file
         self.rows = read_rows(before) if before.exists() else []
-        world.max(0)  # no rank writes before all have read: they must agree on what is missing
+        world.wait()  # no rank writes before all have read: they must agree on what is missing
         others = {row["checkpoint"] for row in self.rows} - {self.base["checkpoint"]}
         if others and not cfg.overwrite:
             raise ValueError(
@@ -380,8 +381,11 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
     max_new = cfg.max_new or common.longest(meta)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
     asked = Asked(subject.encoding, problems.form(folder), questions, shown)
-    if not cfg.shots:  # as many as a row of its text has room for, together with an answer
-        while asked.shots and len(asked.prefix) + max_new > meta["length"]:
+    if not cfg.shots:  # as many as a row of its text has room for, with a question and an answer
+        prompts = [problems.prompt(asked.form, row["question"]) for row in questions]
+        room = meta["length"] - max_new
+        room -= max(len(tokens.encode(asked.encoding, prompt)) for prompt in prompts)
+        while asked.shots and len(asked.prefix) > room:
             asked = asked._replace(shots=asked.shots[:-1])
     settings = dict(
         benchmark=Path(folder).stem,

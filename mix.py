@@ -116,13 +116,13 @@ def main(given: dict):
     optimizers = [rl_optimizer, sft_optimizer]
     save = functools.partial(common.save_state, cfg, model, meta, optimizers, log)
 
-    def rows(step):
-        """Which rows both batches of a step have, for the log of a step that went wrong."""
+    def rows(step, done):
+        """Which rows both batches of an update have, for the log of one that went wrong."""
         count = cfg.questions_per_step
-        second = problems.shuffled(len(pairs), cfg.batch, cfg.seed, step) if pairs else []
+        second = problems.shuffled(len(pairs), cfg.batch, cfg.seed, done) if pairs else []
         return {
             "rl": problems.shuffled(len(run.train), count, cfg.seed, step),
-            "sft": text.chosen(step, cfg.batch) if text else second,
+            "sft": text.chosen(done, cfg.batch) if text else second,
         }
 
     for step in common.loop(first, cfg.steps, cfg, world, save):
@@ -148,7 +148,7 @@ def main(given: dict):
             rl_lr = share * cosine(done, steps, cfg.lr, cfg.warmup, floor=1.0)
             sft_lr = (1 - share) * cosine(done, steps, cfg.sft_lr, cfg.sft_warmup)
             watched = dict(sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
-            if log.healthy(step, functools.partial(rows, done), watched, loss=loss):
+            if log.healthy(step, functools.partial(rows, step, done), watched, loss=loss):
                 halves = [
                     (rl_optimizer, rl_lr, rl_gradient),
                     (sft_optimizer, sft_lr, sft_gradient),

@@ -199,11 +199,14 @@ def kl_to(reference_logp, logp):
 
 
 def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1.0):
-    """The loss of one micro-batch -> loss (scalar), log-probs and entropy (B, T). Edit me.
+    """The loss of one micro-batch -> loss (scalar), log-probs and entropy (B, T).
 
     On-policy, without a KL term, the ratio to the old policy is 1 and the gradient is that of
     sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
     micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
+
+    For a term that is not linear in the log-probs, leave out the short cut: the second half works
+    for any function of them, and computes the logits twice.
     """
     how = dict(mask=micro.mask, temperature=cfg.temperature, layout=micro.layout)
     if cfg.updates == 1 and not cfg.kl:
@@ -297,8 +300,9 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
     prompts = cfg.questions_per_step * numbers["prompt_length"]
-    trained = sampled + prompts * -(-cfg.group // cfg.answers_per_row)
-    passes = (sampled + prompts) / 3 + trained * cfg.updates
+    trained = (sampled + prompts * -(-cfg.group // cfg.answers_per_row)) * (1 - numbers["flat"])
+    measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
+    passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
     return dict(
         flops=passes * model.flops_per_token(size),
         questions=cfg.questions_per_step,

@@ -126,7 +126,8 @@ def main(given: dict):
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     for step in common.loop(first, steps, cfg, world, save):
-        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+        if run.held_out and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
+            sampler.refresh()
             validate(run, sampler, log, step)
         began = time.monotonic()
         batch = sft_batch(run, pairs, step)
@@ -141,7 +142,9 @@ def main(given: dict):
         trained = int(world.sum(float(batch.mask.sum()))[0])
         speed = trained / costs["seconds"]
         log(step, costs, loss=loss, gradient_norm=norm, tokens=trained, tokens_per_s=speed)
-    validate(run, sampler, log, steps)
+    if run.held_out:
+        sampler.refresh()
+        validate(run, sampler, log, steps)
     common.finish(cfg, model, meta(steps), log)
 
 

@@ -203,9 +203,7 @@ class Room(NamedTuple):
     context: int  # tokens a row of the model may have
     max_new: int = 0  # tokens of an answer that is sampled
     before: int = 0  # tokens of the shots that come before each prompt
-    solutions: str | None = (
-        None  # "1", "all", ...: the solutions that are trained on; None: none is
-    )
+    solutions: str | None = None  # "1", "all", ...: those that are trained on; None: none is
     seed: int = 0  # by which these are chosen
 
 

@@ -348,9 +348,8 @@ class OpenMath:
     # at most (paper: about 23 on average; the source has about 120)
     solutions_per_question: Count = 23
     code: bool = False  # also solutions that ran Python
-    shots: str = (
-        ""  # .json list of solved questions, as for gsm8k or math; empty: training questions
-    )
+    # .json list of solved questions, as for gsm8k or math; empty: training questions
+    shots: str = ""
     out: str = "data/out/openmath"  # the folder to make
     # questions held out for validation (paper: a held-out split, its size is not given)
     val: Count = 500

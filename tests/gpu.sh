@@ -7,7 +7,7 @@
 # METHOD
 # Needs one H100 or H200 (80 GB), torch 2.11 or later with triton, numpy, tiktoken and tqdm. Nothing
 # is downloaded. Each part is a process of its own with a time limit, the cheapest come first, and
-# one that fails does not stop the others. A part prints 15 lines at most; $OUT/log.txt has the rest.
+# one that fails does not stop the others. A part prints 15 lines at most; the rest: $OUT/log.txt.
 #
 # What the parts ask, and what a good answer is:
 #   facts     what the machine is, and its ceilings: a copy (bytes read and written) and a matrix

@@ -102,7 +102,11 @@ def has_begun(process, log):
 def test_signal_to_a_process_of_its_own(whole, world, tmp_path, stage, number):
     out = tmp_path / "run/step6.pt"
     # tests in the background ignore them, and so would the process
-    preexec = lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]  # noqa: E731
+
+    def preexec():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     process = start(stage, *words_of(stage, world, out), preexec_fn=preexec)
     has_begun(process, Path(f"{out}.metrics.jsonl"))
     process.send_signal(number)

@@ -44,6 +44,7 @@ from torch.profiler import profile, schedule
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
+import plan
 from data import problems, tokens
 from data.files import fingerprint, read_rows, whole_file, write_rows
 from model import Model, ModelConfig
@@ -768,17 +769,19 @@ class Setup(NamedTuple):
     held_out: list[dict]
 
 
-def configure(Config, given: dict, paper: dict):
+def configure(Config, given: dict, paper: dict, job_of):
     """The Config of a run from --init, and the checkpoint (None with --plan).
 
     A flag that was not given has the value that Config declares, or, from a checkpoint of the
-    paper's sizes, the one in `paper`.
+    paper's sizes, the one in `paper`; on a GPU, what decides about memory is chosen to fit it.
+    job_of(cfg): what the run will do, a plan.Job.
     """
     given = {"init": "", **given}  # --plan needs none
     before = None if given.get("plan") else load(given["init"])
     preset = given.get("plan") or before["meta"]["preset"]
     defaults = paper if paper_size(preset) else {}
-    return Config(**(defaults | given)), before
+    cfg = Config(**(defaults | given))
+    return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
 
 
 def validations(cfg, steps: int) -> int:
@@ -1155,8 +1158,8 @@ def profiled(steps, cfg, world: World):
         lines = [f"  {name:10}{share:6.1%}" for name, share in shares.items()]
         print(f"\n{path}: {seconds * 1e3:.1f} ms per step", *lines, sep="\n", flush=True)
 
-    plan = schedule(wait=WARM_UP - 1, warmup=1, active=cfg.profile, repeat=1)
-    with profile(schedule=plan, on_trace_ready=ready) as profiler:
+    traced = schedule(wait=WARM_UP - 1, warmup=1, active=cfg.profile, repeat=1)
+    with profile(schedule=traced, on_trace_ready=ready) as profiler:
         for step in steps:
             yield step
             profiler.step()

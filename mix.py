@@ -94,7 +94,7 @@ def text_stream(cfg: Config, before: dict):
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER)
+    cfg, before = common.configure(Config, given, PAPER, job_of)
     rl.check(cfg)
     sft.check(cfg)
     if cfg.plan:

@@ -18,9 +18,11 @@ this was measured on a GPU.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -173,6 +175,7 @@ SPAN = Sampler.SPAN["cuda"]  # columns that the sampler's cache is rounded to
 ROOM = 0.9  # of a GPU; the rest is for CUDA, NCCL and what the allocator cannot use
 CARDS = (24, 40, 80, 141)  # GB
 ROOMS = [ROOM * card * 1e9 for card in CARDS]
+BUSY = 4096  # tokens of a micro-batch that keep the matrix units of a GPU busy
 WAYS = {  # a block as it is, compiled, or run again in the backward pass
     "plain": "--compile false",
     "compiled": "--compile true",
@@ -256,6 +259,56 @@ def memory_of(cfg, job: Job, model: Model) -> Memory:
     together = min(getattr(cfg, "rows", 0), -(-job.answers // ranks))
     max_new = job.row - PROMPT if job.answers else 0
     return memory(model, job.optimizers, ranks, shard, together, max_new, job.row)
+
+
+def fit(cfg, given: dict, job: Job, preset: str):
+    """The Config with --micro, --rows, --checkpoint_activations and --shard that fit the GPU.
+
+    A flag in `given` stays; none of the others changes a result. On a CPU, and where nothing fits,
+    the Config stays as it is. One line says what was chosen.
+    """
+    if not torch.cuda.is_available() or cfg.device == "cpu" or preset not in PRESETS:
+        return cfg
+    room = ROOM * torch.cuda.mem_get_info()[1]
+    chosen = fitting(cfg, given, job, shape(preset), room)
+    told = [f"--{name} {value}".replace(" True", "") for name, value in chosen.items()]
+    if os.environ.get("RANK", "0") == "0":
+        gigabytes = f"{room / 1e9:.0f} GB of GPU memory"
+        line = f"for {gigabytes}: {' '.join(told)}" if told else f"nothing fits {gigabytes}"
+        print(f"{job.script}.py: {line} (computed, see --plan)", file=sys.stderr)
+    return dataclasses.replace(cfg, **chosen)
+
+
+def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
+    """Values for the flags that are not `given`, so that a run takes `room` bytes; {} if none do.
+
+    Tried in this order, the first with micro-batches that keep a GPU busy: as it is; with blocks
+    run again in the backward pass; sharded; both. In each, fewer answers side by side.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rows = getattr(cfg, "rows", 0)
+    choices = {
+        "shard": (False, True) if several else (False,),
+        "checkpoint_activations": (False, True),
+        "rows": (rows, rows // 2, rows // 4, rows // 8) if rows else (),
+    }
+    choices = {name: values for name, values in choices.items() if values and name not in given}
+    best = {}
+    for values in itertools.product(*choices.values()):
+        found = dict(zip(choices, values, strict=True))
+        tried = dataclasses.replace(cfg, **found)
+        way = "compiled" if cfg.compile else "plain"
+        way = "checkpointed" if tried.checkpoint_activations else way
+        most = memory_of(tried, job, model).largest(way, room)
+        if most < given.get("micro", 1):
+            continue
+        if "micro" not in given:
+            found["micro"] = min(64, 1 << (most.bit_length() - 1))
+        found = {name: value for name, value in found.items() if value is not False}
+        if most * job.row >= BUSY:
+            return found
+        best = best or found
+    return best
 
 
 # ---------------------------------------------------------------------------------------- shown

@@ -105,7 +105,8 @@ def configure(given: dict):
     if parent:
         out = f"{Path(given['init']).with_suffix('')}-text"
         defaults |= {"length": parent["length"], "seed": parent["seed"], "out": out}
-    return Config(**(defaults | given)), before
+    cfg = Config(**(defaults | given))
+    return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
 
 
 def rows_per_step(cfg: Config, world: common.World) -> int:

@@ -336,7 +336,7 @@ def check(cfg: Config):
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER)
+    cfg, before = common.configure(Config, given, PAPER, job_of)
     check(cfg)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))

@@ -106,7 +106,7 @@ def job_of(cfg: Config) -> plan.Job:
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER)
+    cfg, before = common.configure(Config, given, PAPER, job_of)
     check(cfg)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))

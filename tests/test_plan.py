@@ -1,5 +1,6 @@
 """plan.py: what commands cost, and its memory against every tensor that a real step holds."""
 
+import dataclasses
 import importlib
 import json
 import weakref
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import common
 import model as models
 import plan
+import rl
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update
 
 
@@ -303,3 +305,74 @@ def test_text_is_counted_once(capsys):
 def test_a_command_that_would_run_is_refused():
     with pytest.raises(ValueError, match="--plan"):
         plan.main(["pretrain.py"])
+
+
+# ---- what fits a GPU
+
+
+def fitted(script, preset, card, ranks, monkeypatch, **given):
+    """The Config that a trainer would run with on GPUs of `card` GB, and its planned bytes."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    module = importlib.import_module(script)
+    given = {"plan": preset, **given}
+    if script == "pretrain":
+        cfg, _ = module.configure(given)
+    else:
+        cfg, _ = common.configure(module.Config, given, module.PAPER, module.job_of)
+    job = module.job_of(cfg)
+    room = plan.ROOM * card * 1e9
+    chosen = plan.fitting(cfg, given, job, plan.shape(preset), room)
+    cfg = dataclasses.replace(cfg, **chosen)
+    return chosen, plan.memory_of(cfg, job, plan.shape(preset)).needed(cfg), room
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "mix"])
+@pytest.mark.parametrize("preset, card, ranks", [("1b", 80, 1), ("1b", 80, 8), ("4b", 80, 8)])
+def test_what_is_chosen_for_a_gpu_fits_it(script, preset, card, ranks, monkeypatch):
+    chosen, needed, room = fitted(script, preset, card, ranks, monkeypatch)
+    assert chosen["micro"] >= 1
+    assert needed <= room
+
+
+def test_a_larger_gpu_has_no_smaller_batches(monkeypatch):
+    small, _, _ = fitted("rl", "1b", 80, 1, monkeypatch)
+    large, _, _ = fitted("rl", "1b", 141, 1, monkeypatch)
+    assert large["rows"] >= small["rows"]
+    assert large["micro"] >= small["micro"] or small.get("checkpoint_activations")
+
+
+def test_sharding_is_chosen_where_one_gpu_cannot_hold_it(monkeypatch):
+    alone, _, _ = fitted("rl", "4b", 80, 1, monkeypatch)
+    assert alone == {}
+    together, _, _ = fitted("rl", "4b", 80, 8, monkeypatch)
+    assert together["shard"]
+    small, _, _ = fitted("sft", "190m", 80, 8, monkeypatch)
+    assert "shard" not in small
+
+
+def test_flags_that_were_given_stay(monkeypatch):
+    given = dict(micro=2, rows=64, checkpoint_activations=True)
+    chosen, _, _ = fitted("rl", "1b", 80, 1, monkeypatch, **given)
+    assert not chosen.keys() & given.keys()
+
+
+def test_the_choice_for_a_gpu_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70e9, 80e9))
+    cfg = rl.Config(init="x")
+    fit = plan.fit(cfg, {"init": "x"}, rl.job_of(cfg), "1b")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"--micro {fit.micro}" in told
+    changed = {
+        f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(fit, f.name)
+    }
+    assert changed <= {"micro", "rows", "checkpoint_activations", "shard"} <= common.OPERATIONAL
+
+
+def test_nothing_is_chosen_on_a_cpu(monkeypatch):
+    cfg = rl.Config(init="x")
+    assert plan.fit(cfg, {}, rl.job_of(cfg), "1b") is cfg
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg = rl.Config(init="x", device="cpu")
+    assert plan.fit(cfg, {}, rl.job_of(cfg), "1b") is cfg

@@ -1,7 +1,6 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
-import functools
-import gzip
+import collections
 import importlib
 import json
 import os
@@ -12,76 +11,118 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import checkpoint, run
+import common
 from model import Model, ModelConfig
 
 ROOT = Path(__file__).parents[1]
-DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))  # real data, beside the project
+# real data, beside the project
+DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))
 PRETRAIN = "--batch_tokens 1024 --length 64 --warmup 2 --compile false --eval_rows 4".split()
 
 
 def small_model(vocab=37, padded_vocab=64, dtype=torch.float64, **shape):
-    """Two layers of random weights, far enough from zero that every part of the network shows in the output."""
+    """Two layers of random weights, so far from zero that every part shows in the output."""
     sizes = {"layers": 2, "width": 32, "heads": 4, "ffn": 48, "context": 96} | shape
-    model = Model(ModelConfig(**sizes, vocab=vocab, padded_vocab=padded_vocab), dtype).init_weights(0).to(dtype)
+    config = ModelConfig(**sizes, vocab=vocab, padded_vocab=padded_vocab)
+    model = Model(config, dtype).init_weights(0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
-        p.data = p.data * 10 if p.dim() > 1 else torch.rand(p.shape, generator=generator).to(p) + 0.5
+        norm_weight = torch.rand(p.shape, generator=generator).to(p) + 0.5
+        p.data = p.data * 10 if p.dim() > 1 else norm_weight
     return model
 
 
 def flags(*words, **values) -> list[str]:
-    return [*words, *(str(part) for name, value in values.items() for part in (f"--{name}", value))]
+    pairs = [part for name, value in values.items() for part in (f"--{name}", value)]
+    return [str(part) for part in (*words, *pairs)]
 
 
 def call(script: str, *words, **values):
-    """`python script.py words --name value ...` inside this process; a wrong input is SystemExit(2), as for a user."""
+    """`python script.py words --name value ...` inside this process.
+
+    A wrong input is SystemExit(2), as for a user.
+    """
     module = importlib.import_module(script)
-    run.main(module.main, module.Config, module.__doc__, flags(*map(str, words), **values))
+    common.main(module.main, module.Config, module.__doc__, flags(*words, **values))
 
 
-def start(script: str, *words, **values) -> subprocess.Popen:
-    """The same as a process of its own."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags(*map(str, words), **values)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ))
+def start(script: str, *words, env=None, **more) -> subprocess.Popen:
+    """The same as a process of its own. env: changes to the environment; None removes a name."""
+    changed = os.environ | (env or {})
+    changed = {name: str(value) for name, value in changed.items() if value is not None}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, words)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=changed, **pipes | more)
 
 
 def refused(capsys, script: str, *words, **values) -> str:
-    """`call`, which must fail with exit status 2 and one line; -> that line. Bars before it end in a carriage return."""
+    """`call`, which must fail with exit status 2 and one line; -> that line.
+
+    The frames of a progress bar, which end in a carriage return, are no lines.
+    """
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(script, *words, **values)
-    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error:" in line or "Traceback" in line]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0].partition("error: ")[2]
+    return error_of(capsys.readouterr().err, stop.value.code)
+
+
+def error_of(said: str, status: int) -> str:
+    """What a script that failed with status 2 said on stderr, which must be one line."""
+    assert status == 2, said
+    assert "Traceback" not in said
+    (line,) = [line for line in re.split(r"[\r\n]", said) if "error:" in line]
+    return line.partition("error: ")[2]
+
+
+def files(folder) -> dict[Path, bytes]:
+    """All that a folder holds, to compare it later."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def changed(path, out, **changes):
+    """A checkpoint with parts replaced by functions of them; -> its path."""
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {name: change(saved[name]) for name, change in changes.items()}, out)
+    return out
 
 
 def weights(path) -> dict:
-    return checkpoint.load(path)["model"]
+    return common.load(path)["model"]
 
 
 def same_weights(one, other) -> bool:
     """Bit for bit."""
-    one, other = weights(one), weights(other)
+    one = weights(one)
+    other = weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def largest_difference(one, other) -> float:
-    one, other = weights(one), weights(other)
+    one = weights(one)
+    other = weights(other)
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def lines_of(out) -> list[dict]:
+    """The lines of a run's metrics."""
+    text = Path(f"{out}.metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def metrics(out, *names) -> list[tuple]:
-    """The named values of each step in a run's metrics; what says how fast it was is left to the caller to leave out."""
-    lines = [json.loads(line) for line in Path(f"{out}.metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(name) for name in ("step", *names)) for line in lines]
+    """The named values of each line of a run's metrics, after its step."""
+    return [tuple(line.get(name) for name in ("step", *names)) for line in lines_of(out)]
 
 
-@functools.cache
-def real(name) -> list[dict]:
-    """The rows of a file of real data: real("gsm8k/train")."""
-    if not DATASETS.is_dir():
-        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
-    with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do, by the name of the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))

@@ -869,11 +869,34 @@ def loop(first: int, steps: int, cfg, world: World, save):
             signal.signal(number, handler)
 
 
+def validates(cfg, step: int) -> bool:
+    """Whether the validation questions are answered before this step."""
+    return step == 0 or bool(cfg.eval_every) and step % cfg.eval_every == 0
+
+
+def examples(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """Some questions of `rows`, each with some of its answers, for Log.add_answers.
+
+    answers: as many to each row, question by question; what is said of each, its text first.
+    """
+    group = len(answers) // max(1, len(rows))
+    kept = []
+    for place, row in enumerate(rows[:SHOWN_QUESTIONS]):
+        shown = answers[place * group :][: min(group, SHOWN_ANSWERS)]
+        kept.append({name: row[name] for name in ("id", "question", "answer")} | {"answers": shown})
+    return kept
+
+
+SHOWN_QUESTIONS = 4  # in OUT.answers.jsonl at each validation
+SHOWN_ANSWERS = 8  # to each of them
+
+
 class Log:
     """One JSON line per step in OUT.metrics.jsonl, and a progress bar that shows some of them.
 
-    Rank 0 writes. state: what `save_state` saved, or None; lines of steps after it are dropped,
-    since these steps are done again. shown: names of what the progress bar shows.
+    Beside it OUT.answers.jsonl has a few questions with their answers, to be read. Rank 0 writes,
+    and its answers are those shown. state: what `save_state` saved, or None; lines of steps after
+    it are dropped, since these steps are done again. shown: names of what the progress bar shows.
     """
 
     WINDOW = 128  # steps that a spike is measured against (OLMo-core, SkipStepOptimizer)
@@ -882,6 +905,7 @@ class Log:
     def __init__(self, cfg, world: World, steps: int, state: dict | None, shown: str):
         self.cfg = cfg
         self.path = Path(f"{cfg.out}.metrics.jsonl")
+        self.answers = Path(f"{cfg.out}.answers.jsonl")
         self.shown = shown.split()
         self.active = world.rank == 0
         first = state["step"] if state else 0
@@ -890,13 +914,15 @@ class Log:
         self.totals = state["totals"] if state else {}
         if not self.active:
             return
-        kept = []
-        if first and self.path.exists():
-            kept = [line for line in read_rows(self.path) if line.get("step", first) < first]
-        elif first:
+        kept = lines_before(first, self.path)
+        if first and not kept:
             kept = [{"step": first - 1, "totals": self.totals}]
             say(f"{self.path} is gone: the record begins again at step {first}")
         write_rows(self.path, kept)
+        if kept := lines_before(first, self.answers):
+            write_rows(self.answers, kept)
+        else:
+            self.answers.unlink(missing_ok=True)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.bar = tqdm(
             desc=self.path.name.removesuffix(".metrics.jsonl"),
@@ -935,6 +961,20 @@ class Log:
         except OSError as error:
             raise ValueError(
                 f"could not write {self.path}: {error}; --resume goes on from the last saved state"
+            ) from error
+
+    def add_answers(self, step: int, split: str, rows: list[dict]):
+        """Questions of a split with their answers (see `examples`): `step` updates were done."""
+        if not self.active:
+            return
+        lines = [json.dumps({"step": step, "split": split, **row}) + "\n" for row in rows]
+        try:
+            with open(self.answers, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise ValueError(
+                f"could not write {self.answers}: {error}; --resume goes on from the last saved "
+                "state"
             ) from error
 
     def healthy(self, step: int, rows, watched: dict[str, float], **others: float) -> bool:
@@ -995,6 +1035,13 @@ class Log:
             self.file.close()
             with contextlib.suppress(OSError):
                 self.bar.close()
+
+
+def lines_before(step: int, path: Path) -> list[dict]:
+    """The lines of a log that were written before this step."""
+    if not step or not path.exists():
+        return []
+    return [line for line in read_rows(path) if line.get("step", step) < step]
 
 
 def history(out) -> tuple[list[dict], dict]:

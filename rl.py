@@ -8,7 +8,10 @@ advantage r - mean(r of its group), and take one gradient of
 
     sum over sampled tokens of  -advantage/N * log pi(token),    N = sampled tokens of the step.
 
-No solution is ever read.
+No solution is ever read. The progress line shows reward, correct, flat (groups of equal rewards,
+which teach nothing) and truncated, and no loss: the advantages of a group sum to 0, so that the
+loss is near 0 whatever is learned. OUT.answers.jsonl has a few questions with their answers,
+rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
  1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a
@@ -102,12 +105,17 @@ def rollout(run: common.Setup, sampler: Sampler, step: int) -> Rollout:
     )
 
 
-@record_function("reward")
-def grade(run: common.Setup, rolled: Rollout) -> tuple[torch.Tensor, list[tuple[bool, bool]]]:
-    """-> rewards (A,) fp64, and (correct, well-formed) of each answer; a truncated one is neither.
+class Graded(NamedTuple):
+    """What the answers of a Rollout are worth."""
 
-    The reward sees the answer's text and the right answer, nothing else.
-    """
+    texts: list[str]  # (A,)
+    marks: list[tuple[bool, bool]]  # (A,) correct, well-formed; a truncated answer is neither
+    rewards: torch.Tensor  # (A,) fp64
+
+
+@record_function("reward")
+def grade(run: common.Setup, rolled: Rollout) -> Graded:
+    """The reward sees the answer's text and the right answer, nothing else."""
     ended = [not truncated for truncated in rolled.truncated]
     # the end token is no part of the text
     ids = [ids[: len(ids) - end] for ids, end in zip(rolled.answers, ended, strict=True)]
@@ -115,7 +123,7 @@ def grade(run: common.Setup, rolled: Rollout) -> tuple[torch.Tensor, list[tuple[
     right = [row["answer"] for row in rolled.questions]
     marks = grader.grade_all(texts, right, ended)
     rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
-    return torch.tensor(rewards, dtype=torch.float64), marks
+    return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64))
 
 
 def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
@@ -131,23 +139,39 @@ def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
     return torch.where(flat, 0.0, centred)
 
 
-def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.Batch, dict]:
-    """This rank's rows of RL step `step`, and the numbers of the whole step for the log."""
+def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage) -> list[dict]:
+    """A few questions of the step, with answers, rewards and advantages, for OUT.answers.jsonl."""
+    answers = []
+    columns = (graded.texts, graded.marks, rolled.truncated, graded.rewards.tolist(), advantage)
+    for text, (correct, formatted), truncated, reward, worth in zip(*columns, strict=True):
+        marks = dict(correct=correct, formatted=formatted, truncated=truncated)
+        answers.append({"text": text, **marks, "reward": reward, "advantage": round(worth, 6)})
+    return common.examples(rolled.questions[:: run.cfg.group], answers)
+
+
+def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
+    """-> this rank's rows of RL step `step` (Batch), and numbers of the whole step for the log.
+
+    log: a common.Log for a few of the answers, at the steps that are validated.
+    """
     cfg = run.cfg
     began = time.monotonic()
     rolled = rollout(run, sampler, step)
     sampled = time.monotonic()
-    rewards, marks = grade(run, rolled)
-    graded = time.monotonic()
-    advantage = advantages(rewards.view(-1, cfg.group), cfg.std_norm)
+    graded = grade(run, rolled)
+    grade_seconds = time.monotonic() - sampled
+    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm)
+    if log and common.validates(cfg, step):
+        shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
+        log.add_answers(step, "train", shown)
 
     sums = {
-        "reward": rewards.sum(),
-        "correct": sum(correct for correct, _ in marks),
-        "formatted": sum(formatted for _, formatted in marks),
+        "reward": graded.rewards.sum(),
+        "correct": sum(correct for correct, _ in graded.marks),
+        "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
         "flat": (advantage == 0).all(1).sum(),
-        "answers": len(marks),
+        "answers": len(graded.marks),
         "groups": len(advantage),
         "tokens": sum(map(len, rolled.answers)),
         "prompt tokens": sum(map(len, rolled.prompts)),
@@ -169,7 +193,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.B
     numbers["sampled_tokens"] = int(total["tokens"])
     numbers["waste"] = rolled.waste
     numbers["sample_seconds"] = sampled - began
-    numbers["grade_seconds"] = graded - sampled
+    numbers["grade_seconds"] = grade_seconds
     return batch, numbers
 
 
@@ -330,10 +354,10 @@ def main(given: dict):
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     for step in common.loop(first, cfg.steps, cfg, world, save):
-        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+        if common.validates(cfg, step):
             validate(run, sampler, log, step)
         began = time.monotonic()
-        batch, numbers = rl_batch(run, sampler, step)
+        batch, numbers = rl_batch(run, sampler, step, log)
         old = log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
         reference = log_probs_of(start, batch, cfg, world) if cfg.kl else None
         for again in range(cfg.updates):

@@ -3,9 +3,12 @@
     python sample.py ckpt/toy/step3418-rl.pt
     python sample.py ckpt/toy/step3418-rl.pt --first 3 --n 4 --shots 1
     python sample.py ckpt/toy/step3418-rl.pt --prompt "Q : sam has 2 apples . how many now ? A :"
+    python sample.py --log ckpt/toy/step3418-rl.pt
 
 Prints validation questions and, beside each answer, the reward of rl.py and the mean log-prob of
-its tokens (nats; nearer to 0 is surer). With --prompt, answers to that text as it stands.
+its tokens (nats; nearer to 0 is surer). With --prompt, answers to that text as it stands. With
+--log, how the answers to one question changed along the run that made a checkpoint, or is making
+it; --split train shows what it was trained on, with the advantages.
 """
 
 from dataclasses import dataclass
@@ -15,12 +18,15 @@ from typing import Literal
 import common
 from common import Count, NonNegative, Whole
 from data import grader, problems, tokens
+from data.files import read_rows
 from model import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     checkpoints: tuple[str, ...] = ()  # checkpoint to sample from
+    log: str = ""  # instead: a run, by the checkpoint it writes, whose answers are shown
+    id: str = ""  # with --log: the question's id (default: in val the first, in train all)
     prompt: str = ""  # text to go on from
     questions: str = ""  # folder or .jsonl of questions (default: what the checkpoint names)
     split: Literal["train", "val"] = "val"  # of the folder; only eval.py --final opens the test
@@ -35,8 +41,36 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
 
 
+def show_log(cfg: Config):
+    """Print what a run answered at each validation; in training, to its questions of the step."""
+    path = Path(cfg.log.removesuffix(".answers.jsonl") + ".answers.jsonl")
+    if not path.exists():
+        raise ValueError(f"there is no {path}: sft.py, rl.py and mix.py write it while they run")
+    rows = [row for row in read_rows(path) if row["split"] == cfg.split]
+    wanted = cfg.id
+    if rows and cfg.split == "val":
+        wanted = wanted or rows[0]["id"]
+    rows = [row for row in rows if wanted in ("", row["id"])]
+    if not rows:
+        there = sorted({row["id"] for row in read_rows(path)})
+        raise ValueError(f"{path} has no such {cfg.split} question: it has {', '.join(there)}")
+    asked = ""
+    for row in rows:
+        if row["id"] != asked:
+            print(f"\n{row['question']}   [answer {row['answer']}]   ({row['id']})")
+        asked = row["id"]
+        print(f" step {row['step']}")
+        for answer in row["answers"][: cfg.n]:
+            worth = f"{answer['reward']:6.2f}"
+            if "advantage" in answer:
+                worth += f" {answer['advantage']:+6.2f}"
+            print(f"  {worth} |{answer['text']}{' ...' if answer['truncated'] else ''}")
+
+
 def main(given: dict):
     cfg = Config(**given)
+    if cfg.log:
+        return show_log(cfg)
     if len(cfg.checkpoints) != 1:
         raise ValueError("name one checkpoint: python sample.py ckpt/toy/step3418.pt")
     if Path(cfg.questions).name == "test.jsonl":

@@ -101,7 +101,7 @@ def main(given: dict):
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     for step in common.loop(first, steps, cfg, world, save):
-        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+        if common.validates(cfg, step):
             validate(run, sampler, log, step)
         began = time.monotonic()
         batch = sft_batch(run, pairs, step)

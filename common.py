@@ -710,11 +710,12 @@ def configure(Config, given: dict, paper: dict):
     return Config(**(defaults | given)), before
 
 
-def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
+def begin(cfg, before: dict, recipe: str, text=None, reward: str = "") -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
-    is trained on, if there is one. Raises ValueError if something does not fit.
+    is trained on, if there is one. reward: the file of a reward of one's own. Raises ValueError if
+    something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -739,6 +740,8 @@ def begin(cfg, before: dict, recipe: str, text=None) -> Setup:
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
+    if reward:
+        contents["reward"] = fingerprint(Path(reward).read_text(encoding="utf-8"))
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations

@@ -84,7 +84,7 @@ def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     rl.check(cfg)
     text = text_stream(cfg, before)
-    run = common.begin(cfg, before, recipe_of(cfg), text)
+    run = common.begin(cfg, before, recipe_of(cfg), text, reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
     start = common.load_model(before, world) if cfg.kl else None

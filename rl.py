@@ -45,6 +45,9 @@ class Config(common.PostTraining):
     group: Count = 8  # answers per question, the n of the paper
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
+    # a file with your own reward(question, answer, text) -> float in place of both: each answer has
+    # 2 s and 1 GiB, or its reward is 0, as that of a truncated one
+    reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
     updates: Count = 1  # updates per batch of rollouts; more than one turns on clipping
     clip_ratio: Positive = 0.2  # PPO's epsilon, with --updates above 1
@@ -111,6 +114,7 @@ class Graded(NamedTuple):
     texts: list[str]  # (A,)
     marks: list[tuple[bool, bool]]  # (A,) correct, well-formed; a truncated answer is neither
     rewards: torch.Tensor  # (A,) fp64
+    late: int = 0  # answers for which --reward took too long
 
 
 @record_function("reward")
@@ -123,7 +127,22 @@ def grade(run: common.Setup, rolled: Rollout) -> Graded:
     right = [row["answer"] for row in rolled.questions]
     marks = grader.grade_all(texts, right, ended)
     rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
-    return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64))
+    if run.cfg.reward:
+        rewards = own_rewards(run, rolled, texts)
+    late = rewards.count(None)
+    rewards = [worth or 0.0 for worth in rewards]
+    return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64), late)
+
+
+def own_rewards(run: common.Setup, rolled: Rollout, texts: list[str]) -> list[float | None]:
+    """What --reward says of each answer, 0 of a truncated one; None: it took too long."""
+    asked = [
+        (row["question"], row["answer"], text)
+        for row, text, truncated in zip(rolled.questions, texts, rolled.truncated, strict=True)
+        if not truncated
+    ]
+    found = iter(grader.own_rewards(run.cfg.reward, asked))
+    return [0.0 if truncated else next(found) for truncated in rolled.truncated]
 
 
 def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
@@ -170,6 +189,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
         "correct": sum(correct for correct, _ in graded.marks),
         "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
+        "late": graded.late,
         "flat": (advantage == 0).all(1).sum(),
         "answers": len(graded.marks),
         "groups": len(advantage),
@@ -188,6 +208,8 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     shares = ("reward", "correct", "formatted", "truncated")
     numbers = {name: total[name] / total["answers"] for name in shares}
     numbers["flat"] = total["flat"] / total["groups"]
+    if cfg.reward:
+        numbers["late"] = total["late"] / total["answers"]
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
     numbers["sampled_tokens"] = int(total["tokens"])
@@ -331,6 +353,8 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
+    if cfg.reward:
+        grader.check_own_reward(cfg.reward)
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -339,7 +363,7 @@ def check(cfg: Config):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     check(cfg)
-    run = common.begin(cfg, before, cfg.recipe or "rl")
+    run = common.begin(cfg, before, cfg.recipe or "rl", reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None
 

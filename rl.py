@@ -21,12 +21,15 @@ What differs from a textbook GRPO (arXiv 2402.03300):
  3. --kl 0             no pull to the start
  4. the loss is summed over all tokens of the step and divided by their number: long answers are
     not discounted (DAPO, arXiv 2503.14476)
+
+Its relatives (SCALE.md has a table of which flags make which): --leave_one_out, --batch_std,
+--denominator, --resample and, with --updates above 1, --clip_high and --ratio sequence.
 """
 
 import functools
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -49,8 +52,19 @@ class Config(common.PostTraining):
     # 2 s and 1 GiB, or its reward is 0, as that of a truncated one
     reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
+    batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead
+    leave_one_out: bool = False  # RLOO: the baseline of an answer is the mean of the others
+    # what the loss of a token is divided by: the tokens of the step (DAPO), or the answers of the
+    # step times the answer's own length (GRPO) or --max_new (Dr. GRPO)
+    denominator: Literal["tokens", "length", "max_new"] = "tokens"
+    # DAPO's dynamic sampling: how often flat groups give way to other questions; reward, correct
+    # and flat are then those of the groups that stay
+    resample: Whole = 0  # 0: a flat group stays, and teaches nothing
     updates: Count = 1  # updates per batch of rollouts; more than one turns on clipping
     clip_ratio: Positive = 0.2  # PPO's epsilon, with --updates above 1
+    clip_high: Positive | None = None  # DAPO's upper one, 0.28 there (none: the same)
+    # GSPO: one ratio per answer, the geometric mean; its epsilons are 3e-4 and, above, 4e-4
+    ratio: Literal["token", "sequence"] = "token"
     kl: NonNegative = 0.0  # weight of the KL divergence from the starting checkpoint
     lr: Positive = 1.5e-4  # learning rate, constant after the warm-up; 6e-4 collapses
     warmup: Whole = 5  # updates of linear warm-up
@@ -79,18 +93,22 @@ class Rollout(NamedTuple):
     waste: float  # idle share of the sampler's work
 
 
-def rollout(run: common.Setup, sampler: Sampler, step: int) -> Rollout:
+def rollout(run: common.Setup, sampler: Sampler, step: int, again: int = 0, groups=None) -> Rollout:
     """Draw this rank's questions of step `step` and sample a group of answers to each.
 
-    Raises ValueError if the weights give no numbers: every group would be flat, and nothing said.
+    again: the number of a further try, which has other questions. groups: the places among this
+    rank's questions that are asked (default: all). Raises ValueError if the weights give no
+    numbers: every group would be flat, and nothing said.
     """
     cfg = run.cfg
-    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step)
+    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step, again)
     mine = places[run.world.share(cfg.questions_per_step, "--questions_per_step")]
+    mine = mine if groups is None else [mine[group] for group in groups]
     questions = [run.train[place] for place in mine]
     texts = [problems.prompt(run.form, row["question"]) for row in questions]
     prompts = [tokens.encode(run.encoding, text) for text in texts]
-    seeds = problems.answer_seeds(cfg.seed, step, questions, cfg.group)
+    turn = f"{step} {again}" if again else step
+    seeds = problems.answer_seeds(cfg.seed, turn, questions, cfg.group)
     ends = [run.encoding.eot_token]
     with record_function("sampling"):
         samples = sampler(prompts, cfg.group, cfg.max_new, seeds, ends, cfg.temperature)
@@ -114,7 +132,7 @@ class Graded(NamedTuple):
     texts: list[str]  # (A,)
     marks: list[tuple[bool, bool]]  # (A,) correct, well-formed; a truncated answer is neither
     rewards: torch.Tensor  # (A,) fp64
-    late: int = 0  # answers for which --reward took too long
+    late: list[bool]  # (A,) --reward took too long
 
 
 @record_function("reward")
@@ -129,7 +147,7 @@ def grade(run: common.Setup, rolled: Rollout) -> Graded:
     rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
     if run.cfg.reward:
         rewards = own_rewards(run, rolled, texts)
-    late = rewards.count(None)
+    late = [worth is None for worth in rewards]
     rewards = [worth or 0.0 for worth in rewards]
     return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64), late)
 
@@ -145,17 +163,59 @@ def own_rewards(run: common.Setup, rolled: Rollout, texts: list[str]) -> list[fl
     return [0.0 if truncated else next(found) for truncated in rolled.truncated]
 
 
-def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
+def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> int:
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), --resample times at most: flat
+    groups give way, in place, to those of other questions. -> sampled tokens that were dropped."""
+    size = run.cfg.group
+    dropped = 0
+    for again in range(1, run.cfg.resample + 1):
+        rewards = graded.rewards.view(-1, size)
+        flat = (rewards.amax(1) == rewards.amin(1)).nonzero().flatten().tolist()
+        if not flat:
+            break
+        others = rollout(run, sampler, step, again, flat)
+        news = [*others[:-1], *grade(run, others)]
+        for place, group in enumerate(flat):
+            old = slice(group * size, (group + 1) * size)
+            dropped += sum(map(len, rolled.answers[old]))
+            for kept, new in zip([*rolled[:-1], *graded], news, strict=True):
+                kept[old] = new[place * size : (place + 1) * size]
+    return dropped
+
+
+def advantages(rewards_QG: torch.Tensor, std_norm: bool, leave_one_out: bool = False):
     """(Q, G) rewards -> r - mean over the group; GRPO, section 4.1.2.
 
-    std_norm: divided by the group's (population) std. A flat group gets exactly 0: the mean of
-    equal floats need not equal them.
+    std_norm: divided by the group's (population) std. leave_one_out: the mean is that of the other
+    answers (RLOO, arXiv 2402.14740, section 3). A flat group gets exactly 0: the mean of equal
+    floats need not equal them.
     """
     centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
+    if leave_one_out:
+        count = rewards_QG.shape[1]
+        centred = centred * (count / (count - 1))
     if std_norm:
         centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
     flat = rewards_QG.amax(1, keepdim=True) == rewards_QG.amin(1, keepdim=True)
     return torch.where(flat, 0.0, centred)
+
+
+def over_batch_std(advantage_QG: torch.Tensor, world) -> torch.Tensor:
+    """Advantages whose groups have mean 0, divided by the std of all answers of all ranks.
+
+    REINFORCE++ with a group's mean as baseline (arXiv 2501.03262).
+    """
+    square, count = world.sum(advantage_QG.square().sum(), float(advantage_QG.numel()))
+    return advantage_QG / max((square / count) ** 0.5, 1e-6)
+
+
+def token_weights(advantage_A, lengths_A, total: dict, cfg) -> torch.Tensor:
+    """(A,) what each token of an answer weighs in the loss. total: sums over the whole step."""
+    if cfg.denominator == "length":  # GRPO (arXiv 2402.03300, eq. 3): a mean of means
+        return advantage_A / (lengths_A * total["answers"])
+    if cfg.denominator == "max_new":  # Dr. GRPO (arXiv 2503.20783, section 3.2): a constant
+        return advantage_A / (cfg.max_new * total["answers"])
+    return advantage_A / total["tokens"]  # DAPO (arXiv 2503.14476, section 3.3)
 
 
 def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage) -> list[dict]:
@@ -179,7 +239,10 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     sampled = time.monotonic()
     graded = grade(run, rolled)
     grade_seconds = time.monotonic() - sampled
-    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm)
+    dropped = replace_flat(run, sampler, step, rolled, graded)
+    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm, cfg.leave_one_out)
+    if cfg.batch_std:
+        advantage = over_batch_std(advantage, run.world)
     if log and common.validates(cfg, step):
         shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
         log.add_answers(step, "train", shown)
@@ -189,7 +252,8 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
         "correct": sum(correct for correct, _ in graded.marks),
         "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
-        "late": graded.late,
+        "late": sum(graded.late),
+        "dropped": dropped,
         "flat": (advantage == 0).all(1).sum(),
         "answers": len(graded.marks),
         "groups": len(advantage),
@@ -198,8 +262,9 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     }
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
 
-    # one denominator: every sampled token of the step, on all ranks
-    weights = (advantage.flatten() / total["tokens"]).tolist()
+    # one denominator for all ranks
+    lengths = torch.tensor([len(answer) for answer in rolled.answers])
+    weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
     pad = tokens.pad_id(run.encoding)
     batch = problems.make_batch(
         rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
@@ -210,11 +275,13 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     numbers["flat"] = total["flat"] / total["groups"]
     if cfg.reward:
         numbers["late"] = total["late"] / total["answers"]
+    if cfg.resample:
+        numbers["dropped_tokens"] = int(total["dropped"])
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
     numbers["sampled_tokens"] = int(total["tokens"])
     numbers["waste"] = rolled.waste
-    numbers["sample_seconds"] = sampled - began
+    numbers["sample_seconds"] = time.monotonic() - began - grade_seconds
     numbers["grade_seconds"] = grade_seconds
     return batch, numbers
 
@@ -222,14 +289,27 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
 # ----------------------------------------------------------------- from a batch to its gradient
 
 
-def policy_loss(logp, old_logp, weight, clip_ratio):
+def policy_loss(logp, old_logp, weight, clip_ratio, clip_high=None):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed; all (B, T).
 
-    weight is advantage/N, and 0 outside the mask.
+    weight is advantage/N, and 0 outside the mask. clip_high: another bound above 1 (DAPO, arXiv
+    2503.14476, section 3.1), so that rare tokens may become likely.
     """
     ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    clipped = ratio.clamp(1 - clip_ratio, 1 + (clip_high or clip_ratio))
     return -torch.minimum(ratio * weight, clipped * weight).sum()
+
+
+def answer_means(values, micro: problems.Batch):
+    """(B, T) values -> at each token of an answer their mean over the answer; elsewhere 0.
+
+    Of log ratios: the log of GSPO's ratio (arXiv 2507.18071, section 4.1).
+    """
+    branch = micro.layout[2] if micro.layout else micro.mask.long()  # the answers of a row: 1, 2, .
+    sums = values.new_zeros(len(values), int(branch.max()) + 1)
+    counts = sums.scatter_add(1, branch, micro.mask.to(values))
+    sums = sums.scatter_add(1, branch, values * micro.mask)
+    return (sums / counts.clamp_min(1)).gather(1, branch) * micro.mask
 
 
 def kl_to(reference_logp, logp):
@@ -253,7 +333,10 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
         return model(micro.ids, micro.target, weight=micro.weight, **how)
     logp, entropy = model(micro.ids, micro.target, **how)
     old = logp.detach() if old is None else old
-    loss = policy_loss(logp, old, micro.weight, cfg.clip_ratio)
+    new = logp
+    if cfg.ratio == "sequence":
+        new = old + answer_means(logp - old, micro)
+    loss = policy_loss(new, old, micro.weight, cfg.clip_ratio, cfg.clip_high)
     if cfg.kl:
         loss = loss + cfg.kl * (kl_to(reference, logp) * micro.mask).sum() / count
     return loss, logp, entropy
@@ -341,6 +424,7 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     sampled = numbers["sampled_tokens"]
     prompts = cfg.questions_per_step * numbers["prompt_length"]
     trained = sampled + prompts * -(-cfg.group // cfg.answers_per_row)
+    sampled += numbers.get("dropped_tokens", 0)
     passes = (sampled + prompts) / 3 + trained * cfg.updates
     return dict(
         flops=passes * model.flops_per_token(size),
@@ -353,6 +437,15 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
+    if cfg.updates == 1 and (cfg.clip_high or cfg.ratio != "token"):
+        raise ValueError(
+            "--clip_high and --ratio sequence change nothing with one update per batch, where the "
+            "ratio is 1: give --updates 2 or more"
+        )
+    if cfg.std_norm and cfg.batch_std:
+        raise ValueError(
+            "--std_norm divides by the group's std, --batch_std by the step's: take one"
+        )
     if cfg.reward:
         grader.check_own_reward(cfg.reward)
 

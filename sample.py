@@ -5,12 +5,17 @@
     python sample.py ckpt/toy/step3418-rl.pt --prompt "Q : sam has 2 apples . how many now ? A :"
     python sample.py --log ckpt/toy/step3418-rl.pt
 
-Prints validation questions and, beside each answer, the reward of rl.py and the mean log-prob of
-its tokens (nats; nearer to 0 is surer). With --prompt, answers to that text as it stands. With
---log, how the answers to one question changed along the run that made a checkpoint, or is making
-it; --split train shows what it was trained on, with the advantages.
+On a terminal the first command asks for questions, one after the other, and prints answers; with
+--first or another flag of theirs, and where there is no terminal, it prints validation questions.
+Beside each answer are the reward of rl.py, if the right answer is known, and the mean log-prob of
+the answer's tokens (nats; nearer to 0 is surer). With --prompt, answers to that text as it stands.
+With --log, how the answers to one question changed along the run that made a checkpoint, or is
+making it; --split train shows what it was trained on, with the advantages.
 """
 
+import functools
+import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,28 +85,60 @@ def main(given: dict):
     meta = saved["meta"]
     model = common.load_model(saved, world)
     encoding = common.encoding_of(meta, model)
-    prefix = []
-    if cfg.prompt:
-        rows = [{"id": "prompt"}]
-        texts = [cfg.prompt]
-    else:
-        folder = cfg.questions or meta["questions"]
-        form = problems.form(folder)
-        rows = problems.load(folder, cfg.split)[: cfg.first]
-        texts = [problems.prompt(form, row["question"]) for row in rows]
-        shown = problems.shots(folder, cfg.shots, rows)
-        prefix = tokens.encode(encoding, problems.few_shot(form, shown))
     max_new = cfg.max_new or common.longest(meta)
-    sampler = Sampler(model)
-    for row, text in zip(rows, texts, strict=True):
-        right = f"   [answer {row['answer']}]" if "answer" in row else ""
-        print(f"\n{text}{right}")
-        prompt = tokens.encode(encoding, text)
-        # one by one, to show each as soon as it is there
-        for seed in problems.answer_seeds(cfg.seed, 0, [row], cfg.n):
-            ends = [encoding.eot_token]
-            samples = sampler([prompt], 1, max_new, [seed], ends, cfg.temperature, prefix)
-            print(line_of(samples, row, encoding, cfg), flush=True)
+    show = functools.partial(show_answers, Sampler(model), encoding, cfg, max_new)
+    folder = cfg.questions or meta["questions"]
+    if cfg.prompt:
+        # words of the toy world begin with their space
+        text = f" {cfg.prompt.strip()}" if encoding.name == "toy" else cfg.prompt
+        print(f"\n{text}")
+        return show({"id": "prompt"}, text)
+    form = problems.form(folder)
+    asks = {"questions", "split", "first", "shots"} & given.keys()
+    if on_terminal() and not asks:
+        return chat(show, form, folder)
+    rows = problems.load(folder, cfg.split)[: cfg.first]
+    shown = problems.shots(folder, cfg.shots, rows)
+    prefix = tokens.encode(encoding, problems.few_shot(form, shown))
+    for row in rows:
+        text = problems.prompt(form, row["question"])
+        print(f"\n{text}   [answer {row['answer']}]")
+        show(row, text, prefix)
+
+
+def on_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def chat(show, form: problems.Form, folder: str):
+    """Ask for questions, one after the other, and show the answers to each."""
+    example = ""
+    if problems.place(folder, "val").is_file():
+        example = f", for instance: {problems.load(folder, 'val')[0]['question']}"
+    print(f"Type a question{example}\nAn empty line, or Ctrl-D, ends.")
+    for turn in itertools.count():
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            return
+        try:
+            show({"id": question}, problems.prompt(form, question), turn=turn)
+        except ValueError as error:  # a word that the encoding lacks, or too long
+            print(f"  {error}")
+
+
+def show_answers(
+    sampler, encoding, cfg: Config, max_new: int, row: dict, text: str, prefix=(), turn: int = 0
+):
+    """Print answers to one text, one by one, each as soon as it is there."""
+    prompt = tokens.encode(encoding, text)
+    for seed in problems.answer_seeds(cfg.seed, turn, [row], cfg.n):
+        ends = [encoding.eot_token]
+        samples = sampler([prompt], 1, max_new, [seed], ends, cfg.temperature, prefix)
+        print(line_of(samples, row, encoding, cfg), flush=True)
 
 
 def line_of(samples, row: dict, encoding, cfg: Config) -> str:

@@ -14,10 +14,12 @@ the traceback). So are a full disk and memory that does not suffice. Ctrl-C exit
 trainer that a signal stops saves its state and exits with 128 + the signal's number.
 """
 
+import atexit
 import bisect
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
 import json
 import math
@@ -88,6 +90,8 @@ class Shared:
     spike: NonNegative = 0.0  # 0: nothing does; OLMo2: 6
     save_every: Count = 100  # steps between saved states, from which --resume goes on
     save_minutes: Positive = 30.0  # the most minutes between two; a signal saves one, too
+    # write the metrics there, too (its package has to be installed)
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     profile: Whole = 0  # profile so many steps: shares of a step's time, and OUT.trace.json
     plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this run would cost with it, and exit
     resume: bool = False  # go on from the last saved state, or begin if there is none
@@ -927,6 +931,7 @@ class Log:
         else:
             self.answers.unlink(missing_ok=True)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.track, self.end_track = tracker(cfg, first)
         self.bar = tqdm(
             desc=self.path.name.removesuffix(".metrics.jsonl"),
             total=steps,
@@ -959,6 +964,7 @@ class Log:
         """A line beside the steps (a validation, say): `step` updates were done."""
         if not self.active:
             return
+        self.track(step, dict(numbers_in(values)))
         try:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
@@ -1036,8 +1042,54 @@ class Log:
         if self.active:
             self.flush()
             self.file.close()
+            self.end_track()
             with contextlib.suppress(OSError):
                 self.bar.close()
+
+
+def numbers_in(values: dict, above: str = ""):
+    """(name, number) of a line of the log; those of a validation are validation/pass@1, ..."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers_in(value, f"{above}{name}/")
+        elif isinstance(value, int | float):
+            yield above + name, value
+
+
+def tracker(cfg, first: int):
+    """What --track asks for -> two functions: of (step, {name: number}), and one that ends it.
+
+    A run that resumes at step `first` goes on in the same place. Raises ValueError if the package
+    is missing.
+    """
+    if cfg.track == "none":
+        return (lambda step, numbers: None), (lambda: None)
+    try:
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            package = importlib.import_module(cfg.track)
+    except ImportError as error:
+        raise ValueError(f"--track {cfg.track}: {error}; pip install {cfg.track}") from None
+    if cfg.track == "tensorboard":
+        writer = SummaryWriter(f"{cfg.out}.tensorboard", purge_step=first)
+        atexit.register(writer.close)  # a run that is stopped keeps what it wrote
+
+        def write(step, numbers):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        return write, writer.close
+    name = Path(cfg.out).stem
+    more = dict(id=fingerprint(str(Path(cfg.out).resolve()))) if cfg.track == "wandb" else {}
+    run = package.init(
+        project="rl-excursions",
+        name=name,
+        config=dataclasses.asdict(cfg),
+        resume="allow",
+        **more,
+    )
+    return (lambda step, numbers: run.log(numbers, step=step)), run.finish
 
 
 def lines_before(step: int, path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
     python eval.py ckpt/toy/step3418.pt ckpt/toy/step3418-rl.pt --results results/mine
     python eval.py --report results/mine
+    python eval.py --curves ckpt/toy/*.metrics.jsonl
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A
 base model is measured with 8 shots (or as many as the set has and, with an answer, a row of its
@@ -35,6 +36,8 @@ class Config:
     checkpoints: tuple[str, ...] = ()  # checkpoints to evaluate
     results: str = "results/mine"  # folder for the rows
     report: str = ""  # instead of evaluating: print and draw what the rows in this folder say
+    # instead: draw the metrics of these runs, finished or not, to RESULTS/runs.png
+    curves: str = ""
     json: bool = False  # with --report: the findings as one JSON object on the last line
     questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
     tasks: str | None = None  # general-capability tasks (default: the checkpoint's; "" for none)
@@ -452,6 +455,12 @@ def main(given: dict):
         from results import report  # pandas and matplotlib take seconds to import
 
         return report.report(cfg.report, cfg.json)
+    if cfg.curves:
+        from results import curves
+
+        # the shell makes several words of one *, the others are taken for checkpoints
+        print(curves.draw([cfg.curves, *cfg.checkpoints], f"{cfg.results}/runs.png"))
+        return None
     if not cfg.checkpoints:
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -223,22 +224,25 @@ def print_help(Config, doc: str):
         lines += ["", "flags:" if cls is Config else (cls.__doc__ or "").strip().splitlines()[0]]
         for name, _ in read_comments(cls):
             if name not in told:
-                lines.append(f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}")
+                line = f"  --{name:<{width}} {comments[name]} {shown_values(Config, name)}"
+                lines.append(line.rstrip())
             told.add(name)
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # --help | head; Python would try again at its end, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines), flush=True)
 
 
 def shown_values(Config, name: str) -> str:
-    """The default of a flag, what the paper's sizes have instead, and its legal range."""
+    """The default of a flag, what the paper's sizes have instead, and its legal values."""
     default = Config.__dataclass_fields__[name].default
     paper = vars(sys.modules[Config.__module__]).get("PAPER", {})
-    legal = typing.get_type_hints(Config, include_extras=True)[name]
+    kind = typing.get_type_hints(Config, include_extras=True)[name]
     parts = [] if default in (dataclasses.MISSING, "", (), None) else [str(default)]
     parts += [f"paper's sizes: {paper[name]}"] if name in paper else []
-    parts += [str(x) for x in getattr(legal, "__metadata__", ())]
+    while typing.get_origin(kind) not in (None, Annotated, Literal):
+        kind = typing.get_args(kind)[0]  # of X | None, or of a tuple
+    if typing.get_origin(kind) is Literal:
+        parts.append(" or ".join(typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:
+        parts.append(str(typing.get_args(kind)[1]))
     return f"[{'; '.join(parts)}]" if parts else ""
 
 
@@ -254,11 +258,57 @@ def read_comments(cls) -> list[tuple[str, str]]:
     return found
 
 
+class Unhurt:
+    """A stream that a script may always write to: what cannot be written is left out.
+
+    Nobody may read it any more (`rl.py 2>&1 | head -1`), its terminal may be gone or its disk full:
+    none of this ends a run. A character that its encoding lacks is written as \\xb1.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the beginning
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text) -> int:
+        with self.guard():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.guard():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def guard(self):
+        try:
+            yield
+        except OSError:  # what is left in the buffer would fail again, at the latest at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(script, Config, doc: str, argv: list[str] | None = None):
     """Parse the flags, run script(given), turn an error of the user into one line and status 2."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        # begin again: a path with an umlaut is no text in such a locale, and rows are UTF-8
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    out = Unhurt(sys.stdout)
+    err = Unhurt(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            guarded(script, Config, doc, sys.argv[1:] if argv is None else argv)
+        finally:
+            out.flush()
+            err.flush()
+
+
+def guarded(script, Config, doc: str, argv: list[str]):
     given: dict = {}
     try:
-        given = parse_flags(Config, sys.argv[1:] if argv is None else argv, doc)
+        given = parse_flags(Config, argv, doc)
         script(given)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
@@ -298,9 +348,7 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
 
 
 def say(text: str):
-    """A line to stderr; a terminal that went away, or a pipe that nobody reads, is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------- ranks
@@ -428,7 +476,8 @@ def shard_model(model, world: World, master: torch.dtype):
     """FSDP2: a block's weights travel in the compute dtype, embedding and head in fp32."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    # on the group that is there, whose timeout is long: a group of the mesh's own would have gloo's
+    mesh = dist.device_mesh.DeviceMesh.from_group(dist.group.WORLD, world.device.type)
     policy = MixedPrecisionPolicy(
         param_dtype=world.compute,
         reduce_dtype=master,
@@ -474,8 +523,10 @@ def can_compile(cfg, world: World) -> bool:
         x = torch.ones(8, device=world.device)
         torch.compile(lambda x: (x * 2).sin(), dynamic=False)(x)
     except Exception as error:  # compilers fail in many ways, none of which should stop a run
-        cause = next((line for line in str(error).splitlines() if "rror" in line), str(error))
-        say(f"torch.compile does not work here ({cause.strip()[:200]}): running without --compile")
+        lines = str(error).splitlines() or [type(error).__name__]
+        cause = next((line for line in lines if "error: " in line), lines[0])
+        if is_first():
+            say(f"torch.compile does not work here ({cause.strip()[:200]}): running without")
         torch._dynamo.reset()
         return False
     return True
@@ -548,6 +599,7 @@ def load(path) -> dict:
     claimed = sum(math.prod(x.shape) * x.itemsize for x in tensors)
     if claimed > path.stat().st_size:  # one number repeated without end is a tensor, too
         raise ValueError(f"{path} claims {claimed:,} bytes of weights and has fewer: refused")
+    saved["path"] = str(path)  # for messages
     meta = saved["meta"]
     # tokens in a row of pre-training: files from elsewhere and older ones do not say
     meta.setdefault("length", meta.get("run", {}).get("length", saved["config"]["context"]))
@@ -584,7 +636,7 @@ def load_model(saved: dict, world: World) -> Model:
             model = Model(ModelConfig(**config), world.compute)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
-            f"the checkpoint is of another model than its config says: {str(error)[:150]}"
+            f"{saved['path']} is of another model than its config says: {str(error)[:150]}"
         ) from None
     return fill_model(model, saved, world)
 
@@ -595,33 +647,34 @@ def fill_model(model, saved: dict, world: World):
 
     Sizes are compared before memory is taken. Raises ValueError as `load_model`.
     """
+    path = saved["path"]
     if saved["config"] != dataclasses.asdict(model.config):
-        raise ValueError(f"the checkpoint is of another model: {saved['config']}")
+        raise ValueError(f"{path} is of another model: {saved['config']}")
     here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     there = {name: tuple(x.shape) for name, x in saved["model"].items()}
     for name in here | there:
         if here.get(name) != there.get(name):
             raise ValueError(
-                "the checkpoint is of another model than its config says: "
+                f"{path} is of another model than its config says: "
                 f"{name} is {there.get(name)}, not {here.get(name)}"
             )
     place(model, world)
     for name, p in model.named_parameters():
         source = saved["model"][name]
         if not source.isfinite().all():
-            raise ValueError(f"the checkpoint has weights that are NaN or infinite, in {name}")
+            raise ValueError(f"{path} has weights that are NaN or infinite, in {name}")
         put(p, source)
     return model
 
 
-def encoding_of(meta: dict, model: Model):
-    """The tiktoken encoding of a checkpoint. Raises ValueError if the model has other ids."""
-    encoding = tokens.encoding(meta["encoding"])
+def encoding_of(saved: dict):
+    """The tiktoken encoding of a checkpoint. Raises ValueError if its model has other ids."""
+    encoding = tokens.encoding(saved["meta"]["encoding"])
+    known = saved["config"]["vocab"]
     vocab = tokens.vocab_size(encoding)
-    if vocab != model.config.vocab:
+    if vocab != known:
         raise ValueError(
-            f"the checkpoint knows {model.config.vocab} ids, its encoding {encoding.name} has "
-            f"{vocab}"
+            f"{saved['path']} knows {known} ids, its encoding {encoding.name} has {vocab}"
         )
     return encoding
 
@@ -700,6 +753,7 @@ class Setup(NamedTuple):
     form: problems.Form  # how a question is put before the model
     train: list[dict]
     held_out: list[dict]
+    prefix: list[int] = []  # ids of the shots before each training question
 
 
 def configure(Config, given: dict, paper: dict):
@@ -714,12 +768,20 @@ def configure(Config, given: dict, paper: dict):
     return Config(**(defaults | given)), before
 
 
-def begin(cfg, before: dict, recipe: str, text=None, reward: str = "") -> Setup:
+def validations(cfg, steps: int) -> int:
+    """How often a trainer answers the validation questions: before, after, and in between."""
+    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
+
+
+def begin(
+    cfg, before: dict, recipe: str, text=None, answers: bool = True, shots: int = 0, reward=""
+) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
-    is trained on, if there is one. reward: the file of a reward of one's own. Raises ValueError if
-    something does not fit.
+    is trained on, if there is one. answers: whether training questions are answered by the model.
+    shots: how many solved questions are shown before each of them. reward: the file of a reward of
+    one's own. Raises ValueError if something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -737,21 +799,52 @@ def begin(cfg, before: dict, recipe: str, text=None, reward: str = "") -> Setup:
             f"{cfg.questions} is all for training: give --eval_questions 0, or a folder that has "
             "val.jsonl beside train.jsonl"
         )
-    train = problems.load(cfg.questions, "train")[: cfg.limit or None]
+    encoding = encoding_of(before)
+    form = problems.form(cfg.questions)
+    context = before["config"]["context"]
+    shown = []
+    if shots:
+        shown = problems.shots(cfg.questions, shots, problems.load(cfg.questions, "train"))
+    prefix = tokens.encode(encoding, problems.few_shot(form, shown))
+    room = problems.Room(
+        context,
+        max_new=cfg.max_new if answers else 0,
+        before=len(prefix),
+        solutions=None if text else getattr(cfg, "solutions", None),
+        seed=cfg.seed,
+    )
+    train = questions_of(cfg, "train", cfg.limit or None, encoding, form, room)
     held_out = []
     if cfg.eval_questions:
-        held_out = problems.load(cfg.questions, "val")[: cfg.eval_questions]
+        room = problems.Room(context, cfg.max_new)
+        held_out = questions_of(cfg, "val", cfg.eval_questions, encoding, form, room)
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
+    if shots:
+        contents["shots"] = fingerprint(shown)
     if reward:
         contents["reward"] = fingerprint(Path(reward).read_text(encoding="utf-8"))
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations
-    encoding = encoding_of(parent, model)
-    form = problems.form(cfg.questions)
-    return Setup(cfg, world, model, parent, state, contents, encoding, form, train, held_out)
+    return Setup(
+        cfg, world, model, parent, state, contents, encoding, form, train, held_out, prefix
+    )
+
+
+def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> list[dict]:
+    """The first `count` questions of a split (None: all), those that fit into `room`.
+
+    Raises ValueError, with the question's file and id, for one that does not; with --skip_long it
+    is left out, and one line says how many are.
+    """
+    rows = problems.load(cfg.questions, split)[:count]
+    path = problems.place(cfg.questions, split)
+    rows, left_out = problems.check_lengths(rows, path, encoding, form, room, cfg.skip_long)
+    if left_out and is_first():
+        say(left_out)
+    return rows
 
 
 def claim(cfg, contents: dict, others=()) -> dict | None:
@@ -855,7 +948,9 @@ def loop(first: int, steps: int, cfg, world: World, save):
             os.kill(os.getpid(), number)
 
     # a closed terminal sends SIGHUP, a scheduler SIGUSR1 before the time is up
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive it
+        numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         for step in profiled(range(first, steps), cfg, world):
@@ -956,9 +1051,8 @@ class Log:
         known = [name for name in self.shown if values.get(name) is not None]
         told = "  ".join(f"{name} {values[name]:.3g}" for name in known)
         name = self.path.name.removesuffix(".metrics.jsonl")
-        with contextlib.suppress(OSError):  # a terminal that went away
-            self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
-            self.bar.update(step + 1 - self.bar.n)
+        self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
+        self.bar.update(step + 1 - self.bar.n)
 
     def add(self, step: int, **values):
         """A line beside the steps (a validation, say): `step` updates were done."""
@@ -1043,8 +1137,7 @@ class Log:
             self.flush()
             self.file.close()
             self.end_track()
-            with contextlib.suppress(OSError):
-                self.bar.close()
+            self.bar.close()
 
 
 def numbers_in(values: dict, above: str = ""):
@@ -1148,9 +1241,12 @@ def profiled(steps, cfg, world: World):
         yield from steps
         return
 
+    path = f"{cfg.out}.trace.json"
+    written = []
+
     def ready(profiler):
-        path = f"{cfg.out}.trace.json"
         profiler.export_chrome_trace(path)
+        written.append(path)
         shares, seconds = time_shares(profiler.events())
         lines = [f"  {name:10}{share:6.1%}" for name, share in shares.items()]
         print(f"\n{path}: {seconds * 1e3:.1f} ms per step", *lines, sep="\n", flush=True)
@@ -1160,6 +1256,8 @@ def profiled(steps, cfg, world: World):
         for step in steps:
             yield step
             profiler.step()
+    if not written:
+        say(f"--profile wrote no {path}: its first step is number {WARM_UP + 1}, the run was over")
 
 
 def time_shares(events) -> tuple[dict[str, float], float]:
@@ -1172,13 +1270,20 @@ def time_shares(events) -> tuple[dict[str, float], float]:
     spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_cpu if e.name in RANGES]
     spans.sort()
     spent = {name: 0.0 for name in RANGES if any(span[2] == name for span in spans)}
-    kernels = [(e.time_range.start, sum(k.duration for k in e.kernels)) for e in on_cpu]
-    if any(duration for _, duration in kernels):
-        for at, duration in kernels:
-            place = bisect.bisect(spans, at, key=lambda span: span[0]) - 1
-            if place >= 0 and at <= spans[place][1]:
-                spent[spans[place][2]] += duration
-    else:
+    # A kernel has the id of the call of CUDA that launched it, a whole graph's kernels that of one
+    # call. Operators have ids of their own, and the launch of a graph is in none.
+    calls = {e.id: e.time_range.start for e in on_cpu if e.name.startswith(("cu", "hip"))}
+    kernels = [
+        e
+        for e in events
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
+    for kernel in kernels:
+        at = calls.get(kernel.id, -1)
+        place = bisect.bisect(spans, at, key=lambda span: span[0]) - 1
+        if place >= 0 and at <= spans[place][1]:
+            spent[spans[place][2]] += kernel.time_range.end - kernel.time_range.start
+    if not kernels:
         for begin, end, name in spans:
             spent[name] += end - begin
     whole = sum(step.end - step.start for step in steps)

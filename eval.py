@@ -15,6 +15,7 @@ are in .jsonl.resume beside it: an evaluation that was stopped goes on.
 """
 
 import functools
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import plan
 from common import Count, NonNegative, Whole
 from data import grader, problems, tasks, tokens
 from data.files import fingerprint, read_rows, write_rows
@@ -57,6 +59,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
     overwrite: bool = False  # measure again what has a row
+    plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this would cost with it, and exit
 
 
 # ----------------------------------------------------------------------------- three measurements
@@ -151,8 +154,8 @@ def count_answers(answers: list[dict], samples, block: slice, row: dict) -> torc
     """
     texts = [answer["text"] for answer in answers]
     right = [answer["correct"] for answer in answers]
-    flexible = [grader.flexible_answer(text) for text in texts]
-    flexible = [grader.compare(answer, row["answer"])[0] for answer in flexible]
+    loose = grader.compare_all([(grader.flexible_answer(text), row["answer"]) for text in texts])
+    flexible = [correct for correct, _ in loose]
     counts = [
         sum(right),
         sum(map(max, right, flexible)),
@@ -291,12 +294,12 @@ class Subject(NamedTuple):
 
 def open_subject(path, cfg: Config, world) -> Subject:
     saved = common.load(path)
+    encoding = common.encoding_of(saved)
     model = common.load_model(saved, world).eval()
     sampler = Sampler(model, cfg.rows, common.can_compile(cfg, world))
     name = f"{Path(path).name}: batches of answers"
     hidden = world.rank > 0
     bar = functools.partial(tqdm, desc=name, leave=False, mininterval=2, disable=hidden)
-    encoding = common.encoding_of(saved["meta"], model)
     return Subject(Path(path), saved["meta"], model, sampler, encoding, bar)
 
 
@@ -314,6 +317,7 @@ class Rows:
         self.state = Path(f"{self.file}.resume")  # not FILE: what FILE holds is complete
         before = self.state if self.state.exists() else self.file
         self.rows = read_rows(before) if before.exists() else []
+        world.max(0)  # no rank writes before all have read: they must agree on what is missing
         others = {row["checkpoint"] for row in self.rows} - {self.base["checkpoint"]}
         if others and not cfg.overwrite:
             raise ValueError(
@@ -337,6 +341,14 @@ class Rows:
         return True
 
     def add(self, kind: str, row: dict, told: str):
+        """Keep a row and print what it says. Raises ValueError if a number in it is NaN."""
+        losses = row.get("losses", [])
+        numbers = [value for value in (*row.values(), *losses) if isinstance(value, float)]
+        if any(map(math.isnan, numbers)):
+            raise ValueError(
+                f"{self.base['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
+                "no row is written"
+            )
         self.rows.append({"kind": kind, **self.base, **row})
         if self.active:
             write_rows(self.state, self.rows)
@@ -449,6 +461,35 @@ def text_row(subject: Subject, rows: Rows, world):
     rows.add("text", settings | found, told)
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What the checkpoints read and answer, for --plan.
+
+    What is known of them is their names: STEP.pt is a base, which is asked with shots and without.
+    """
+    there = plan.questions(cfg.questions[0] if cfg.questions else "", cfg.plan)
+    max_new = cfg.max_new or common.longest({"run": {}, "preset": cfg.plan})
+    count = there.test if cfg.final else there.val
+    if cfg.questions and cfg.questions[0].endswith(".jsonl"):
+        count = there.train
+    count = min(count, cfg.limit or count) * max(1, len(cfg.questions))
+    asked = 0
+    for path in cfg.checkpoints:
+        is_base = "-" not in Path(path).stem
+        asked += count * (len(cfg.shots) or 1 + is_base)
+    measured = 0
+    if cfg.tasks is None and common.paper_size(cfg.plan):
+        measured = plan.TASKS
+    if cfg.text:
+        measured += 256 * plan.text_row(cfg.plan)
+    counts = plan.Tokens(
+        read=asked * plan.PROMPT + measured * len(cfg.checkpoints),
+        sampled=asked * cfg.n * plan.longest_answer(max_new),
+    )
+    row = plan.PROMPT + max_new
+    job = plan.Job("eval", [counts], row, optimizers=0, answers=count * cfg.n, checkpoints=0)
+    return job._replace(note=there.note)
+
+
 def main(given: dict):
     cfg = Config(**given)
     if cfg.report:
@@ -465,6 +506,8 @@ def main(given: dict):
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):
         raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     if cfg.json:
         raise ValueError("--json goes with --report")
     if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):

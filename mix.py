@@ -20,7 +20,9 @@ import time
 from dataclasses import dataclass
 
 import common
+import plan
 import rl
+import sft
 from common import Count, Fraction, Positive, Whole
 from data import problems, tokens
 from eval import validate
@@ -64,6 +66,17 @@ def recipe_of(cfg: Config) -> str:
     return cfg.recipe or usual
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, reads and samples, for --plan."""
+    job = rl.job_of(cfg)
+    length = plan.PROMPT + plan.longest_answer(cfg.max_new)
+    if cfg.text:
+        length = plan.text_row(cfg.plan)
+    second = plan.Tokens(trained=cfg.steps * cfg.updates * cfg.batch * length, length=length)
+    row = max(job.row, length)
+    return job._replace(script="mix", parts=[*job.parts, second], optimizers=2, row=row)
+
+
 def text_stream(cfg: Config, before: dict):
     """The text that goes on where the pre-training of the checkpoint stopped; None without --text.
 
@@ -83,8 +96,12 @@ def text_stream(cfg: Config, before: dict):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     rl.check(cfg)
+    sft.check(cfg)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     text = text_stream(cfg, before)
-    run = common.begin(cfg, before, recipe_of(cfg), text, reward=cfg.reward)
+    how = dict(shots=cfg.shots, reward=cfg.reward)
+    run = common.begin(cfg, before, recipe_of(cfg), text, **how)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
     start = common.load_model(before, world) if cfg.kl else None

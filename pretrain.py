@@ -20,6 +20,7 @@ import torch
 from torch.profiler import record_function
 
 import common
+import plan
 from common import Count, NonNegative, Positive, Whole
 from data import tokens
 from eval import held_out_losses, layout_of
@@ -89,7 +90,7 @@ def configure(given: dict):
 
     What was not given follows from the size of the model and, with --init, from that checkpoint.
     """
-    before = common.load(given["init"]) if given.get("init") else None
+    before = common.load(given["init"]) if given.get("init") and not given.get("plan") else None
     parent = before["meta"] if before else {}
     preset = given.get("plan") or given.get("preset", parent.get("preset", Config.preset))
     if preset not in PRESETS:
@@ -130,6 +131,14 @@ def schedule_of(cfg: Config) -> tuple[int, dict[int, str]]:
             f"{cfg.batch_tokens} tokens"
         )
     return steps, {step: str(Path(cfg.out) / f"step{step}.pt") for step in sorted(keep)}
+
+
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, for --plan."""
+    steps, paths = schedule_of(cfg)
+    counts = plan.Tokens(trained=steps * cfg.batch_tokens, length=cfg.length)
+    text = (cfg.data, counts.trained)
+    return plan.Job("pretrain", [counts], cfg.length, checkpoints=len(paths), text=text)
 
 
 def new_model(cfg: Config, encoding, world: common.World) -> Model:
@@ -233,6 +242,8 @@ def peak_flops(cfg: Config, world: common.World) -> float:
 
 def main(given: dict):
     cfg, before = configure(given)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
     parent = before["meta"] if before else {}
     world = common.start(cfg.device, cfg.dtype, cfg.shard)
     order = (parent.get("pretrain_seed", cfg.seed), parent.get("encoding"), parent.get("tokens", 0))

@@ -35,6 +35,7 @@ import torch
 from torch.profiler import record_function
 
 import common
+import plan
 from common import Count, NonNegative, Positive, Whole
 from data import grader, problems, tokens
 from eval import validate
@@ -43,9 +44,14 @@ from model import Sampler, adam, cosine, update
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
+    """Flags of GRPO."""
+
     steps: Count = 60  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper
+    # solved questions (shots.jsonl) before each, in sampling and in the passes that train, where
+    # they weigh nothing: for a base that never finds the form of an answer; validation has none
+    shots: Whole = 0
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
     # a file with your own reward(question, answer, text) -> float in place of both: each answer has
@@ -106,15 +112,17 @@ def rollout(run: common.Setup, sampler: Sampler, step: int, again: int = 0, grou
     mine = mine if groups is None else [mine[group] for group in groups]
     questions = [run.train[place] for place in mine]
     texts = [problems.prompt(run.form, row["question"]) for row in questions]
-    prompts = [tokens.encode(run.encoding, text) for text in texts]
+    asked = [tokens.encode(run.encoding, text) for text in texts]
     turn = f"{step} {again}" if again else step
     seeds = problems.answer_seeds(cfg.seed, turn, questions, cfg.group)
     ends = [run.encoding.eot_token]
     with record_function("sampling"):
-        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, ends, cfg.temperature)
+        how = (cfg.group, cfg.max_new, seeds, ends, cfg.temperature, run.prefix)
+        samples = sampler(asked, *how)
     if not samples.logp.isfinite().all():
         raise ValueError(f"sampled log-probs are NaN at step {step}: start with a lower --lr")
     lengths = samples.lengths.tolist()
+    prompts = [run.prefix + ids for ids in asked]  # what the answers are trained after, too
     each = [question for question in range(len(questions)) for _ in range(cfg.group)]
     return Rollout(
         questions=[questions[question] for question in each],
@@ -434,6 +442,22 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     )
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, reads and samples, for --plan."""
+    rows = cfg.steps * cfg.questions_per_step * cfg.group
+    validations = common.validations(cfg, cfg.steps) * cfg.eval_questions
+    answer = plan.longest_answer(cfg.max_new)
+    whole = plan.PROMPT + answer
+    again = (cfg.updates > 1) + (cfg.kl > 0)  # log-probs of the policy that sampled, of the start
+    counts = plan.Tokens(
+        trained=rows * cfg.updates * whole,
+        read=(rows / cfg.group + validations) * plan.PROMPT + rows * again * whole,
+        sampled=(rows + validations * cfg.eval_n) * answer,
+    )
+    most = max(cfg.questions_per_step * cfg.group, cfg.eval_questions * cfg.eval_n)
+    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, answers=most)
+
+
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
@@ -450,13 +474,28 @@ def check(cfg: Config):
         grader.check_own_reward(cfg.reward)
 
 
+ALL_FLAT = 5  # steps with nothing but flat groups, after which a line says so
+
+
+def flat_so_far(cfg: Config) -> str:
+    answers = ALL_FLAT * cfg.questions_per_step * cfg.group
+    return (
+        f"\nall groups of the first {ALL_FLAT} steps are flat: none of {answers} answers differs "
+        "in reward from the others of its group, and nothing is learned. --shots 4 shows solved "
+        "questions, sft.py --steps 20 teaches the form first, a later checkpoint knows more; "
+        f"sample.py --log {cfg.out} --split train shows the answers"
+    )
+
+
 # -------------------------------------------------------------------------------------- the run
 
 
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
     check(cfg)
-    run = common.begin(cfg, before, cfg.recipe or "rl", reward=cfg.reward)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
+    run = common.begin(cfg, before, cfg.recipe or "rl", shots=cfg.shots, reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None
 
@@ -470,6 +509,7 @@ def main(given: dict):
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
+    all_flat = first == 0
     for step in common.loop(first, cfg.steps, cfg, world, save):
         if common.validates(cfg, step):
             validate(run, sampler, log, step)
@@ -491,6 +531,9 @@ def main(given: dict):
                 update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, numbers, cfg, began)
+        all_flat = all_flat and numbers["flat"] == 1
+        if all_flat and step == ALL_FLAT - 1 and world.rank == 0:
+            common.say(flat_so_far(cfg))
         speed = numbers["sampled_tokens"] / costs["seconds"]
         log(step, costs, loss=loss, gradient_norm=norm, **numbers, tokens_per_s=speed)
     validate(run, sampler, log, cfg.steps)

@@ -83,8 +83,8 @@ def main(given: dict):
     world = common.start(cfg.device, cfg.dtype)
     saved = common.load(cfg.checkpoints[0])
     meta = saved["meta"]
+    encoding = common.encoding_of(saved)
     model = common.load_model(saved, world)
-    encoding = common.encoding_of(meta, model)
     max_new = cfg.max_new or common.longest(meta)
     show = functools.partial(show_answers, Sampler(model), encoding, cfg, max_new)
     folder = cfg.questions or meta["questions"]

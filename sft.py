@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch.profiler import record_function
 
 import common
+import plan
 from common import Count, NonNegative, Positive, Whole
 from data import problems, tokens
 from eval import validate
@@ -38,11 +39,14 @@ class Config(common.PostTraining):
 PAPER = dict(batch=64, lr=2e-5, max_new=512)
 
 
+def check(cfg):
+    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
+        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
+
+
 def tokenise(run: common.Setup) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every solution that is trained on, the end token with it."""
     cfg = run.cfg
-    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
-        raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
     pairs = []
     for question, solution in problems.solution_pairs(run.train, cfg.solutions, cfg.seed):
         prompt = tokens.encode(run.encoding, problems.prompt(run.form, question))
@@ -83,9 +87,30 @@ def recipe_of(cfg: Config) -> str:
     return cfg.recipe or names.get(cfg.solutions, f"sft-{cfg.solutions}")
 
 
+def job_of(cfg: Config) -> plan.Job:
+    """What a run trains on, reads and samples, for --plan."""
+    there = plan.questions(cfg.questions, cfg.plan)
+    share = min(1, cfg.limit / there.train) if cfg.limit else 1
+    pairs = there.solutions if cfg.solutions == "all" else there.train * int(cfg.solutions)
+    steps = cfg.steps or max(1, round(cfg.epochs * share * pairs / cfg.batch))
+    validations = common.validations(cfg, steps) * cfg.eval_questions
+    answer = plan.longest_answer(cfg.max_new)
+    counts = plan.Tokens(
+        trained=steps * cfg.batch * (plan.PROMPT + answer),
+        read=validations * plan.PROMPT,
+        sampled=validations * cfg.eval_n * answer,
+    )
+    most = cfg.eval_questions * cfg.eval_n
+    row = plan.PROMPT + cfg.max_new
+    return plan.Job("sft", [counts], row, answers=most, note=there.note)
+
+
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER)
-    run = common.begin(cfg, before, recipe_of(cfg))
+    check(cfg)
+    if cfg.plan:
+        return plan.show(cfg, job_of(cfg))
+    run = common.begin(cfg, before, recipe_of(cfg), answers=False)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))

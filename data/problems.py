@@ -275,7 +275,7 @@ def misfit(row, enc, form: Form, room: Room) -> tuple[str | None, list[str]]:
 
 def solution_misfit(text, prompt_length, enc, room: Room) -> str | None:
     # make_batch fills rows up to a multiple of 8, and the last token of a row is only a target
-    limit = max(room.context // 8 * 8 + 1, (room.context + 1) // 8 * 8)
+    limit = room.context // 8 * 8 + 1
     try:
         length = prompt_length + len(answer_ids(enc, text))
     except ValueError as error:

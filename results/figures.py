@@ -1,5 +1,6 @@
 """Figures of the report, each drawn if its rows are there."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,15 @@ from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may
 plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "legend.fontsize": 9.5})
 UNKNOWN = ("#0000CC", "#AA4499", "#44AA99", "#661100", "#117733", "#DDAA33")
 MARKERS = "osv^DPX*<>hp"
+NAMES = {  # what a stranger would rather read: the presets of model.py, the worlds of data/toy.py
+    "toy-math30": "generated word problems",
+    "toy": "0.5M parameters",
+    "toy-large": "1.9M parameters",
+    "190m": "190M parameters",
+    "1b": "1B parameters",
+    "4b": "4B parameters",
+}
+SPLITS = {"val": "validation", "test": "test"}
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv")).set_index(["metric", "recipe"])
 
 
@@ -36,15 +46,31 @@ def plot(axis, x, found, **look):
     axis.errorbar([at for at, _ in points], mean, half, capsize=2, elinewidth=0.8, **look)
 
 
+def of_questions(recipe):
+    """("sft-5-epochs", "50") of "sft-50-questions-5-epochs"; None where all questions train."""
+    found = re.fullmatch(r"(.+?)-(\d+)-questions(-.+)?", recipe)
+    return found and (found[1] + (found[3] or ""), found[2])
+
+
+def bars(r):
+    """What the error bars of test or validation rows are."""
+    many = any(e.df for e in (r.level(arm, t, "pass@1") for arm in r.arms for t in r.tokens) if e)
+    return (
+        "95% intervals over seeds and questions" if many else "two standard errors over questions"
+    )
+
+
 def trained(r):
-    """Arms of the main world and model with rows at half of the checkpoints or more."""
+    """Arms of the main world and model with rows at half of the checkpoints or more, without those
+    that questions.png draws."""
     arms = [arm for arm in r.arms if arm == Arm(arm.recipe) and arm.recipe != "base"]
+    arms = [arm for arm in arms if not of_questions(arm.recipe)]
     rows = {arm: sum(r.level(arm, t, "pass@1") is not None for t in r.tokens) for arm in arms}
     return [arm for arm in arms if 2 * rows[arm] >= len(r.tokens)][: len(MARKERS)]
 
 
-def save(figure, path):
-    """One legend for all panels, under them; no version or date in the file."""
+def save(figure, path, note=""):
+    """One legend for all panels, and a note, under them; no version or date in the file."""
     handles = {}
     for axis in figure.axes:
         axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -53,20 +79,25 @@ def save(figure, path):
         axis.spines[["top", "right"]].set_visible(False)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    bottom = (0.05 + 0.2 * -(-len(handles) // 5)) / figure.get_figheight()
-    figure.legend(handles.values(), handles, loc="lower center", ncol=5, frameon=False)
+    height = figure.get_figheight()
+    under = 0.2 * bool(note) / height
+    bottom = under + (0.05 + 0.2 * -(-len(handles) // 5)) / height
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, under)}
+    figure.legend(handles.values(), handles, ncol=5, frameon=False, **place)
+    figure.text(0.5, 0.06 / height, note, ha="center", fontsize=9, color="#444444")
     figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.set_dpi(150)
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    picture.quantize(64).save(path, optimize=True, dpi=(150, 150))  # a third of full colour
+    picture = picture.quantize(256, kmeans=3)  # without kmeans some lines share a colour
+    picture.save(path, optimize=True, dpi=(150, 150))
     plt.close(figure)
     return path.name
 
 
 def draw_pass1(r, path):
     """pass@1 against pre-training tokens, ours on the left and the paper's on the right."""
-    own = [arm for arm in r.arms if arm == Arm(arm.recipe) and arm.recipe not in RECIPES]
+    own = [arm for arm in trained(r) if arm.recipe not in RECIPES]
     figure, axis = plt.subplots(figsize=(7.2, 4.2))
     theirs = PAPER.loc["pass@1"]
     billions = theirs.columns.astype(float)
@@ -76,9 +107,11 @@ def draw_pass1(r, path):
 
     ours = place(r.tokens, r.tokens[0], r.tokens[-1], 0, 1)
     right = place(billions, billions[0], billions[-1], 1.35, 1.25)
-    for arm in (BASE, SFT, RL, SFT_RL, *own[:4]):
+    shown = [BASE, SFT, RL, SFT_RL, *own[:4]]
+    for i, arm in enumerate(shown):
         look = style(r, arm)
-        plot(axis, ours, [r.level(arm, t, "pass@1") for t in r.tokens], **look)
+        beside = ours + 0.02 * (i - (len(shown) - 1) / 2)  # bars that are not on one another
+        plot(axis, beside, [r.level(arm, t, "pass@1") for t in r.tokens], **look)
         if arm.recipe in theirs.index:
             known = theirs.loc[arm.recipe].notna()
             axis.plot(right[known], theirs.loc[arm.recipe][known], **look)
@@ -89,43 +122,58 @@ def draw_pass1(r, path):
     axis.set(xlim=(-0.15, 2.75), ylim=(0, max(60, axis.get_ylim()[1])))
     axis.set(xlabel="pre-training tokens (log scale)", ylabel="pass@1: right answers (%)")
     look = {"ha": "center", "va": "bottom", "transform": axis.get_xaxis_transform()}
-    axis.text(0.5, 1.01, f"this repository\n(model {r.model}, world {r.world})", **look)
-    axis.text(1.96, 1.01, "the paper\n(1B parameters, GSM8K)", **look)
-    return save(figure, path)
+    asked = NAMES.get(r.world, r.world)
+    size = NAMES.get(r.model, f"model {r.model}")
+    axis.text(0.5, 1.01, f"this repository: {size},\n{asked}", **look)
+    axis.text(1.96, 1.01, "the paper: 1B parameters,\nGSM8K", **look)
+    return save(figure, path, f"{SPLITS[r.split]} questions; bars: {bars(r)}")
 
 
 def draw_recipes(r, path):
     """pass@k and general capability of every recipe, the paper's below."""
-    figure, axes = plt.subplots(2, 4, figsize=(9.6, 5.8), sharey=True)
-    for (above, below), metric in zip(axes.T, PAPER.index.unique(0), strict=True):
-        for i, arm in enumerate([BASE, *trained(r)]):
-            x = [t * 1.02 ** (i - 3) for t in r.tokens]
-            plot(above, x, [r.level(arm, t, metric) for t in r.tokens], **style(r, arm))
+    arms = [BASE, *trained(r)]
+    levels = {  # metric -> arm -> level at each checkpoint
+        metric: {arm: [r.level(arm, t, metric) for t in r.tokens] for arm in arms}
+        for metric in PAPER.index.unique(0)
+    }
+    levels = {metric: of for metric, of in levels.items() if any(map(any, of.values()))}
+    size = (0.4 + 2.5 * len(levels), 5.9)
+    figure, axes = plt.subplots(2, len(levels), figsize=size, sharey=True, squeeze=False)
+    gaps = np.diff(np.log(r.tokens))
+    width = min([0.12, *(0.5 * gaps)])  # of the arms of a checkpoint, side by side
+    for (above, below), (metric, of) in zip(axes.T, levels.items(), strict=True):
+        for shift, arm in zip(np.linspace(-width, width, len(arms)) / 2, arms, strict=True):
+            plot(above, np.exp(shift) * np.array(r.tokens), of[arm], **style(r, arm))
         for recipe, values in PAPER.loc[metric].iterrows():
             known = values.dropna()
             arm = BASE if recipe == "base" else Arm(recipe)
             below.plot(known.index.astype(float), known, **style(r, arm))
-        title = metric.replace("accuracy", "general")
-        above.set(title=f"{title}, ours", xscale="log", xlabel="tokens")
+        name = metric.replace("accuracy", "general capability")
+        above.set(title=f"{name}, ours", xscale="log", xlabel="pre-training tokens")
         above.set_xticks(r.tokens, map(tokens_name, r.tokens))
-        below.set(title=f"{title}, paper", xscale="log", xlabel="tokens (B)")
-        below.set_xticks([2, 4, 10, 20, 44], [2, 4, 10, 20, 44])
-    return save(figure, path)
+        below.set(title=f"{name}, paper", xscale="log", xlabel="pre-training tokens")
+        below.set_xticks([2, 4, 10, 20, 44], ["2B", "4B", "10B", "20B", "44B"])
+    for (axis, *_), name in zip(axes, (SPLITS[r.split], "GSM8K"), strict=True):
+        axis.set(ylabel=f"% ({name} questions)", ylim=(0, 102))
+    return save(figure, path, f"bars: {bars(r)}")
 
 
-def draw_curves(r, path, arms, sets, panels):
+def draw_curves(r, path, arms, sets, panels, note):
     """Validation along training: a row per (question set, checkpoint), panels (field, against)."""
+    names = {"formatted": "in the format", "step": "training step", "flops": "FLOPs of training"}
+    names |= {"questions": "questions seen"}
     found = {
         (a, t): [arm for arm in arms if len(r.curve(arm, t, "pass@1", a)) > 2] for a, t in sets
     }
     found = {place: there for place, there in found.items() if there}
     if not found:
         return None
-    size = (3.2 * len(panels), 0.9 + 2.2 * len(found))
+    size = (3.2 * len(panels), 1.1 + 2.2 * len(found))
     figure, axes = plt.subplots(len(found), len(panels), figsize=size, squeeze=False, sharey=True)
     for row, ((asked, t), there) in zip(axes, found.items(), strict=True):
         for axis, (field, against) in zip(row, panels, strict=True):
-            for i, arm in enumerate(there):
+            ends = []  # (x of the last validation, its estimate, colour)
+            for arm in there:
                 points = r.curve(arm, t, field, asked)
                 x = {step: step for step in points}
                 if against != "step":
@@ -134,25 +182,27 @@ def draw_curves(r, path, arms, sets, panels):
                     continue
                 look = style(r, arm)
                 axis.plot([x[s] for s in points], [100 * e.mean for e in points.values()], **look)
-                last = max(points)  # the interval of the end, a little beside it
-                plot(axis, [x[last] * (1.02 + 0.02 * i)], [points[last]], color=look["color"])
-            axis.set(title=f"{asked}, {tokens_name(t)}: {field}", xlabel=against, ylim=(0, 103))
+                ends.append((x[max(points)], points[max(points)], look["color"]))
+            widest = max([end for end, *_ in ends], default=0)
+            for i, (end, e, colour) in enumerate(ends):  # the interval, a little beside the end
+                place = 1 + sum(abs(other - end) < 0.1 * widest for other, *_ in ends[:i])
+                plot(axis, [end + 0.02 * place * widest], [e], color=colour)
+            title = f"{names.get(field, field)}: {asked}, {tokens_name(t)} tokens"
+            axis.set(title=title, xlabel=names[against], ylim=(0, 103))
         row[0].set_ylabel("validation (%)")
-    return save(figure, path)
+    return save(figure, path, note)
 
 
 def draw_questions(r, path):
     """pass@1 and pass@32 by the number of training questions: recipes like "rl-50-questions"."""
     found = {}  # (recipe without the number, number) -> arm
     for arm in (arm for arm in r.arms if arm == Arm(arm.recipe)):
-        recipe, number, *more = [*arm.recipe.split("-"), "all"][:2] + arm.recipe.split("-")[2:]
-        if more[:1] == ["questions"] or number == "all":
-            found["-".join([recipe, *more[1:]]), number] = arm
+        found[of_questions(arm.recipe) or (arm.recipe, "all")] = arm
     counts = sorted({count for _, count in found} - {"all"}, key=int) + ["all"]
     names = [name for name, count in found if count == counts[0] != "all"]
     if not names:
         return None
-    figure, axes = plt.subplots(len(r.tokens), 2, figsize=(6.4, 0.9 + 2.4 * len(r.tokens)))
+    figure, axes = plt.subplots(len(r.tokens), 2, figsize=(7.2, 1.1 + 2.4 * len(r.tokens)))
     for row, t in zip(np.atleast_2d(axes), r.tokens, strict=True):
         for axis, k in zip(row, (1, 32), strict=True):
             for i, name in enumerate(names):
@@ -162,10 +212,10 @@ def draw_questions(r, path):
                 look |= {"ls": "--", "mfc": "white"} if "-" in name else {}
                 plot(axis, np.arange(len(counts)) + 0.06 * (i - 1.5), levels, **look)
             axis.set_xticks(range(len(counts)), counts)
-            axis.set(
-                title=f"pass@{k}, {tokens_name(t)}", xlabel="training questions", ylim=(0, 100)
-            )
-    return save(figure, path)
+            title = f"pass@{k}, {tokens_name(t)} tokens of pre-training"
+            axis.set(title=title, xlabel="training questions", ylim=(0, 102))
+        row[0].set_ylabel(f"{SPLITS[r.split]} (%)")
+    return save(figure, path, f"bars: {bars(r)}")
 
 
 def draw(r, folder):
@@ -175,11 +225,13 @@ def draw(r, folder):
     names = [draw_pass1(r, folder / "pass1.png"), draw_recipes(r, folder / "recipes.png")]
     panels = [("pass@1", "step"), ("pass@32", "step"), ("formatted", "step")]
     sets = [(r.main, t) for t in r.tokens]
-    names.append(draw_curves(r, folder / "curves.png", trained(r), sets, panels))
+    note = f"bars at the end: {bars(r)}"
+    names.append(draw_curves(r, folder / "curves.png", trained(r), sets, panels, note))
     panels = [("pass@1", "step"), ("pass@1", "questions"), ("pass@1", "flops")]
     sets = [(asked, t) for asked in r.benchmarks for t in r.tokens]
     arms = [r.with_rollouts(5), r.with_rollouts(64)]
     sets = [(a, t) for a, t in sets if all(r.curve(arm, t, "pass@1", a) for arm in arms)]
-    names.append(draw_curves(r, folder / "rollouts.png", arms, sets, panels))
+    note = f"n: answers to each question of a step; {note}"
+    names.append(draw_curves(r, folder / "rollouts.png", arms, sets, panels, note))
     names.append(draw_questions(r, folder / "questions.png"))
     return [name for name in names if name]

@@ -1,6 +1,8 @@
 """Small models, and the scripts called in this process or started as real ones."""
 
 import collections
+import functools
+import gzip
 import importlib
 import json
 import os
@@ -19,19 +21,39 @@ from model import Model, ModelConfig
 ROOT = Path(__file__).parents[1]
 # real data, beside the project
 DATASETS = Path(os.environ.get("RL_DATASETS", ROOT.parent / "shared" / "datasets"))
+ALONE = common.World(0, 1, torch.device("cpu"), torch.float64)
 PRETRAIN = "--batch_tokens 1024 --length 64 --warmup 2 --compile false --eval_rows 4".split()
 
 
 def small_model(vocab=37, padded_vocab=64, dtype=torch.float64, **shape):
-    """Two layers of random weights, so far from zero that every part shows in the output."""
+    """Two layers of random weights, so far from zero that every part shows in the output.
+
+    The same weights as ever: golden_tasks.json has lm-eval's scores of them.
+    """
     sizes = {"layers": 2, "width": 32, "heads": 4, "ffn": 48, "context": 96} | shape
     config = ModelConfig(**sizes, vocab=vocab, padded_vocab=padded_vocab)
     model = Model(config, dtype).init_weights(0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
-        norm_weight = torch.rand(p.shape, generator=generator).to(p) + 0.5
-        p.data = p.data * 10 if p.dim() > 1 else norm_weight
+        if p.dim() > 1:
+            p.data = p.data * 10
+        else:  # a norm's
+            p.data = torch.rand(p.shape, generator=generator).to(p) + 0.5
     return model
+
+
+def next_tokens(model, ids, **how):
+    """`Model.forward` on rows of text (B, T + 1): each token is to be predicted from those before.
+
+    how: weight, mask, temperature ..., of the T targets.
+    """
+    return model(ids[:, :-1], ids[:, 1:], **how)
+
+
+def setup(cfg, model=None, world=ALONE, **more) -> common.Setup:
+    """What a trainer has before its first step, as far as a test needs it."""
+    known = dict(cfg=cfg, model=model, world=world, **more)
+    return common.Setup(**dict.fromkeys(common.Setup._fields) | known)
 
 
 def flags(*words, **values) -> list[str]:
@@ -58,18 +80,23 @@ def start(script: str, *words, env=None, **more) -> subprocess.Popen:
 
 
 def refused(capsys, script: str, *words, **values) -> str:
-    """`call`, which must fail with exit status 2 and one line; -> that line.
+    """`call`, which must fail with exit status 2 and one line; -> that line."""
+    return complaint(capsys, lambda: call(script, *words, **values))
 
-    The frames of a progress bar, which end in a carriage return, are no lines.
-    """
+
+def complaint(capsys, action) -> str:
+    """action() must fail with exit status 2 and one line; -> that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(script, *words, **values)
+        action()
     return error_of(capsys.readouterr().err, stop.value.code)
 
 
 def error_of(said: str, status: int) -> str:
-    """What a script that failed with status 2 said on stderr, which must be one line."""
+    """What a script that failed with status 2 said on stderr, which must be one line.
+
+    The frames of a progress bar, which end in a carriage return, are no lines.
+    """
     assert status == 2, said
     assert "Traceback" not in said
     (line,) = [line for line in re.split(r"[\r\n]", said) if "error:" in line]
@@ -114,6 +141,15 @@ def lines_of(out) -> list[dict]:
 def metrics(out, *names) -> list[tuple]:
     """The named values of each line of a run's metrics, after its step."""
     return [tuple(line.get(name) for name in ("step", *names)) for line in lines_of(out)]
+
+
+@functools.cache
+def real(name) -> list[dict]:
+    """The rows of a file of real data: real("gsm8k/train")."""
+    if not DATASETS.is_dir():
+        pytest.skip(f"no {DATASETS}; set RL_DATASETS to the folder of real data")
+    with gzip.open(DATASETS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 class Operations(TorchDispatchMode):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, small_model
+from helpers import ROOT, next_tokens, small_model
 
 import model as network
 from model import log_probs, weighted_nll
@@ -208,12 +208,12 @@ def test_model_drops_ignored_targets(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(network, "use_triton", lambda x, fast=fast: fast)
         net = small_model(dtype=torch.float32).to(DEVICE)
-        loss, logp, _ = net(ids, weight=weight, mask=mask)
-        new, entropy = net(ids, mask=mask)
+        loss, logp, _ = next_tokens(net, ids, weight=weight, mask=mask)
+        new, entropy = next_tokens(net, ids, mask=mask)
         (loss + new.sum() + entropy.sum()).backward()
         assert not logp[~mask].any() and not new[~mask].any() and not entropy[~mask].any()
         results.append([loss, logp, new, entropy, net.head.weight.grad, net.embed.weight.grad])
-        assert not net(ids, weight=weight, mask=mask & False)[0]
+        assert not next_tokens(net, ids, weight=weight, mask=mask & False)[0]
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 

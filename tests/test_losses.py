@@ -3,20 +3,21 @@ against AdamW."""
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import ALONE, setup, small_model
 
+import common
 import model as network
 import rl
 import sft
-from data import grader, problems, ranks, tokens
+from data import grader, problems, tokens, toy
 from model import Samples, adam, log_probs, update, weighted_nll
 
-ALONE = ranks.World(0, 1, torch.device("cpu"), torch.float64)
-WIDTH, VOCAB, PADDED = 6, 11, 16
+WIDTH = 6
+VOCAB = 11
+PADDED = 16
 
 
 def numbers(count, dtype=torch.float64, seed=0):
@@ -197,13 +198,23 @@ def answers_of(*rows):
     return sampler
 
 
-def rl_config(**changes):
-    cfg = rl.Config("", steps=4, questions_per_step=2, group=2, max_new=12, lr=1e-3)
-    return dataclasses.replace(cfg, **changes)
+ENC = tokens.encoding("toy")
+FORM = problems.Form(toy.PROMPT, "")
+RL = rl.Config(init="", steps=4, questions_per_step=2, group=2, max_new=12, lr=1e-3, clip=0.0)
 
 
-def say(text, enc):
-    return tokens.encode(enc, text) + [enc.eot_token]
+def rl_run(model=None, **changes):
+    cfg = dataclasses.replace(RL, **changes)
+    return setup(cfg, model, encoding=ENC, form=FORM, train=QUESTIONS)
+
+
+def sft_run(model=None, world=ALONE, **changes):
+    cfg = sft.Config(init="", clip=0.0, **changes)
+    return setup(cfg, model, world, encoding=ENC, form=FORM)
+
+
+def say(text):
+    return tokens.encode(ENC, text) + [ENC.eot_token]
 
 
 QUESTIONS = [
@@ -212,58 +223,62 @@ QUESTIONS = [
 ]
 
 
-def test_rl_batch_by_hand():
-    """Two groups of two: right and cut, wrong in format and without one. Seen to fail with the end
-    token dropped from the answers (test_sampled_stop_token_is_trained, too), and with the weights
-    not divided by the step's tokens."""
-    enc = tokens.encoding("toy")
-    order = problems.shuffled(2, 2, 0, 0)
-    first, second = (QUESTIONS[i] for i in order)
-    right, cut = say(f" #### {first['answer']}", enc), say(f" #### {first['answer']}", enc)[:-1]
-    formatted, nothing = say(" #### 9", enc), say(" 9", enc)
-    sampler = answers_of(
-        (right, False, -1.0), (cut, True, -2.0), (formatted, False, -3.0), (nothing, False, -4.0)
-    )
-    batch, stats = rl.rl_batch(sampler, QUESTIONS, enc, rl_config(), 0, ALONE)
+@pytest.mark.parametrize("per_row", [1, 2])
+def test_rl_batch_by_hand(per_row):
+    """Two groups of two: right and truncated, wrong in format and without one.
 
-    n = len(right) + len(cut) + len(formatted) + len(nothing)
-    rows = [
-        (right, first, 0.5),
-        (cut, first, -0.5),
-        (formatted, second, 0.05),
-        (nothing, second, -0.05),
-    ]
-    for row, (ids, question, advantage) in enumerate(rows):
-        prompt = tokens.encode(enc, problems.prompt("toy", question["question"]))
-        span = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
-        assert batch.ids[row, : span.stop + 1].tolist() == prompt + ids
-        assert batch.mask[row].nonzero().squeeze(1).tolist() == list(range(span.start, span.stop))
-        torch.testing.assert_close(batch.weight[row, span], torch.full((len(ids),), advantage / n))
-        assert (batch.logp[row, span] == -1.0 - row).all()
+    Seen to fail with the end token dropped from the answers (test_sampled_stop_token_is_trained,
+    too), and with the weights not divided by the step's tokens.
+    """
+    first, second = (QUESTIONS[place] for place in problems.shuffled(2, 2, 0, 0))
+    right = say(f" #### {first['answer']}")
+    answers = [right, right[:-1], say(" #### 9"), say(" 9")]
+    said = [(ids, number == 1, -1.0 - number) for number, ids in enumerate(answers)]
+    run = rl_run(answers_per_row=per_row)
+    batch, stats = rl.rl_batch(run, answers_of(*said), 0)
+
+    n = sum(map(len, answers))
+    assert len(batch.ids) == 4 // per_row
+    questions = (first, first, second, second)
+    for number, advantage in enumerate((0.5, -0.5, 0.05, -0.05)):
+        ids = answers[number]
+        prompt = tokens.encode(ENC, problems.prompt(FORM, questions[number]["question"]))
+        row, beside = divmod(number, per_row)
+        begin = len(prompt) - 1 + (len(answers[number - 1]) if beside else 0)
+        place = row, slice(begin, begin + len(ids))
+        assert batch.ids[row, : len(prompt) - 1].tolist() == prompt[:-1]
+        assert batch.ids[place].tolist() == [prompt[-1], *ids[:-1]]
+        assert batch.target[place].tolist() == ids
+        assert batch.mask[place].all()
+        torch.testing.assert_close(batch.weight[place], torch.full((len(ids),), advantage / n))
+        assert (batch.logp[place] == -1.0 - number).all()
+    assert int(batch.mask.sum()) == n
     assert not batch.weight[~batch.mask].any()
     assert stats["reward"] == pytest.approx(1.1 / 4) and stats["length"] == n / 4
-    shares = stats["correct"], stats["formatted"], stats["cut"], stats["flat"]
-    assert shares == (0.25, 0.5, 0.25, 0.0)
+    shares = [stats[name] for name in ("correct", "formatted", "truncated", "flat")]
+    assert shares == [0.25, 0.5, 0.25, 0.0]
 
 
 def test_sampled_stop_token_is_trained():
-    """The end token is an action: the policy must learn to stop. Seen to fail with answers cut
-    before the end token."""
-    enc = tokens.encoding("toy")
-    texts = [say(" #### 2", enc), say(" #### 3", enc)] * 2
-    sampler = answers_of(*((ids, False, -1.0) for ids in texts))
-    batch, _ = rl.rl_batch(sampler, QUESTIONS, enc, rl_config(), 0, ALONE)
-    trained = batch.ids[:, 1:][batch.weight != 0]
-    assert int((trained == enc.eot_token).sum()) == 4
+    """The end token is an action: the policy must learn to stop.
+
+    Seen to fail with answers that lose it.
+    """
+    sampler = answers_of(*[(say(f" #### {number}"), False, -1.0) for number in (2, 3, 2, 3)])
+    batch, _ = rl.rl_batch(rl_run(), sampler, 0)
+    trained = batch.target[batch.weight != 0]
+    assert int((trained == ENC.eot_token).sum()) == 4
     row = {"id": "a", "question": "sam has 2 apples ?", "answer": "2", "solutions": ["#### 2"]}
-    taught = sft.sft_batch(sft.tokenise(enc, [row], "1", 0), tokens.pad_id(enc), 1, 0, 0, ALONE)
-    assert int(taught.ids[:, 1:][taught.weight != 0][-1]) == enc.eot_token
+    run = sft_run(batch=1)._replace(train=[row])
+    taught = sft.sft_batch(run, sft.tokenise(run), 0)
+    assert int(taught.target[taught.weight != 0][-1]) == ENC.eot_token
 
 
 def test_reward_never_reads_the_prompt(monkeypatch):
-    """The grader is handed what was sampled and nothing else. Seen to fail with the prompt decoded
-    in front of it."""
-    enc = tokens.encoding("toy")
+    """The grader is handed what was sampled and nothing else.
+
+    Seen to fail with the prompt decoded in front of it.
+    """
     seen = []
 
     def grade_all(texts, *_):
@@ -271,21 +286,19 @@ def test_reward_never_reads_the_prompt(monkeypatch):
         return [(False, False)] * len(texts)
 
     monkeypatch.setattr(grader, "grade_all", grade_all)
-    said = [([enc.eot_token], False, -1.0), (say(" #### 2", enc), False, -1.0)] * 2
-    rl.rl_batch(answers_of(*said), QUESTIONS, enc, rl_config(), 0, ALONE)
+    said = [([ENC.eot_token], False, -1.0), (say(" #### 2"), False, -1.0)] * 2
+    rl.rl_batch(rl_run(), answers_of(*said), 0)
     assert seen == ["", " #### 2"] * 2
 
 
 def test_answer_after_the_stop_is_not_read():
     """What a finished row's slots still hold is not part of the answer."""
-    enc = tokens.encoding("toy")
-    ids = say("", enc)
-    sampler = answers_of(*[(ids + say(" #### 2", enc), False, -1.0)] * 4)
+    sampler = answers_of(*[(say("") + say(" #### 2"), False, -1.0)] * 4)
 
     def stopped(*arguments):
         return sampler(*arguments)._replace(lengths=torch.ones(4, dtype=torch.long))
 
-    batch, stats = rl.rl_batch(stopped, QUESTIONS, enc, rl_config(), 0, ALONE)
+    batch, stats = rl.rl_batch(rl_run(), stopped, 0)
     assert stats["reward"] == 0 and int(batch.mask.sum()) == 4
 
 
@@ -294,103 +307,112 @@ def test_answer_after_the_stop_is_not_read():
 
 @pytest.fixture()
 def toy_model():
-    enc = tokens.encoding("toy")
-    return small_model(tokens.vocab_size(enc), 512, heads=2)
+    return small_model(tokens.vocab_size(ENC), 512, heads=2)
 
 
-def ragged_batch(rows=7):
-    """Rows of all lengths, weights of both signs, log-probs as a sampler would give them."""
+def ragged_batch(per_row=1):
+    """Seven answers of all lengths to three prompts, weights of both signs, and log-probs."""
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(300, (3 + i % 3,), generator=generator).tolist() for i in range(rows)]
-    lengths = [1 + 3 * i % 11 for i in range(rows)]
-    answers = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
-    weights = torch.randn(rows, generator=generator).tolist()
+
+    def ids(length):
+        return torch.randint(300, (length,), generator=generator).tolist()
+
+    prompts = [ids(3), ids(4), ids(5)]
+    lengths = [1 + 3 * i % 11 for i in range(7)]
+    answers = [ids(length) for length in lengths]
+    weights = torch.randn(7, generator=generator).tolist()
     logps = [torch.full((length,), -5.0) for length in lengths]
-    return problems.make_batch(prompts, answers, weights, 0, logps)
+    asked = [prompts[i % 3] for i in range(7)]
+    return problems.make_batch(asked, answers, weights, 0, logps, per_row)
 
 
-def gradient_of(model, backward):
-    model.zero_grad()
-    loss = backward()
-    return loss, [p.grad.clone() for p in model.parameters()]
-
-
+@pytest.mark.parametrize("per_row", [1, 2])
 @pytest.mark.parametrize("stage", ["sft", "rl", "rl clipped"])
-def test_micro_batches_share_one_denominator(toy_model, stage):
-    """Rows of unlike length, so a mean of means would differ. Seen to fail with `part` divided by
-    the piece's tokens."""
-    batch = ragged_batch()
+def test_micro_batches_share_one_denominator(toy_model, stage, per_row):
+    """Rows of unlike length, so a mean of means would differ.
+
+    Seen to fail with `part` divided by the piece's tokens.
+    """
+    batch = ragged_batch(per_row)
     results = []
     for micro in (1, 3, 100):
-        cfg = SimpleNamespace(micro=micro, temperature=1.0, clip_ratio=0.2, kl=0.0)
-
-        def backward(cfg=cfg):
-            if stage == "sft":
-                return sft.sft_backward(toy_model, batch, cfg, ALONE)
-            clipped = stage == "rl clipped"
-            old = rl.micro_log_probs(toy_model, batch, cfg, ALONE) if clipped else None
-            return rl.rl_backward(toy_model, batch, cfg, ALONE, old)[0]
-
-        results.append(gradient_of(toy_model, backward))
+        if stage == "sft":
+            run = sft_run(toy_model, micro=micro)
+            results.append(sft.sft_gradients(run, batch)[:3])
+            continue
+        run = rl_run(toy_model, micro=micro, updates=1 if stage == "rl" else 2)
+        old = rl.log_probs_of(toy_model, batch, run.cfg, ALONE) if run.cfg.updates > 1 else None
+        results.append(rl.rl_gradients(run, batch, old, None)[:3])
+    assert results[0][2] > 1e-3
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-9, rtol=1e-9)
 
 
 def test_sft_weights_are_one_over_all_answer_tokens():
-    """Over the whole batch, whichever rank has the rows. Seen to fail with n counted over the
-    rank's own rows."""
+    """Over the whole batch, whichever rank has the rows.
+
+    Seen to fail with n counted over the rank's own rows.
+    """
     pairs = [([1, 2, 3], list(range(4, 5 + i))) for i in range(8)]
     n = sum(len(answer) for _, answer in pairs)
-    worlds = [ranks.World(rank, 2, torch.device("cpu"), torch.float32) for rank in (0, 1)]
-    batches = [sft.sft_batch(pairs, 0, 8, 0, 0, world) for world in worlds]
-    for batch in batches:
+    trained = 0
+    for rank in (0, 1):
+        batch = sft.sft_batch(sft_run(world=ALONE._replace(rank=rank, size=2), batch=8), pairs, 0)
         torch.testing.assert_close(batch.weight, batch.mask / n)
-    assert sum(int(batch.mask.sum()) for batch in batches) == n
+        trained += int(batch.mask.sum())
+    assert trained == n
 
 
 def test_on_policy_gradient_is_the_policy_gradient_at_ratio_one(toy_model):
     """Weights in the primitive against PPO's loss through differentiable log-probs; also with the
     KL at its minimum."""
-    batch, cfg = ragged_batch(), SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.5)
-    own = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
+    batch = ragged_batch()
+    run = rl_run(toy_model, micro=3, temperature=0.7)
+    own = rl.log_probs_of(toy_model, batch, run.cfg, ALONE)
 
-    def gradient(**more):
-        return gradient_of(
-            toy_model, lambda: rl.rl_backward(toy_model, batch, cfg, ALONE, **more)[0]
-        )
+    def gradients(old=None, reference=None, **changes):
+        cfg = dataclasses.replace(run.cfg, **changes)
+        return rl.rl_gradients(run._replace(cfg=cfg), batch, old, reference)[:2]
 
-    _, plain_gradient = gradient()
-    loss, clipped = gradient(old=own)
-    _, pulled = gradient(reference=own)
+    _, plain_gradients = gradients()
+    loss, clipped = gradients(old=own, updates=2)
+    _, pulled = gradients(reference=own, kl=0.5)
     assert loss == pytest.approx(-float(batch.weight.double().sum()))  # ratio 1
-    torch.testing.assert_close(clipped, plain_gradient, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(pulled, plain_gradient, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(clipped, plain_gradients, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(pulled, plain_gradients, atol=1e-9, rtol=1e-9)
 
 
 def test_ratio_one_does_not_hide_a_mismatch(toy_model):
-    """The ratio is 1 whatever the sampler did, so sampler and trainer are compared apart from it;
-    that a run stops is tested in test_errors.py. Seen to fail with the mismatch taken against
-    logp.detach()."""
-    batch, cfg = ragged_batch(), SimpleNamespace(micro=3, temperature=1.0, clip_ratio=0.2, kl=0.0)
-    logp = toy_model(batch.ids, mask=batch.mask)[0].detach()
+    """The ratio is 1 whatever the sampler did, so sampler and trainer are compared apart from it.
+
+    That a run stops is tested in test_nonfinite.py. Seen to fail with the mismatch taken against
+    logp.detach().
+    """
+    batch = ragged_batch()
+    run = rl_run(toy_model, micro=3)
+    logp = toy_model(batch.ids, batch.target, mask=batch.mask)[0].detach()
     for shift in (0.0, 0.3, -0.3):
         shifted = batch._replace(logp=(logp + shift) * batch.mask)
-        _, told = rl.rl_backward(toy_model, shifted, cfg, ALONE)
-        assert told["mismatch"] == pytest.approx(abs(shift), abs=1e-9)
-        assert told["mismatch_max"] == pytest.approx(abs(shift), abs=1e-9)
-        assert told["mismatch_kl"] == pytest.approx(math.exp(-shift) + shift - 1, abs=1e-9)
+        *_, known = rl.rl_gradients(run, shifted, None, None)
+        assert known["mismatch"] == pytest.approx(abs(shift), abs=1e-9)
+        assert known["mismatch_max"] == pytest.approx(abs(shift), abs=1e-9)
+        assert known["mismatch_kl"] == pytest.approx(math.exp(-shift) + shift - 1, abs=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampling_and_training_see_one_temperature(toy_model, temperature):
-    """Seen to fail with the temperature left out of rl_backward's forward pass."""
-    enc, cfg = tokens.encoding("toy"), rl_config(temperature=temperature)
-    batch, _ = rl.rl_batch(network.Sampler(toy_model), QUESTIONS, enc, cfg, 0, ALONE)
-    _, told = rl.rl_backward(toy_model, batch, cfg, ALONE)
-    assert told["mismatch_max"] < 1e-5
-    old = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
-    _, told = rl.rl_backward(toy_model, batch, cfg, ALONE, old)
-    assert told["mismatch_max"] < 1e-5
+    """Seen to fail with the temperature left out of rl_loss's forward pass, and of log_probs_of."""
+    run = rl_run(toy_model, temperature=temperature)
+    batch, _ = rl.rl_batch(run, network.Sampler(toy_model), 0)
+    batch = batch._replace(weight=batch.mask * 0.1)  # random answers: all groups are flat
+    *_, known = rl.rl_gradients(run, batch, None, None)
+    assert known["mismatch_max"] < 1e-5
+    run = rl_run(toy_model, temperature=temperature, updates=2)
+    old = rl.log_probs_of(toy_model, batch, run.cfg, ALONE)
+    *_, known = rl.rl_gradients(run, batch, old, None)
+    assert known["mismatch_max"] < 1e-5
+    for logp, micro in zip(old, problems.micro_batches(batch, 64, ALONE), strict=True):
+        torch.testing.assert_close(logp.float(), micro.logp, atol=1e-5, rtol=0)
 
 
 def test_nothing_writes_through_a_view(toy_model):
@@ -398,20 +420,24 @@ def test_nothing_writes_through_a_view(toy_model):
     corrupted a loss denominator before. Seen to fail with `rewards_QG -= ...` in advantages and
     with `hidden.mul_` in weighted_nll."""
     hidden, head, target, weight = numbers(9)
-    rewards, batch = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), ragged_batch()
-    cfg = SimpleNamespace(micro=3, temperature=0.7, clip_ratio=0.2, kl=0.1)
-    own = rl.micro_log_probs(toy_model, batch, cfg, ALONE)
-    given = [hidden, head, target, weight, rewards, *batch, *own, *toy_model.parameters()]
+    rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    batch = ragged_batch(per_row=2)
+    pulled = rl_run(toy_model, micro=3, temperature=0.7, updates=2, kl=0.1)
+    own = rl.log_probs_of(toy_model, batch, pulled.cfg, ALONE)
+    given = [hidden, head, target, weight, rewards, *batch[:-1], *batch.layout, *own]
+    given += toy_model.parameters()
     before = [(x.detach().clone(), x._version) for x in given]
 
-    rl.advantages(rewards, True), rl.advantages(rewards.T[:2], False)
-    rl.policy_loss(own[0], own[0], own[0], 0.2), rl.kl_to(own[0], own[0])
+    rl.advantages(rewards, True)
+    rl.advantages(rewards.T[:2], False)
+    rl.policy_loss(own[0], own[0], own[0], 0.2)
+    rl.kl_to(own[0], own[0])
     for z in (0.0, 0.1):
         weighted_nll(hidden, head, target, weight, VOCAB, 0.7, z)[0].backward()
     sum(x.sum() for x in log_probs(hidden, head, target, VOCAB, 0.7)).backward()
-    sft.sft_backward(toy_model, batch, cfg, ALONE)
-    for arguments in ((), (own, own)):
-        rl.rl_backward(toy_model, batch, cfg, ALONE, *arguments)
+    sft.sft_gradients(sft_run(toy_model, micro=3), batch)
+    rl.rl_gradients(rl_run(toy_model, micro=3), batch, None, None)
+    rl.rl_gradients(pulled, batch, own, own)
     network.Sampler(toy_model)([[1, 2], [3]], 2, 6, range(4), [0], 0.7, [4, 5])
     for x, (copy, version) in zip(given, before, strict=True):
         assert torch.equal(x, copy) and x._version == version
@@ -424,7 +450,8 @@ def adamw_deltas(model, steps, weight_decay):
     """Each optimizer's own update from the model's weights, by torch.optim.AdamW on copies."""
     deltas = []
     for optimizer, lr, gradients in steps:
-        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         copies = [p for group in optimizer.param_groups for p in group["params"]]
         for copy, p, g in zip(copies, model.parameters(), gradients, strict=True):
             copy.data.copy_(p.data)
@@ -453,7 +480,8 @@ def test_update_is_the_definition(share, weight_decay):
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
     shares = [1.0] if share is None else [share, 1 - share]
-    ours, theirs = [adam(model) for _ in shares], [reference() for _ in shares]
+    ours = [adam(model) for _ in shares]
+    theirs = [reference() for _ in shares]
     for _ in range(4):
         rates = [0.01, 0.03]
         gradients = [
@@ -478,7 +506,7 @@ def test_gradients_are_clipped_once_and_the_norm_is_from_before(clip):
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
     count = sum(p.numel() for p in model.parameters())
-    taken, norm = ranks.gradients(model, ALONE, clip)
+    taken, norm = common.gradients(model, ALONE, clip)
     assert norm == pytest.approx(2 * count**0.5)
     squares = float(sum(g.square().sum() for g in taken))
     assert squares == pytest.approx(1.0 if clip else 4 * count, rel=1e-4)

@@ -3,7 +3,7 @@ vocabulary."""
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import next_tokens, small_model
 
 from model import PRESETS, Model, ModelConfig, cosine
 
@@ -77,12 +77,13 @@ def test_logits_log_probs_and_gradients_equal_transformers(reference, length):
     ours, theirs = reference
     ids = torch.randint(VOCAB, (3, length + 1), generator=torch.Generator().manual_seed(length))
     weight = torch.randn(3, length, generator=torch.Generator().manual_seed(0))
-    ours.zero_grad(), theirs.zero_grad()
+    ours.zero_grad()
+    theirs.zero_grad()
 
     logits = theirs(ids[:, :-1]).logits
     expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     (-(weight * expected).sum()).backward()
-    loss, logp, _ = ours(ids, weight=weight)
+    loss, logp, _ = next_tokens(ours, ids, weight=weight)
     loss.backward()
 
     own_logits = ours.hidden(ids[:, :-1]) @ ours.head.weight[:VOCAB].T
@@ -134,12 +135,14 @@ def test_global_random_state_is_left_alone():
 
 
 def test_log_probs_are_not_shifted_by_one():
-    """Each log-prob against its prefix run alone. Seen to fail with the target ids[:, :-1] instead
-    of ids[:, 1:]."""
+    """Each log-prob against its prefix run alone.
+
+    Seen to fail with the ids given for the targets.
+    """
     model = small_model()
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
-    _, logp, _ = model(ids, weight=torch.ones(2, 11))
-    free, entropy = model(ids)
+    _, logp, _ = next_tokens(model, ids, weight=torch.ones(2, 11))
+    free, entropy = next_tokens(model, ids)
     for t in range(11):
         logits = model.hidden(ids[:, : t + 1])[:, -1] @ model.head.weight[:VOCAB].T
         expected = logits.log_softmax(1)[torch.arange(2), ids[:, t + 1]]
@@ -160,16 +163,18 @@ def test_the_future_is_not_seen():
 
 def test_padding_does_not_change_a_neighbour():
     """Seen to fail with attention that is not causal (is_causal=False)."""
-    model, mask = small_model(), torch.zeros(2, 15, dtype=torch.bool)
+    model = small_model()
+    mask = torch.zeros(2, 15, dtype=torch.bool)
     ids = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
-    mask[0, 2:5], mask[1] = True, True  # row 0 is short: what stands after its target 4 is padding
-    alone = model(ids[:1, :6], mask=mask[:1, :5])[0]
+    mask[0, 2:5] = True  # row 0 is short: what stands after its target 4 is padding
+    mask[1] = True
+    alone = next_tokens(model, ids[:1, :6], mask=mask[:1, :5])[0]
     for padding in (0, 5, VOCAB - 1):
         ids[0, 6:] = padding
-        logp = model(ids, mask=mask)[0]
+        logp = next_tokens(model, ids, mask=mask)[0]
         torch.testing.assert_close(logp[:1, :5], alone, atol=1e-12, rtol=0)
         assert not logp[0, 5:].any()  # exactly 0 outside the mask
-    torch.testing.assert_close(logp[1:], model(ids[1:])[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(logp[1:], next_tokens(model, ids[1:])[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("with_weight", [True, False])
@@ -179,13 +184,14 @@ def test_mask_selects_and_changes_nothing_else(with_weight):
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.5
     weight = torch.randn(3, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     if with_weight:
-        masked, logp, _ = model(ids, weight=weight, mask=mask, z_loss=0.1)
+        masked, logp, _ = next_tokens(model, ids, weight=weight, mask=mask, z_loss=0.1)
         lse = (model.hidden(ids[:, :-1]) @ model.head.weight[:VOCAB].T).logsumexp(-1)
-        whole, all_logp, _ = model(ids, weight=weight * mask)
+        whole, all_logp, _ = next_tokens(model, ids, weight=weight * mask)
         z_loss = 0.1 * (lse.square() * mask).sum()  # over the mask only
         torch.testing.assert_close(masked, whole + z_loss)
     else:
-        (logp, entropy), (all_logp, all_entropy) = model(ids, mask=mask), model(ids)
+        logp, entropy = next_tokens(model, ids, mask=mask)
+        all_logp, all_entropy = next_tokens(model, ids)
         torch.testing.assert_close(entropy, all_entropy * mask)
     torch.testing.assert_close(logp, all_logp * mask)
 
@@ -196,9 +202,13 @@ def test_padded_vocabulary_column_is_not_counted():
     log_probs."""
     model = small_model()
     ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
-    before = model(ids, weight=torch.ones(2, 8))[0], *model(ids)
+
+    def outputs():
+        return next_tokens(model, ids, weight=torch.ones(2, 8))[0], *next_tokens(model, ids)
+
+    before = outputs()
     model.head.weight.data[VOCAB:] = 1e3
-    after = model(ids, weight=torch.ones(2, 8))[0], *model(ids)
+    after = outputs()
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one, other)
     sum(x.sum() for x in after).backward()
@@ -208,20 +218,20 @@ def test_padded_vocabulary_column_is_not_counted():
 def test_bfloat16_compute_keeps_fp32_weights_and_log_probs():
     model = small_model(dtype=torch.float32)
     ids = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
-    exact = model(ids)[0]
+    exact = next_tokens(model, ids)[0]
     model.compute = torch.bfloat16
-    loss, logp, _ = model(ids, weight=torch.full((2, 19), 1 / 38))
+    loss, logp, _ = next_tokens(model, ids, weight=torch.full((2, 19), 1 / 38))
     loss.backward()
     assert logp.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert float((logp - exact.detach()).abs().mean()) < 0.05
     # both ways into the head agree
-    torch.testing.assert_close(model(ids)[0], logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(next_tokens(model, ids)[0], logp, atol=1e-5, rtol=0)
 
 
 def test_more_tokens_than_the_context_are_refused():
-    with pytest.raises(ValueError, match="100 tokens in a row, the model's context is 96"):
-        small_model()(torch.zeros(1, 101, dtype=torch.long))
+    with pytest.raises(ValueError, match="100 tokens .* context is 96"):
+        next_tokens(small_model(), torch.zeros(1, 101, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""data/plan.py's memory: parameters on the meta device, and the formula against every tensor that a real step holds."""
+"""plan.py: what commands cost, and its memory against every tensor that a real step holds."""
 
+import importlib
+import json
 import weakref
 
 import pytest
@@ -10,27 +12,31 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common
 import model as models
-from data import plan, ranks, run
+import plan
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update
 
 
 class Held(TorchDispatchMode):
-    """The bytes of all tensors made inside, views counted once, and the most there were at a time."""
+    """Bytes of all tensors made inside, views counted once, and the most there were at a time."""
 
     def __init__(self):
         super().__init__()
-        self.storages, self.most = {}, 0
+        self.storages = {}
+        self.most = 0
 
     def add(self, *tensors):
         for tensor in tensors:
             storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
             key = id(storage)
             if key not in self.storages:
-                self.storages[key] = weakref.ref(storage, lambda _, key=key: self.storages.pop(key))
+                gone = lambda _, key=key: self.storages.pop(key)  # noqa: E731
+                self.storages[key] = weakref.ref(storage, gone)
 
     def bytes(self):  # anew each time: FSDP frees a storage by making it smaller
-        return sum(storage.nbytes() for ref in list(self.storages.values()) if (storage := ref()) is not None)
+        held = [ref() for ref in list(self.storages.values())]
+        return sum(storage.nbytes() for storage in held if storage is not None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -40,15 +46,20 @@ class Held(TorchDispatchMode):
 
 
 def step(model, optimizers, ids, micros=2):
-    """A trainer's step in miniature: gradients of each loss over its micro-batches, kept; then one update. One process: what
-    sums them over ranks is not in it, but for FSDP, which does it in the backward pass."""
-    weight, taken = torch.ones(ids.shape[0], ids.shape[1] - 1), []
+    """A trainer's step in miniature: gradients of each loss over its micro-batches; one update.
+
+    One process: what sums gradients over ranks is not in it, but for FSDP, which does it in the
+    backward pass.
+    """
+    weight = torch.ones(ids.shape[0], ids.shape[1] - 1)
+    taken = []
     for _ in optimizers:
         for _ in range(micros):
-            model(ids, weight=weight)[0].backward()
-        taken.append([p.grad for p in model.parameters()])  # as ranks.gradients does
+            model(ids[:, :-1], ids[:, 1:], weight=weight)[0].backward()
+        taken.append([p.grad for p in model.parameters()])  # as common.gradients does
         model.zero_grad(set_to_none=True)
-    update(model, [(optimizer, 1e-3, gradients) for optimizer, gradients in zip(optimizers, taken, strict=True)], 0.1)
+    pairs = zip(optimizers, taken, strict=True)
+    update(model, [(optimizer, 1e-3, gradients) for optimizer, gradients in pairs], 0.1)
 
 
 # ---- sizes
@@ -56,59 +67,64 @@ def step(model, optimizers, ids, micros=2):
 
 @pytest.mark.parametrize("preset, count", [("1b", 1_484_916_736), ("4b", 4_014_320_640)])
 def test_parameters_on_the_meta_device(preset, count):
-    model = plan.shapes(preset)
-    assert sum(p.numel() for p in model.parameters()) == count and model.head.weight.is_meta
-    holds, summed, _ = plan.memory(model, ranks=8)
-    assert (holds["weights"], holds["gradients"], holds["moments"], summed) == (4 * count, 4 * count, 8 * count, 4 * count)
-    holds, summed, _ = plan.memory(model, optimizers=2, ranks=8, shard=True)
-    assert (holds["weights"], holds["gradients"], holds["moments"], summed) == (count / 2, count, 2 * count, 0)
-
-
-def test_constants_are_those_of_the_model():
-    assert (plan.LOGITS, plan.SPAN) == (models.ROWS_CUDA, Sampler.SPAN["cuda"])
-    assert plan.STAGES["rl"][1] == plan.rl.SIZES["paper"]["questions_per_step"] * plan.rl.SIZES["paper"]["group"]
-    assert plan.STAGES["sft"][1] == plan.sft.Config.eval_questions * plan.sft.Config.eval_n
+    model = plan.shape(preset)
+    assert plan.weights_of(model) == count and model.head.weight.is_meta
+    held = plan.memory(model, ranks=8)
+    assert held.holds["weights"] == held.holds["gradients"] == held.summed == 4 * count
+    assert held.holds["moments"] == 8 * count
+    held = plan.memory(model, optimizers=2, ranks=8, shard=True)
+    assert (held.holds["weights"], held.holds["gradients"]) == (count / 2, count)
+    assert (held.holds["moments"], held.summed) == (2 * count, 0)
 
 
 # ---- a step
 
 
-WAYS = [(size, way, optimizers) for size in (1, 8) for way in ("plain", "checkpointed") for optimizers in (1, 2)]
+WAYS = [(size, way, n) for size in (1, 8) for way in ("plain", "checkpointed") for n in (1, 2)]
 SLOW = [pytest.param(16, *how, marks=pytest.mark.slow) for how in WAYS]
+QUICK = [(2, 1, "plain", 1), (2, 8, "plain", 1), (2, 1, "checkpointed", 2)]
 
 
-@pytest.mark.parametrize("layers, size, way, optimizers", [(2, 1, "plain", 1), (2, 8, "plain", 1), (2, 1, "checkpointed", 2), *SLOW])
+@pytest.mark.parametrize("layers, size, way, optimizers", [*QUICK, *SLOW])
 def test_a_step_holds_what_the_formula_says(monkeypatch, layers, size, way, optimizers):
-    """The 1b or two layers of it, two rows of 512 tokens, as tensors without memory; of eight ranks seven are made up by torch's
-    fake backend. On the CPU a chunk's logits are there several times, in fp32 too, so that the chunks are small."""
+    """The 1b or two layers of it, two rows of 512 tokens, as tensors without memory.
+
+    Of eight ranks seven are made up by torch's fake backend. On the CPU a chunk's logits are there
+    several times, in fp32 too, so that the chunks are small.
+    """
     monkeypatch.setattr(models, "ROWS", 64)
-    monkeypatch.setattr(plan, "LOGITS", 64)
-    c, world = ModelConfig(**PRESETS["1b"] | {"layers": layers}), ranks.World(0, size, torch.device("cpu"), torch.bfloat16, size > 1)
+    monkeypatch.setattr(plan, "ROWS_CUDA", 64)
+    c = ModelConfig(**PRESETS["1b"] | {"layers": layers})
+    world = common.World(0, size, torch.device("cpu"), torch.bfloat16, size > 1)
     if size > 1:
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
         mesh = dist.device_mesh.init_device_mesh("cpu", (size,))  # not of fake tensors
         monkeypatch.setattr(dist.device_mesh, "init_device_mesh", lambda *_: mesh)
     try:
         with torch.device("meta"):
-            model, whole = Model(c, torch.bfloat16), Model(c)
+            model = Model(c, torch.bfloat16)
+            whole = Model(c)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            ranks.place(model, world)
+            common.place(model, world)
             model.checkpoint_activations = way == "checkpointed"
-            adams, ids = [adam(model) for _ in range(optimizers)], torch.zeros(2, 513, dtype=torch.long)
+            adams = [adam(model) for _ in range(optimizers)]
+            ids = torch.zeros(2, 513, dtype=torch.long)
             with Held() as held:
                 held.add(*model.parameters())
                 weights = held.bytes()
                 step(model, adams, ids, micros=1)
-                moments, held.most = held.bytes() - weights, 0
+                moments = held.bytes() - weights
+                held.most = 0
                 step(model, adams, ids)
     finally:
         if size > 1:
             dist.destroy_process_group()
-    holds, _, ways = plan.memory(whole, optimizers, 0, size, size > 1)
-    assert (weights, moments) == pytest.approx((holds["weights"], holds["moments"]), rel=1e-3)
-    fixed, token = ways[way]
-    expected = sum(holds.values()) + fixed + 1024 * token
-    assert 0.95 * expected < held.most < 1.02 * expected
+    expected = plan.memory(whole, optimizers, size, size > 1, row=512)
+    found = (expected.holds["weights"], expected.holds["moments"])
+    assert (weights, moments) == pytest.approx(found, rel=1e-3)
+    fixed, token = expected.ways[way]
+    total = sum(expected.holds.values()) + fixed + 1024 * token
+    assert 0.95 * total < held.most < 1.02 * total
 
 
 def test_sums_over_ranks_take_a_copy_of_the_gradients():
@@ -119,37 +135,47 @@ def test_sums_over_ranks_take_a_copy_of_the_gradients():
         with Held() as held:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
-            ranks.gradients(model, ranks.World(0, 8, torch.device("cpu"), torch.float32), 1.0)
+            world = common.World(0, 8, torch.device("cpu"), torch.float32)
+            common.gradients(model, world, 1.0)
     finally:
         dist.destroy_process_group()
-    assert held.most == pytest.approx(size + plan.memory(model, ranks=8)[1], rel=0.01)
+    assert held.most == pytest.approx(size + plan.memory(model, ranks=8).summed, rel=0.01)
 
 
 def kept_for_backward(layers, compiled, width=128, ffn=384, heads=2, rows=2, length=256):
     """Bytes that autograd keeps between forward and backward, without the weights themselves."""
-    c = ModelConfig(layers=layers, width=width, heads=heads, ffn=ffn, vocab=500, padded_vocab=512, context=length)
-    model, kept = Model(c, torch.bfloat16).init_weights(0), {}
+    shape = dict(layers=layers, width=width, heads=heads, ffn=ffn, context=length)
+    model = Model(ModelConfig(**shape, vocab=500, padded_vocab=512), torch.bfloat16)
+    model.init_weights(0)
+    kept = {}
     if compiled:
         torch._dynamo.reset()
-        ranks.compile_blocks(model, dynamic=False)
+        common.compile_blocks(model, dynamic=False)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.zeros(rows, length + 1, dtype=torch.long), weight=torch.ones(rows, length))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        model(ids, ids, weight=torch.ones(rows, length))
     return sum(storage.nbytes() for storage in kept.values()), model
 
 
+SHAPES = [{}, dict(ffn=1024, width=256, heads=4), dict(rows=3, length=96)]
+
+
 @pytest.mark.parametrize("way", ["plain", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [dict(), dict(ffn=1024, width=256, heads=4), dict(rows=3, length=96)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_a_block_keeps(way, shape):
     """The difference that one more block makes."""
-    (one, small), (two, large) = (kept_for_backward(layers, way == "compiled", **shape) for layers in (1, 2))
-    (first, a), (second, b) = (plan.memory(model)[2][way] for model in (small, large))
+    one, small = kept_for_backward(1, way == "compiled", **shape)
+    two, large = kept_for_backward(2, way == "compiled", **shape)
+    first, a = plan.memory(small).ways[way]
+    second, b = plan.memory(large).ways[way]
     count = shape.get("rows", 2) * shape.get("length", 256)
     assert two - one == pytest.approx((second - first) + (b - a) * count, rel=0.01)
 
@@ -159,26 +185,121 @@ def test_what_a_block_keeps(way, shape):
 
 def test_the_sampler_holds_its_replica_and_cache(monkeypatch):
     monkeypatch.setattr(plan, "SPAN", Sampler.SPAN["cpu"])
-    c = ModelConfig(layers=3, width=128, heads=2, ffn=384, vocab=500, padded_vocab=512, context=512)
+    shape = dict(layers=3, width=128, heads=2, ffn=384, context=512)
+    c = ModelConfig(**shape, vocab=500, padded_vocab=512)
     model = Model(c, torch.bfloat16).init_weights(0)
     sampler = Sampler(model, rows=48)
     sampler([[1, 2, 3]] * 6, 8, 100, list(range(48)), [500])
-    holds = plan.memory(model, answers=64, rows=48, max_new=100)[0]
-    assert sum(copy.nbytes for copy, _ in sampler.copies) == pytest.approx(holds["replica"], rel=0.01)
+    holds = plan.memory(model, together=48, max_new=100).holds
+    copies = sum(copy.nbytes for copy, _ in sampler.copies)
+    assert copies == pytest.approx(holds["replica"], rel=0.01)
     assert sampler.buffers.own.nbytes == holds["cache"] - 48 * 16 * c.padded_vocab
-    assert plan.memory(model, answers=64, ranks=8, rows=48, max_new=100)[0]["cache"] == pytest.approx(holds["cache"] / 6)
 
 
-# ---- the table
+# ---- what is told
 
 
-def test_the_table(capsys):
-    """The largest --micro is the last that fits, and what fits with none has no number."""
-    plan.memory_table(run.configure(plan.Memory, ["--rows", "64"]))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
-    found = {" ".join(line[: line.index("x")]): line for line in lines if "--shard" not in line and line[line.index("x") + 1] == "1"}
-    assert len(lines) == 24 and found["1b pretrain"][4:7] == ["5.9", "5.9", "11.9"] and found["4b mix"][-5:] == ["-", "/", "-", "/", "-"]
-    holds, _, ways = plan.memory(plan.shapes("1b"))
-    fixed, token = ways["compiled"]
-    micro = int(found["1b pretrain"][-3])
-    assert sum(holds.values()) + fixed + micro * 4096 * token < 0.9 * 141e9 < sum(holds.values()) + fixed + (micro + 1) * 4096 * token
+class Flags:
+    """Of a run, as far as memory asks for them."""
+
+    compile = True
+    checkpoint_activations = False
+    micro = 1
+    rows = 512
+    shard = False
+    plan = "1b"
+
+
+def test_the_largest_micro_is_the_last_that_fits():
+    held = plan.memory(plan.shape("1b"), row=4096)
+    cfg = Flags()
+    room = 0.9 * 80e9
+    cfg.micro = held.largest("compiled", room)
+    assert cfg.micro == 7 and held.needed(cfg) < room
+    cfg.micro += 1
+    assert held.needed(cfg) > room
+    assert held.largest("plain", 20e9) == 0
+
+
+SCRIPTS = {
+    "pretrain": ["--tasks", "x"],
+    "sft": ["--init", "M.pt", "--questions", "data/out/gsm8k"],
+    "rl": ["--init", "M.pt", "--group", "5"],
+    "mix": ["--init", "M.pt"],
+    "eval": ["step5.pt", "--final"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_tells_its_cost_without_its_checkpoint(capsys, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    common.main(module.main, module.Config, "", [*SCRIPTS[script], "--plan", "1b"])
+    told = capsys.readouterr().out
+    assert "FLOPs" in told and "GPU hours" in told and "per GPU" in told and "141 GB" in told
+    assert ("GB more while it runs" in told) == (script != "eval")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_preset_is_one_line(capsys, script):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stop:
+        common.main(module.main, module.Config, "", [*SCRIPTS[script], "--plan", "huge"])
+    (line,) = filter(None, capsys.readouterr().err.splitlines())
+    assert stop.value.code == 2 and "'huge'" in line and "4b" in line
+
+
+def cost(*words) -> plan.Cost:
+    return plan.cost_of_command([*words, "--plan", "1b"])
+
+
+FORWARD = 2 * 1.279e9 + 4 * 16 * 2048 * 275  # FLOPs per token: two per weight, and attention
+
+
+def test_the_prices_by_hand():
+    """Pre-training is 23,842 steps of 2,097,152 tokens at 9.287 GFLOP."""
+    found = cost("pretrain.py", "--save_steps", "1000,2000")
+    assert found.flops == pytest.approx(23842 * 2097152 * 9.287e9, rel=1e-3)
+    assert found.hours == pytest.approx(found.flops / 0.4 / 989e12 / 3600)
+    assert found.disk == 3 * 4 * 1_484_916_736 and found.text[1] == 4 * 23842 * 2097152
+    rl = cost("rl.py", "--init", "M.pt")
+    assert rl.flops == pytest.approx(1000 * 128 * 64 * (3 * 275 + 200) * FORWARD, rel=0.02)
+    few = cost("rl.py", "--init", "M.pt", "--group", "5")
+    assert 11 < rl.flops / few.flops < 13
+    sft = cost("sft.py", "--init", "M.pt", "--questions", "gsm8k", "--eval_questions", "0")
+    assert sft.flops == pytest.approx(5 * 7000 * 275 * 3 * FORWARD, rel=0.02)
+    gold = cost("sft.py", "--init", "M.pt", "--questions", "gsm8k", "--solutions", "all")
+    assert gold.flops == pytest.approx(23 * sft.flops, rel=0.02)
+    mix = cost("mix.py", "--init", "M.pt", "--text", "x", "--steps", "10", "--batch", "64")
+    rl = cost("rl.py", "--init", "M.pt", "--steps", "10")
+    assert mix.flops - rl.flops == pytest.approx(10 * 64 * 4096 * 9.287e9, rel=0.01)
+    base = cost("eval.py", "step5.pt", "--limit", "100", "--tasks=")
+    answers = 100 * 32 * 200 * FORWARD
+    assert base.flops == pytest.approx(2 * answers, rel=0.1)  # with shots and without
+    trained = cost("eval.py", "step5-rl.pt", "--limit", "100", "--tasks=")
+    assert trained.flops == pytest.approx(answers, rel=0.1)
+
+
+def test_questions_that_are_there_are_counted(tmp_path):
+    row = {"question": "2 + 1 ?", "answer": "3", "solutions": ["2 + 1\n#### 3", "3\n#### 3"]}
+    for split, count in (("train", 5), ("val", 2), ("test", 4)):
+        rows = [json.dumps(row | {"id": f"{split}{i}"}) for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    found = plan.questions(str(tmp_path), "toy")
+    assert found == plan.Questions(train=5, val=2, test=4, solutions=10)
+    assert plan.questions(str(tmp_path / "train.jsonl"), "toy").train == 5
+
+
+def test_text_is_counted_once(capsys):
+    text = ["pretrain.py", "--data", "d", "--tokens", "1e9", "--plan", "1b"]
+    plan.main([*text, "+", *text, "--seed", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    steps = round(1e9 / 2097152)
+    assert float(lines[-2].split()[1]) == pytest.approx(4e-9 * steps * 2097152, rel=0.01)
+    assert lines[-1].split()[:3] == ["all", "2", "commands"]
+
+
+def test_a_command_that_would_run_is_refused():
+    with pytest.raises(ValueError, match="--plan"):
+        plan.main(["pretrain.py"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, complaint
 
 from data import files, grader, prepare, problems, tokens, toy
 
@@ -77,13 +77,7 @@ def own(made, tmp_path):
 
 def refused(capsys, *words) -> str:
     """`prepare.py words`, which must fail with exit status 2 and one line; -> that line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main([str(word) for word in words])
-    told = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    (line,) = (line for line in told if "error:" in line)
-    return line
+    return complaint(capsys, lambda: prepare.main([str(word) for word in words]))
 
 
 def toy_flags(**changes):
@@ -210,7 +204,7 @@ def test_error_names_no_folder_that_is_gone(tmp_path, capsys, monkeypatch):
         (["toys"], "'toys'"),
         (["toy", "--tokns", "5"], "--tokens"),
         (["toy", "--math_share", "1.5"], "--math_share"),
-        (["toy", "--val_questions", "0"], "easy/val"),
+        (["toy", "--val_questions", "0"], "--val_questions"),
         (["text", "--source", "absent"], "absent"),
         (["gsm8k", "--source", "."], "train.jsonl"),
         (["tasks", "--source", "."], "lambada/test.jsonl"),

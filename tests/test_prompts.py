@@ -9,7 +9,7 @@ from helpers import DATASETS, call, real, refused
 
 from data import files, grader, problems, questions, tokens
 from data import toy as toy_world
-from eval import solve
+from eval import Asked, solve
 from model import Samples
 
 WORLD = SimpleNamespace(rank=0, size=1, sum=lambda *values: list(values))
@@ -21,31 +21,30 @@ FEW = dict(n=1, k="1", limit=2, max_new=8, tasks="", device="cpu", compile="fals
 
 
 class Says:
-    """In place of the sampler: answers that are given as ids, ended at the first of `ends` or cut
-    at max_new.
-    """
+    """In place of the sampler: the given answers (ids), up to the first of `ends` or to max_new."""
 
     def __init__(self, *answers):
         self.answers = answers
 
-    def __call__(self, prompts, n, max_new, seeds, ends, temperature, prefix):
-        self.prompts, self.prefix, rows = prompts, prefix, []
+    def __call__(self, prompts, n, max_new, seeds, ends, temperature, prefix, progress):
+        self.prompts = prompts
+        self.prefix = prefix
+        rows = []
         for ids in self.answers:
             stop = next((place for place, token in enumerate(ids[:max_new]) if token in ends), None)
             rows.append((ids[: max_new if stop is None else stop + 1], stop is None))
         said = {
             "tokens": torch.tensor([row + [0] * (max_new - len(row)) for row, _ in rows]),
             "lengths": torch.tensor([len(row) for row, _ in rows]),
-            "cut": torch.tensor([cut for _, cut in rows]),
+            "truncated": torch.tensor([truncated for _, truncated in rows]),
         }
-        return Samples(
-            **{field: said.get(field, torch.zeros(len(rows), max_new)) for field in Samples._fields}
-        )
+        others = dict.fromkeys(Samples._fields, torch.zeros(len(rows), max_new))
+        return Samples(**others | said)
 
 
 def solved(enc, *answers, answer="5", max_new=60):
-    rows = [{"id": "a", "question": "How many?", "answer": answer}]
-    return solve(Says(*answers), enc, rows, len(answers), max_new, 0.6, 0, WORLD, ks=(1,))
+    asked = Asked(enc, FORM, [{"id": "a", "question": "How many?", "answer": answer}])
+    return solve(Says(*answers), asked, len(answers), max_new, 0.6, 0, WORLD, ks=(1,))
 
 
 def by_letters(enc, text):
@@ -60,18 +59,15 @@ def by_letters(enc, text):
 @pytest.mark.parametrize("between", ["\n\n", "\n", "\n\n\n", " \n\n", "\n\n**", " "])
 @pytest.mark.parametrize("split", [tokens.encode, by_letters], ids=["usual", "letters"])
 def test_an_answer_ends_where_the_next_question_begins(cl100k, before, between, split):
-    """However "Question:" is made of tokens, what follows is not read and the answer is not counted
-    as cut.
+    """However "Question:" is made of tokens: what follows is not read, and nothing is truncated.
 
     Seen to fail with the id of "Question" as the only stop: spelled in letters it went on to the
     next answer, 6.
     """
-    ids = (
-        split(cl100k, f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6")
-        + [1] * 60
-    )
+    text = f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6"
+    ids = split(cl100k, text) + [1] * 60
     found = solved(cl100k, ids, max_new=len(ids) - 50)
-    assert (found["correct"], found["cut"]) == ([1], 0)
+    assert (found["correct"], found["truncated"]) == ([1], 0)
     assert found["formatted"] == 1 or between == "\n\n**"
 
 
@@ -83,31 +79,27 @@ def test_the_usual_next_question_stops_the_sampler(cl100k):
     assert [tokens.decode(cl100k, ids[:1]), problems.stop_string(TOY)] == ["Question", " Q :"]
 
 
-def test_ended_cut_and_unfinished_answers(cl100k):
-    """Right by itself; right but cut; the end-of-text id inside; half of the stop string; a right
-    answer after the stop.
+def test_ended_truncated_and_unfinished_answers(cl100k):
+    """Right by itself; right but truncated; the end-of-text id inside; half of the stop string; a
+    right answer after the stop.
     """
 
     def ids(text):
         return tokens.encode(cl100k, text)
 
-    cut = ids("It is 5.\n#### 5\n") + ids(" and") * 60
+    truncated = ids("It is 5.\n#### 5\n") + ids(" and") * 60
     answers = [
         ids("#### 5") + [cl100k.eot_token],
-        cut,
+        truncated,
         ids("#### 6") + [cl100k.eot_token] + ids("#### 5"),
         ids("#### 5\n\n") + ids("Quest") + [cl100k.eot_token],
         ids("6\n\nQuestion: x\n#### 5") + [1] * 60,
     ]
     found = solved(cl100k, *answers)
-    shares = {
-        "cut": 1 / 5,
-        "formatted": 3 / 5,
-        "flexible@1": 3 / 5,
-    }  # the last finds the cut one too
-    assert found["correct"] == [2] and {name: found[name] for name in shares} == pytest.approx(
-        shares
-    )
+    # the flexible reading finds the truncated one too
+    shares = {"truncated": 1 / 5, "formatted": 3 / 5, "flexible@1": 3 / 5}
+    assert found["correct"] == [2]
+    assert {name: found[name] for name in shares} == pytest.approx(shares)
 
 
 def test_no_real_solution_has_the_stop_string(cl100k):
@@ -122,14 +114,11 @@ def test_no_real_solution_has_the_stop_string(cl100k):
         for name in ("gsm8k/train", "gsm8k/test", "math/train", "math/test")
         for i, row in enumerate(real(name))
     }
-    assert len(texts) == 8792 + 12500 and not any(
-        problems.until_next_question(FORM, text)[1] for text in texts.values()
-    )
-    assert [
-        name
-        for name, text in texts.items()
-        if "Question" in text and stop in tokens.encode(cl100k, text)
-    ] == ["math/test-3883"]
+    assert len(texts) == 8792 + 12500
+    assert not any(problems.until_next_question(FORM, text)[1] for text in texts.values())
+    possible = [name for name, text in texts.items() if "Question" in text]
+    found = [name for name in possible if stop in tokens.encode(cl100k, texts[name])]
+    assert found == ["math/test-3883"]
 
 
 # ---- the flexible reading
@@ -149,9 +138,7 @@ def test_no_real_solution_has_the_stop_string(cl100k):
     ],
 )
 def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, flexible):
-    """It finds an answer in any form, and never less than the strict one, which alone is the
-    reward.
-    """
+    """It finds an answer in any form, never less than the strict one, which alone is the reward."""
     found = solved(cl100k, tokens.encode(cl100k, text) + [cl100k.eot_token], answer=answer)
     assert (found["correct"], found["pass@1"], found["flexible@1"]) == ([strict], strict, flexible)
     assert grader.grade_all([text], [answer], [True])[0][0] == bool(strict)
@@ -161,10 +148,7 @@ def test_flexible_is_beside_the_strict_reading(cl100k, text, answer, strict, fle
 
 
 def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
-    """The eight of Wei et al.
-
-    and Minerva's four: each is right in the eyes of the grader, and its old ending is gone.
-    """
+    """Of Wei et al. and of Minerva: each is right for the grader, without its old ending."""
     for file, count, answers in (
         ("gsm8k_cot_8shot", 8, ["6", "5", "39", "8", "9", "29", "33", "8"]),
         ("minerva_math_4shot", 4, ["[2,5)", "24", "16", r"-\frac{2}{3}"]),
@@ -173,16 +157,11 @@ def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
         texts = [row["solutions"][0] for row in rows]
         assert [row["answer"] for row in rows] == answers and len(rows) == count
         assert grader.grade_all(texts, answers, [True] * count) == [(True, True)] * count
-        assert not any(
-            word in text for text in texts for word in ("answer is", "I hope", "Final", "boxed")
-        )
+        for word in ("answer is", "I hope", "Final", "boxed"):
+            assert not any(word in text for text in texts)
         shown = problems.few_shot(FORM, rows)
-        assert (
-            shown.count("Question: ")
-            == shown.count("\nAnswer: ")
-            == count
-            == shown.count(f"\n{grader.ENDING} ")
-        )
+        for part in ("Question: ", "\nAnswer: ", f"\n{grader.ENDING} "):
+            assert shown.count(part) == count
         assert shown.endswith(f"\n#### {answers[-1]}\n\n")
         assert not any(problems.until_next_question(FORM, text)[1] for text in texts)
 
@@ -190,23 +169,12 @@ def test_shots_of_the_papers_end_in_the_one_ending(cl100k):
 def test_the_prompt_of_the_paper(cl100k):
     shot = {"question": "How many?", "solutions": ["It is 6.\n#### 6"]}
     text = problems.few_shot(FORM, [shot, shot]) + problems.prompt(FORM, "And now?")
-    assert (
-        text
-        == 2 * "Question: How many?\nAnswer: It is 6.\n#### 6\n\n" + "Question: And now?\nAnswer:"
-    )
+    shown = "Question: How many?\nAnswer: It is 6.\n#### 6\n\n"
+    assert text == shown + shown + "Question: And now?\nAnswer:"
     sampler = Says(tokens.encode(cl100k, " 7"))
-    solve(
-        sampler,
-        cl100k,
-        [{"id": "a", "question": "And now?", "answer": "7"}],
-        1,
-        4,
-        0.6,
-        0,
-        WORLD,
-        shots=[shot, shot],
-        ks=(1,),
-    )
+    row = {"id": "a", "question": "And now?", "answer": "7"}
+    asked = Asked(cl100k, FORM, [row], [shot, shot])
+    solve(sampler, asked, 1, 4, 0.6, 0, WORLD, ks=(1,))
     assert tokens.decode(cl100k, [*sampler.prefix, *sampler.prompts[0]]) == text
 
 
@@ -215,7 +183,8 @@ def test_a_base_gets_as_many_shots_as_there_are(world, tmp_path, capsys):
 
     Seen to fail with one shot refused for lack of eight.
     """
-    easy, results = tmp_path / "easy", tmp_path / "results"
+    easy = tmp_path / "easy"
+    results = tmp_path / "results"
     shutil.copytree(world.data / "easy", easy)
     files.write_rows(easy / "shots.jsonl", problems.load(world.data / "easy", "shots")[:1])
     how = dict(questions=easy, results=results, **FEW)

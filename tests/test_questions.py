@@ -285,6 +285,50 @@ def test_split_keeps_the_prompt_of_its_questions(tmp_path):
         assert len(problems.load(tmp_path / "out" / f"split-{level}", "train")) == 8
 
 
+def test_split_by_what_the_base_model_solves(tmp_path, capsys):
+    """The paper: easy questions are solved 16 to 64 times of 64, hard ones at most 8 times."""
+    folder, samples = tmp_path / "questions", tmp_path / "step9.jsonl"
+    rows = [
+        {"id": f"q{i}", "question": f"What is {i}?", "answer": f"{i}", "solutions": [f"#### {i}"]}
+        for i in range(65)
+    ]
+    write(folder / "train.jsonl", rows)
+    write(folder / "shots.jsonl", rows[:1])
+    sample = {"kind": "pass", "checkpoint": "step9.pt", "n": 64}
+    sample |= {"ids": [f"q{i}" for i in range(64, -1, -1)], "correct": [*range(64, -1, -1)]}
+    write(samples, [{"kind": "general"}, sample])
+    command = ["split", "--questions", str(folder), "--samples", str(samples)]
+
+    def split(out, *words):
+        prepare.main([*command, "--out", str(tmp_path / out), *words])
+        return {
+            level: {
+                name: {int(row["id"][1:]) for row in problems.load(path, name)}
+                for name in ("train", "val", "test")
+            }
+            for level in ("easy", "hard")
+            for path in [tmp_path / out / f"split-{level}"]
+        }
+
+    found = split("split")
+    for level, right in (("easy", range(16, 65)), ("hard", range(9))):
+        parts = found[level]
+        assert set.union(*parts.values()) == set(right)
+        assert sum(map(len, parts.values())) == len(right)
+        assert len(parts["val"]) == len(parts["test"]) == round(0.1 * len(right))
+        assert len(problems.load(tmp_path / "split" / f"split-{level}", "shots")) == 1
+    assert split("again") == found and split("other", "--seed", "1") != found
+    assert {len(parts["train"]) for parts in split("few", "--most", "9").values()} == {7}
+    for levels in ("65,8", "8"):
+        with pytest.raises(SystemExit) as stop:
+            split("none", "--levels", levels)
+        assert stop.value.code == 2 and not (tmp_path / "none").exists()
+    write(samples, [sample | {"ids": sample["ids"][1:], "correct": sample["correct"][1:]}])
+    with pytest.raises(SystemExit):
+        split("none")
+    assert "65" in capsys.readouterr().err  # a row of all of them is wanted
+
+
 def test_math_questions_that_really_are_in_its_test_set_are_found(made_math):
     """Two of train, letter for letter but for spacing.
 

@@ -6,13 +6,14 @@ import time
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import next_tokens, small_model
 
 import model as network
 from data import problems
 from model import Sampler, bucket, uniform_noise
 
-VOCAB, END = 37, 0
+VOCAB = 37
+END = 0
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
 PREFIX = [21, 22, 23, 24, 25]
 
@@ -128,17 +129,22 @@ def test_shared_prefix_equals_concatenation(model):
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-5)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_recorded_log_probs_equal_the_trainers(dtype, atol, temperature):
-    """What RL relies on, through the batch that RL trains on."""
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_recorded_log_probs_equal_the_trainers(dtype, atol, temperature, per_row):
+    """What RL relies on, through the batch that RL trains on.
+
+    With several answers to a row its targets are those of `batch`, and not of the next column.
+    """
     model = small_model(VOCAB, 64, dtype)
     samples = draw(model, temperature=temperature)
     prompts, lengths = [p for p in PROMPTS for _ in range(4)], samples.lengths.tolist()
     said = [row[:length] for row, length in zip(samples.tokens.tolist(), lengths, strict=True)]
     logps = [row[:length] for row, length in zip(samples.logp, lengths, strict=True)]
-    batch = problems.make_batch(prompts, said, [1.0] * 20, END, logps)
+    batch = problems.make_batch(prompts, said, [1.0] * 20, END, logps, per_row)
+    how = dict(mask=batch.mask, temperature=temperature, layout=batch.layout)
     for logp in (
-        model(batch.ids, weight=batch.weight, mask=batch.mask, temperature=temperature)[1],
-        model(batch.ids, mask=batch.mask, temperature=temperature)[0],
+        model(batch.ids, batch.target, weight=batch.weight, **how)[1],
+        model(batch.ids, batch.target, **how)[0],
     ):
         torch.testing.assert_close(logp.float(), batch.logp, atol=atol, rtol=0)
 
@@ -189,7 +195,7 @@ def test_samples_follow_the_softmax(temperature):
     found = torch.bincount(5 * samples.tokens[:, 0] + samples.tokens[:, 1], minlength=25)
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     ids = torch.cat([torch.tensor([[1, 2, 3]]).expand(25, 3), pairs], 1)
-    logp = model(ids, temperature=temperature)[0].detach()
+    logp = next_tokens(model, ids, temperature=temperature)[0].detach()
     expected = count * logp[:, 2:].sum(1).exp()
     assert float(expected.min()) > 5  # the approximation is fair
     distance = float(((found - expected).square() / expected).sum())
@@ -242,7 +248,8 @@ def test_bfloat16_sampler_is_near_its_trainer():
     samples = draw(model, [[5, 6, 7]], n=20, max_new=8, ends=(99,))
     ids = torch.cat([torch.tensor([[5, 6, 7]]).expand(20, 3), samples.tokens], 1)
     assert samples.logp.dtype == torch.float32
-    assert float((model(ids)[0].detach()[:, 2:] - samples.logp).abs().mean()) < 0.05
+    trained = next_tokens(model, ids)[0].detach()[:, 2:]
+    assert float((trained - samples.logp).abs().mean()) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -319,7 +326,7 @@ def test_log_prob_at_temperature_one_comes_along(model):
     for temperature in (0.6, 1.0, 0):
         samples = draw(model, [[5, 6, 7]], n=20, max_new=8, ends=(99,), temperature=temperature)
         ids = torch.cat([torch.tensor([[5, 6, 7]]).expand(20, 3), samples.tokens], 1)
-        own = model(ids)[0].detach()[:, 2:].float()
+        own = next_tokens(model, ids)[0].detach()[:, 2:].float()
         torch.testing.assert_close(own, samples.logp_1, atol=1e-5, rtol=0)
         assert torch.allclose(samples.logp, samples.logp_1, atol=1e-5) == (temperature != 0.6)
 

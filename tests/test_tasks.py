@@ -21,11 +21,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import DATASETS, call, small_model
+from helpers import ALONE, DATASETS, call, small_model
 
-import eval as evaluation
-from data import checkpoint, prepare, ranks, report, tasks, tokens
-from model import Sampler
+import common
+from data import prepare, tasks, tokens
+from data.files import read_rows, write_rows
+from eval import continuation_log_probs
+from model import Model, Sampler
 
 FILES = {
     "lambada_openai": "lambada/test.jsonl.gz",
@@ -41,15 +43,14 @@ STOCK = {
     "arc_challenge": "arc/arc_challenge",
 }
 GOLDEN = Path(__file__).with_name("golden_tasks.json")
-ITEMS, KEPT = 200, 20  # of each benchmark: compared with a run of lm-eval, kept in the golden file
-WORLD = ranks.World(0, 1, torch.device("cpu"), torch.float32)
+ITEMS = 200  # of each benchmark: compared with a run of lm-eval
+KEPT = 20  # in the golden file
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The real files in the layout of --source, HellaSwag as published: lm-eval wants to prepare
-    that itself.
-    """
+    """The real files in the layout of --source; HellaSwag as published, since lm-eval wants to
+    prepare that itself."""
     if not DATASETS.is_dir():
         pytest.skip(f"no {DATASETS}: set RL_DATASETS to the folder of real data")
     with pytest.MonkeyPatch.context() as patch:
@@ -70,9 +71,7 @@ def model():
 
 
 def a_model():
-    """OLMo2 with the whole vocabulary and random weights, wide enough apart that the scores of
-    choices differ.
-    """
+    """OLMo2 with the whole vocabulary and random weights, large enough for choices to differ."""
     return small_model(vocab=100278, padded_vocab=100352, dtype=torch.float32, context=256).eval()
 
 
@@ -83,9 +82,8 @@ def chosen(items, count):
 
 def hash_of(pairs):
     """Of the ids of each context and continuation."""
-    return hashlib.sha256(
-        json.dumps([[list(ids) for ids in pair] for pair in pairs]).encode()
-    ).hexdigest()[:16]
+    text = json.dumps([[list(ids) for ids in pair] for pair in pairs])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def ours(model, items):
@@ -93,28 +91,24 @@ def ours(model, items):
     asked = []
 
     def loglikelihood(pairs, single):
-        asked[:] = asked or [
-            pairs,
-            evaluation.continuation_log_probs(Sampler(model), pairs, single, WORLD),
-        ]
+        if not asked:
+            asked.extend([pairs, continuation_log_probs(model, pairs, single, ALONE)])
         return asked[1]
 
-    enc, rows = tokens.encoding("cl100k_base"), []
-    hits = [
-        tasks.score([item | {"metric": m} for item in items], enc, loglikelihood)["right"]
-        for m in ("acc", "acc_norm")
-    ]
+    encoding = tokens.encoding("cl100k_base")
+
+    def hits(metric):
+        chosen_so = [item | {"metric": metric} for item in items]
+        return tasks.score(chosen_so, encoding, loglikelihood)["right"]
+
+    rows = []
+    by_metric = hits("acc"), hits("acc_norm")
     pairs, found = map(iter, asked)
-    for item, acc, acc_norm in zip(items, *hits, strict=True):
+    for item, acc, acc_norm in zip(items, *by_metric, strict=True):
         count = len(item["choices"])
-        rows.append(
-            {
-                "ids": hash_of(itertools.islice(pairs, count)),
-                "logp": [logp for logp, _ in itertools.islice(found, count)],
-                "acc": acc,
-                "acc_norm": acc_norm,
-            }
-        )
+        ids = hash_of(itertools.islice(pairs, count))
+        logp = [logp for logp, _ in itertools.islice(found, count)]
+        rows.append({"ids": ids, "logp": logp, "acc": acc, "acc_norm": acc_norm})
     return rows
 
 
@@ -126,17 +120,14 @@ def same(ours, theirs, items):
     largest = 0.0
     for mine, other, item in zip(ours, theirs, items, strict=True):
         assert mine["ids"] == other["ids"], item
-        assert mine["logp"] == pytest.approx(other["logp"], abs=1e-4), item
-        largest = max(
-            largest, *(abs(a - b) for a, b in zip(mine["logp"], other["logp"], strict=True))
-        )
+        one = np.array(mine["logp"])
+        two = np.array(other["logp"])
+        assert one == pytest.approx(two, abs=1e-4), item
+        largest = max(largest, float(abs(one - two).max()))
         for lengths in (1, [len(choice) - 1 for choice in item["choices"]]):
-            assert np.argmax(np.array(mine["logp"]) / lengths) == np.argmax(
-                np.array(other["logp"]) / lengths
-            ), item
-        assert all(
-            mine[metric] == other[metric] for metric in ("acc", "acc_norm") if metric in other
-        ), item
+            assert np.argmax(one / lengths) == np.argmax(two / lengths), item
+        for metric in {"acc", "acc_norm"} & other.keys():
+            assert mine[metric] == other[metric], item
     return largest
 
 
@@ -173,12 +164,14 @@ def harness(model):
 
 
 def theirs(lm, source, places):
-    """lm-eval's own run of its stock tasks on the local files: {name: rows as of `ours`}, acc_norm
-    where it has one.
+    """lm-eval's own run of its stock tasks on the local files: {name: rows as of `ours`}.
+
+    acc_norm where it has one.
     """
     import lm_eval
 
-    stock, folder = Path(lm_eval.__file__).parent / "tasks", source / "yaml"
+    stock = Path(lm_eval.__file__).parent / "tasks"
+    folder = source / "yaml"
     folder.mkdir()
     for name, file in FILES.items():
         splits = ", ".join(
@@ -198,21 +191,17 @@ def theirs(lm, source, places):
         num_fewshot=0,
         bootstrap_iters=0,
     )["samples"]
-    return {
-        name: [
-            {
-                "ids": hash_of(lm._encode_pair(*request) for request in sample["arguments"]),
-                "logp": [float(response[0][0]) for response in sample["resps"]],
-                **{
-                    metric: int(sample[metric])
-                    for metric in ("acc", "acc_norm")
-                    if metric in sample
-                },
-            }
-            for sample in sorted(samples[f"local_{name}"], key=lambda sample: sample["doc_id"])
-        ]
-        for name in places
-    }
+
+    def row(sample):
+        metrics = {name: int(sample[name]) for name in ("acc", "acc_norm") if name in sample}
+        ids = hash_of(lm._encode_pair(*request) for request in sample["arguments"])
+        return {"ids": ids, "logp": [float(x[0][0]) for x in sample["resps"]], **metrics}
+
+    found = {}
+    for name in places:
+        ordered = sorted(samples[f"local_{name}"], key=lambda sample: sample["doc_id"])
+        found[name] = list(map(row, ordered))
+    return found
 
 
 # ---- item by item
@@ -235,13 +224,12 @@ def test_scores_equal_those_of_lm_eval(model, source, capsys):
 
 @pytest.mark.slow
 def test_odd_texts_and_greedy_answers_equal_those_of_lm_eval(model, source):
-    """No context, spaces at its end, words that melt together, what is too long; answers that are
-    greedy, or nearly.
-    """
+    """No context, spaces at its end, words that melt together, what is too long, greedy answers."""
     pytest.importorskip("lm_eval", reason="pip install -r tests/requirements-slow.txt")
     from lm_eval.api.instance import Instance
 
-    enc, lm = tokens.encoding("cl100k_base"), harness(model)
+    enc = tokens.encoding("cl100k_base")
+    lm = harness(model)
     texts = [
         ("", " word"),
         ("", "Word by word"),
@@ -255,46 +243,40 @@ def test_odd_texts_and_greedy_answers_equal_those_of_lm_eval(model, source):
         ("a", " b" * 256),
     ]
     pairs = [tasks.encode_pair(enc, *text) for text in texts]
-    assert [pair for pair, text in zip(pairs, texts, strict=True) if text[0]] == [
-        lm._encode_pair(*text) for text in texts if text[0]
-    ]
-    expected = lm.loglikelihood(
-        [Instance("loglikelihood", {}, text, 0) for text in texts], disable_tqdm=True
-    )
+    for pair, text in zip(pairs, texts, strict=True):
+        assert not text[0] or pair == lm._encode_pair(*text)
+    asked = [Instance("loglikelihood", {}, text, 0) for text in texts]
+    expected = lm.loglikelihood(asked, disable_tqdm=True)
     greedy = greedy_pairs(model)
-    expected += lm._loglikelihood_tokens(
-        [(("", str(i)), *pair) for i, pair in enumerate(greedy)], disable_tqdm=True
-    )
-    found = evaluation.continuation_log_probs(Sampler(model), pairs + greedy, True, WORLD)
+    asked = [(("", str(i)), *pair) for i, pair in enumerate(greedy)]
+    expected += lm._loglikelihood_tokens(asked, disable_tqdm=True)
+    found = continuation_log_probs(model, pairs + greedy, True, ALONE)
     assert [x[0] for x in found] == pytest.approx([x[0] for x in expected], abs=1e-4)
-    assert [x[1] for x in found] == [x[1] for x in expected] and sum(x[1] for x in found) >= len(
-        greedy
-    ) / 3
+    assert [x[1] for x in found] == [x[1] for x in expected]
+    assert sum(x[1] for x in found) >= len(greedy) / 3
 
 
 def reference_scores(model, source):
     items = {name: list(tasks.read(name, source)) for name in FILES}
     places = {name: chosen(rows, ITEMS) for name, rows in items.items()}
-    return {name: [items[name][i] for i in places[name]] for name in items}, theirs(
-        harness(model), source, places
-    )
+    scores = theirs(harness(model), source, places)
+    return {name: [items[name][i] for i in places[name]] for name in items}, scores
 
 
 def greedy_pairs(model):
-    """Contexts with what the sampler writes at temperature 0, and the same with its last and with
-    its first token changed.
-    """
+    """Contexts with what the sampler writes at temperature 0; also with its last, or first, token
+    changed."""
     generator = torch.Generator().manual_seed(0)
-    contexts = [
-        torch.randint(0, 100256, (n,), generator=generator).tolist() for n in (1, 2, 3, 9, 9, 30)
-    ]
+
+    def ids(length):
+        return torch.randint(0, 100256, (length,), generator=generator).tolist()
+
+    contexts = [ids(length) for length in (1, 2, 3, 9, 9, 30)]
     samples = Sampler(model)(contexts, 1, 4, list(range(6)), [100278], temperature=0)
-    answers = samples.tokens.tolist()
-    return [
-        (context, change(answer))
-        for context, answer in zip(contexts, answers, strict=True)
-        for change in (list, lambda ids: [*ids[:-1], 7], lambda ids: [7, *ids[1:]])
-    ]
+    pairs = []
+    for context, answer in zip(contexts, samples.tokens.tolist(), strict=True):
+        pairs += [(context, answer), (context, [*answer[:-1], 7]), (context, [7, *answer[1:]])]
+    return pairs
 
 
 def test_scores_equal_the_golden_ones_of_lm_eval(model, source):
@@ -307,12 +289,11 @@ def test_scores_equal_the_golden_ones_of_lm_eval(model, source):
 
 
 def write_golden():
-    """What lm-eval gives, cut down to a tenth; the model is made from its seed, the items are the
-    files' own numbers.
-    """
+    """A tenth of what lm-eval gives; the model is made from its seed, items go by their numbers."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TIKTOKEN_CACHE_DIR"] = str(DATASETS / "tiktoken")
-        model, source = a_model(), real_files(Path(folder))
+        model = a_model()
+        source = real_files(Path(folder))
         items, reference = reference_scores(model, source)
         lines = []
         for name, rows in reference.items():
@@ -322,9 +303,8 @@ def write_golden():
                 {"doc": i, **row, "logp": [round(x, 5) for x in row["logp"]]}
                 for i, row in zip(places, rows, strict=True)
             ]
-            lines.append(
-                f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, kept[:: ITEMS // KEPT])) + "\n ]"
-            )
+            few = ",\n  ".join(map(json.dumps, kept[:: ITEMS // KEPT]))
+            lines.append(f' "{name}": [\n  {few}\n ]')
     GOLDEN.write_text('{"lm_eval": "0.4.13", "tasks": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
@@ -333,17 +313,51 @@ def write_golden():
 
 def test_a_context_is_computed_once(model, monkeypatch):
     """Seen to fail with a row for each choice: 4 * (40 + 5) tokens."""
-    ran, real = [], Sampler._prefill
-    monkeypatch.setattr(
-        Sampler,
-        "_prefill",
-        lambda self, ids, past=None: ran.append(ids.numel()) or real(self, ids, past),
-    )
+    ran = []
+    real = Model.hidden
+
+    def hidden(self, ids, layout=None):
+        ran.append(ids.numel())
+        return real(self, ids, layout)
+
+    monkeypatch.setattr(Model, "hidden", hidden)
     context = list(range(100, 140))
-    evaluation.continuation_log_probs(
-        Sampler(model), [(context, [i] * 5) for i in range(4)], False, WORLD
-    )
-    assert sum(ran) == 39 + 4 * 5
+    continuation_log_probs(model, [(context, [i] * 5) for i in range(4)], False, ALONE)
+    assert sum(ran) == -(-(39 + 4 * 5) // 8) * 8  # rows are filled up to a multiple of 8
+
+
+def test_a_pass_has_a_budget(model, monkeypatch):
+    """Contexts of all lengths: no pass of many rows is larger, and each pair has its own score."""
+    sizes = []
+    real = Model.hidden
+
+    def hidden(self, ids, layout=None):
+        sizes.append(ids.shape)
+        return real(self, ids, layout)
+
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randint(0, 1000, (1 + 5 * i % 31,), generator=generator).tolist(), [i, i + 1])
+        for i in range(40)
+    ]
+    alone = [continuation_log_probs(model, [pair], True, ALONE)[0] for pair in pairs]
+    monkeypatch.setattr(Model, "hidden", hidden)
+    together = continuation_log_probs(model, pairs, True, ALONE, budget=200)
+    assert len(sizes) > 5
+    assert all(rows == 1 or rows * length <= 200 for rows, length in sizes)
+    assert [x[0] for x in together] == pytest.approx([x[0] for x in alone], abs=1e-4)
+    assert [x[1] for x in together] == [x[1] for x in alone]
+
+
+def test_what_is_too_long_loses_its_first_tokens(model):
+    """As in lm-eval; a choice that alone is too long is refused."""
+    context = list(range(300))
+    ((whole, _),) = continuation_log_probs(model, [(context, [5, 6])], False, ALONE)
+    ((fitting, _),) = continuation_log_probs(model, [(context[-255:], [5, 6])], False, ALONE)
+    ((shorter, _),) = continuation_log_probs(model, [(context[-254:], [5, 6])], False, ALONE)
+    assert whole == fitting != shorter
+    with pytest.raises(ValueError, match="257"):
+        continuation_log_probs(model, [([1], [5] * 257)], False, ALONE)
 
 
 def test_ranks_share_the_contexts(model):
@@ -352,33 +366,30 @@ def test_ranks_share_the_contexts(model):
         (torch.randint(0, 1000, (5 + i % 3,), generator=generator).tolist(), [i, i])
         for i in range(20)
     ]
-    whole = evaluation.continuation_log_probs(Sampler(model), pairs, True, WORLD)
+    whole = continuation_log_probs(model, pairs, True, ALONE)
     parts = []
+
+    def kept(*values):
+        parts.append(values)
+        return list(values)
+
     for rank in range(2):
-        world = SimpleNamespace(
-            rank=rank, size=2, sum=lambda *values: parts.append(values) or list(values)
-        )
-        evaluation.continuation_log_probs(Sampler(model), pairs, True, world)
-    assert [sum(x) for x in zip(*parts, strict=True)][::2] == pytest.approx(
-        [logp for logp, _ in whole], abs=1e-5
-    )
-    assert all(
-        0 in x for x in zip(*(part[::2] for part in parts), strict=True)
-    )  # each pair on one rank
+        world = SimpleNamespace(rank=rank, size=2, sum=kept, device=ALONE.device)
+        continuation_log_probs(model, pairs, True, world)
+    one, other = (part[::2] for part in parts)
+    assert np.add(one, other) == pytest.approx([logp for logp, _ in whole], abs=1e-5)
+    assert not np.multiply(one, other).any()  # each pair on one rank
 
 
 def test_a_single_choice_must_be_what_the_model_would_say(model):
-    """Seen to fail with any choice right, as the best of one, and with the first token alone looked
-    at.
-    """
+    """Seen to fail with any choice right, as the best of one, and with the first token alone."""
     pairs = greedy_pairs(model)
-    found = evaluation.continuation_log_probs(Sampler(model), pairs, True, WORLD)
+    found = continuation_log_probs(model, pairs, True, ALONE)
     assert [greedy for _, greedy in found] == [True, False, False] * 6
     items = [{"context": " sam has a", "choices": [" cat"], "label": 0}] * len(found)
     score = tasks.score(items, tokens.encoding("toy"), lambda *_: found)
-    assert score["right"] == [1, 0, 0] * 6 and score["accuracy"] == score["acc"] == pytest.approx(
-        1 / 3
-    )
+    assert score["right"] == [1, 0, 0] * 6
+    assert score["accuracy"] == score["acc"] == pytest.approx(1 / 3)
     assert score["perplexity"] == pytest.approx(np.exp(-np.mean([logp for logp, _ in found])))
     assert score["probability"] == pytest.approx(np.mean([np.exp(logp) for logp, _ in found]))
 
@@ -389,16 +400,11 @@ def test_acc_norm_is_by_characters_without_the_space():
     """
     item = {"context": " sam has a", "choices": [" is", " dogs"], "label": 1}
     found = [(-2.0, False), (-3.9, False)]
-    both = [
-        tasks.score([item | more], tokens.encoding("toy"), lambda *_: found)
-        for more in ({}, {"metric": "acc_norm"})
-    ]
-    assert [score["right"] for score in both] == [[0], [1]] and [
-        score["accuracy"] for score in both
-    ] == [0, 1]
-    assert all(
-        (score["acc"], score["acc_norm"]) == (0, 1) and "perplexity" not in score for score in both
-    )
+    for more, right in (({}, 0), ({"metric": "acc_norm"}, 1)):
+        score = tasks.score([item | more], tokens.encoding("toy"), lambda *_: found)
+        assert (score["right"], score["accuracy"]) == ([right], right)
+        assert (score["acc"], score["acc_norm"]) == (0, 1)
+        assert "perplexity" not in score
 
 
 def test_task_score_by_hand(toy):
@@ -410,17 +416,18 @@ def test_task_score_by_hand(toy):
     table = {" cat": 0.1, " dog": 0.3, " red": 0.1, " blue": 0.2, " green": 0.1}
 
     def logprob(pairs, single):
-        assert [tokens.decode(toy, context) for context, _ in pairs] == [" sam has a"] * 2 + [
-            " ann has a"
-        ] * 3
+        contexts = [tokens.decode(toy, context) for context, _ in pairs]
+        assert contexts == [" sam has a"] * 2 + [" ann has a"] * 3
         return [(float(np.log(table[tokens.decode(toy, choice)])), single) for _, choice in pairs]
 
     score = tasks.score(items, toy, logprob)
     assert score["right"] == [1, 0] and score["accuracy"] == 0.5 and score["se"] == 0.5
     assert score["probability"] == pytest.approx((0.75 + 0.25) / 2)
-    lower = tasks.score(
-        items, toy, lambda *args: [(x - 1000, greedy) for x, greedy in logprob(*args)]
-    )
+
+    def much_lower(*asked):
+        return [(x - 1000, greedy) for x, greedy in logprob(*asked)]
+
+    lower = tasks.score(items, toy, much_lower)
     assert lower["probability"] == pytest.approx(0.5)
 
 
@@ -538,34 +545,27 @@ ROWS = {  # with the columns of the hub: row, context, choices, label
     ),
 }
 ROWS["arc_challenge"] = ROWS["arc_easy"]
+QUESTION = {"id": "a", "question": "What is 1 + 1?", "answer": "2", "solutions": ["#### 2"]}
 
 
 def test_from_the_hub_and_from_files(monkeypatch, tmp_path):
-    """The columns of the hub, offline.
-
-    That repository, config and split are those of lm-eval is in the slow test.
-    """
+    """The columns of the hub, offline; its names are compared with lm-eval's in a slow test."""
     import datasets
 
     asked = []
     for name, (row, context, choices, label) in ROWS.items():
-        monkeypatch.setattr(
-            datasets,
-            "load_dataset",
-            lambda *args, row=row, **kwargs: (
-                asked.append((*args, kwargs["split"])) or datasets.Dataset.from_list([row])
-            ),
-        )
-        expected = [
-            {
-                "context": context,
-                "choices": choices,
-                "label": label,
-                "metric": tasks.BENCHMARKS[name].metric,
-            }
-        ]
-        assert list(tasks.read(name)) == expected and asked[-1] == tasks.BENCHMARKS[name].hub
-        path = tmp_path / f"{tasks.BENCHMARKS[name].file}.jsonl.gz"
+        benchmark = tasks.BENCHMARKS[name]
+
+        def load_dataset(repository, config, split, row=row):
+            asked.append((repository, config, split))
+            return datasets.Dataset.from_list([row])
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        item = {"context": context, "choices": choices, "label": label}
+        expected = [item | {"metric": benchmark.metric}]
+        assert list(tasks.read(name)) == expected
+        assert asked[-1] == benchmark.hub
+        path = tmp_path / f"{benchmark.file}.jsonl.gz"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress(json.dumps(row).encode()))
         assert list(tasks.read(name, tmp_path)) == expected
@@ -581,9 +581,8 @@ def test_from_the_hub_and_from_files(monkeypatch, tmp_path):
 def test_hub_names_are_those_of_lm_eval():
     lm_eval = pytest.importorskip("lm_eval", reason="pip install -r tests/requirements-slow.txt")
     for name, benchmark in tasks.BENCHMARKS.items():
-        text = (
-            Path(lm_eval.__file__).parent / "tasks" / f"{STOCK.get(name, f'{name}/{name}')}.yaml"
-        ).read_text()
+        stock = Path(lm_eval.__file__).parent / "tasks"
+        text = (stock / f"{STOCK.get(name, f'{name}/{name}')}.yaml").read_text()
         repository, config, split = benchmark.hub
         if name != "arc_challenge":  # which includes arc_easy's
             assert f"dataset_path: {repository}\n" in text and f"\n{split}_split: {split}\n" in text
@@ -592,64 +591,39 @@ def test_hub_names_are_those_of_lm_eval():
 
 
 def test_prepared_hellaswag_is_the_published_one(source):
-    """Prompts and answers letter for letter; choices but for the space that a mark leaves before
-    them.
-    """
+    """Letter for letter, but for the space that a mark leaves before a choice."""
 
     def key(item):
-        return (
-            item["context"],
-            *(" ".join(choice.split()) for choice in item["choices"]),
-            item["label"],
-        )
+        choices = [" ".join(choice.split()) for choice in item["choices"]]
+        return item["context"], *choices, item["label"]
 
     published = list(tasks.read("hellaswag", source))
-    assert {key(item) for item in published} <= {
-        key(item) for item in tasks.read("hellaswag", DATASETS)
-    }
-    assert (
-        len(published) == 1000
-        and sum(choice.startswith("  ") for item in published for choice in item["choices"]) == 134
-    )
+    prepared = {key(item) for item in tasks.read("hellaswag", DATASETS)}
+    assert len(published) == 1000
+    assert {key(item) for item in published} <= prepared
+    choices = [choice for item in published for choice in item["choices"]]
+    assert sum(choice.startswith("  ") for choice in choices) == 134
 
 
-def test_from_files_to_the_report(source, world, tmp_path, capsys, model):
-    """prepare.py, eval.py and the report on the six, with a random model of the real vocabulary."""
-    prepare.main(
-        ["tasks", "--source", str(source), "--out", str(tmp_path / "tasks"), "--limit", "3"]
-    )
+def test_from_files_to_rows(source, world, tmp_path, capsys, model):
+    """prepare.py and eval.py on the six, with a random model of the real vocabulary."""
+    folder = tmp_path / "tasks"
+    prepare.main(["tasks", "--source", str(source), "--out", str(folder), "--limit", "3"])
     assert capsys.readouterr().out.count(" 3 items, ") == 6
-    assert tasks.load(tmp_path / "tasks") == {
-        name: list(itertools.islice(tasks.read(name, source), 3)) for name in FILES
-    }
-    meta = checkpoint.load(world.base)["meta"] | {
-        "encoding": "cl100k_base",
-        "questions": str(world.data / "easy"),
-    }
-    checkpoint.save(tmp_path / "m.pt", model, meta)
-    how = dict(
-        results=tmp_path / "results",
-        tasks=tmp_path / "tasks",
-        limit=1,
-        n=1,
-        k=1,
-        max_new=1,
-        shots=0,
-        device="cpu",
-        compile="false",
-    )
-    call("eval", tmp_path / "m.pt", **how)
-    rows = [row for row in report.read(tmp_path / "results")[0] if row["kind"] == "general"]
+    first = {name: list(itertools.islice(tasks.read(name, source), 3)) for name in FILES}
+    assert tasks.load(folder) == first
+    write_rows(tmp_path / "questions/val.jsonl", [QUESTION])
+    meta = {"encoding": "cl100k_base", "questions": str(tmp_path / "questions")}
+    common.save(tmp_path / "m.pt", model, common.load(world.base)["meta"] | meta)
+    sizes = dict(limit=1, n=1, k=1, max_new=1, shots=0, device="cpu", compile="false")
+    call("eval", tmp_path / "m.pt", results=tmp_path / "results", tasks=folder, **sizes)
+    rows = read_rows(tmp_path / "results/m.jsonl")
+    rows = [row for row in rows if row["kind"] == "general"]
     assert {row["benchmark"] for row in rows} == set(FILES)
     for row in rows:
-        assert (
-            len(row["right"]) == 3
-            and row["accuracy"]
-            == row[tasks.BENCHMARKS[row["benchmark"]].metric]
-            == sum(row["right"]) / 3
-        )
-    level = report.Results(rows).level("base", rows[0]["tokens"], "accuracy")
-    assert level.mean == pytest.approx(np.mean([row["accuracy"] for row in rows]))
+        metric = tasks.BENCHMARKS[row["benchmark"]].metric
+        assert len(row["right"]) == 3
+        assert row["accuracy"] == row[metric] == sum(row["right"]) / 3
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ import random
 
 import pytest
 import torch
+from helpers import ALONE, setup
 
-import common
 import rl
 from data import problems, tokens
 from model import Layout, Model, ModelConfig, flex
 
-WORLD = common.World(0, 1, torch.device("cpu"), torch.float64)
 VOCAB = 61
 GROUP = 6
 
@@ -58,11 +57,10 @@ def config(**given):
 def measure(model, other, rolled, per_row, cfg):
     """Loss, gradients and what is known of them, by rl.py's own functions."""
     cfg = dataclasses.replace(cfg, answers_per_row=per_row)
-    nothing = dict.fromkeys(common.Setup._fields)
-    run = common.Setup(**nothing | dict(cfg=cfg, world=WORLD, model=model))
+    run = setup(cfg, model)
     batch = make(rolled, per_row)
-    old = rl.log_probs_of(other, batch, cfg, WORLD) if cfg.updates > 1 else None
-    reference = rl.log_probs_of(other, batch, cfg, WORLD) if cfg.kl else None
+    old = rl.log_probs_of(other, batch, cfg, ALONE) if cfg.updates > 1 else None
+    reference = rl.log_probs_of(other, batch, cfg, ALONE) if cfg.kl else None
     loss, gradients, norm, known = rl.rl_gradients(run, batch, old, reference)
     return loss, gradients, known
 
@@ -130,9 +128,9 @@ def test_an_answer_sees_all_of_its_prompt(model, rolled):
 
 def test_rows_of_a_flat_group_are_left_out(rolled):
     batch = make(rolled, 4)
-    parts = list(problems.micro_batches(batch, 4, WORLD))
+    parts = list(problems.micro_batches(batch, 4, ALONE))
     assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask[batch.weight.any(1)].sum())
-    everything = list(problems.micro_batches(batch, 4, WORLD, idle=True))
+    everything = list(problems.micro_batches(batch, 4, ALONE, idle=True))
     assert sum(int(part.mask.sum()) for part in everything) == int(batch.mask.sum())
 
 

@@ -1,0 +1,356 @@
+"""What a run costs, from its own flags. Every trainer and eval.py print it with --plan and exit.
+
+    python rl.py --init ckpt/1b/step5000.pt --plan 1b
+    python plan.py rl.py --init M.pt --plan 1b + eval.py M-rl.pt --plan 1b     # and their sum
+    PLAN=1 bash runs/paper.sh                                                  # a whole experiment
+
+A script says what it will do, in tokens; here is what that takes:
+
+    training   FLOPs = tokens x flops_per_token (model.py)     hours = FLOPs / (TRAINING x PEAK)
+    reading    a third of that: prompts, tasks                 the same
+    sampling   a third of that                                 hours = FLOPs / (SAMPLING x PEAK)
+    disk       4 bytes per weight of a checkpoint, 2 or 4 bytes per token of text; a trainer that
+               runs keeps its state for --resume beside it
+    memory     see `memory`
+
+No checkpoint is read. What is not known before the data is there is assumed, and said. Nothing of
+this was measured on a GPU.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import problems, tokens
+from model import PRESETS, ROWS_CUDA, Model, ModelConfig, Sampler
+
+PEAK = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
+TRAINING = 0.4  # share of it that training reaches
+SAMPLING = 0.05  # that sampling reaches: 19,000 tokens per second and GPU at 1B
+PROMPT = 75  # tokens; MATH has 78, GSM8K 62
+ANSWER = 200  # tokens, where --max_new allows it; MATH has 221, GSM8K 78
+TASKS = 2_343_014  # tokens of the six benchmarks, each context once
+
+
+# ---------------------------------------------------------------------- what a script will do
+
+
+class Tokens(NamedTuple):
+    """Tokens that a run handles in rows of one length."""
+
+    trained: float = 0  # a gradient is taken of them
+    read: float = 0  # they go through the model once: prompts, text that is only measured
+    sampled: float = 0
+    length: int = PROMPT + ANSWER  # mean length of a row: attention costs more in longer ones
+
+
+class Job(NamedTuple):
+    """What a command will do."""
+
+    script: str
+    parts: list[Tokens]
+    row: int  # tokens of the longest row of a micro-batch
+    optimizers: int = 1  # 0: nothing is trained
+    answers: int = 0  # sampled together, by all ranks
+    checkpoints: int = 1  # that it leaves on the disk
+    text: tuple[str, float] = ("", 0.0)  # folder that is read, and its tokens
+    note: str = ""  # what is assumed
+
+
+class Questions(NamedTuple):
+    """How many there are of each split, and solutions to all of the first."""
+
+    train: int
+    val: int
+    test: int
+    solutions: int
+    note: str = ""
+
+
+# of prepare.py, by the name of the folder; beside them the default world and, for easy and hard
+# questions, a guess: nobody knows before
+KNOWN = {
+    "gsm8k": Questions(7000, 500, 1319, 23 * 7000),
+    "math": Questions(13_500, 500, 5000, 23 * 13_500),
+    "split-easy": Questions(8000, 1000, 1000, 23 * 8000),
+    "split-hard": Questions(8000, 1000, 1000, 23 * 8000),
+}
+TOY = Questions(400, 200, 300, 24 * 400)
+
+
+@functools.cache
+def questions(folder: str, preset: str) -> Questions:
+    """What is in a folder of questions; if it is not there, what is assumed."""
+    if folder and Path(folder).exists():
+        counts = {}
+        for split in ("train", "val", "test"):
+            there = Path(folder).is_file() or (Path(folder) / f"{split}.jsonl").is_file()
+            counts[split] = problems.load(folder, split) if there else []
+        solutions = sum(len(row.get("solutions", ())) for row in counts["train"])
+        return Questions(*map(len, counts.values()), solutions)
+    path = Path(folder).parent if folder.endswith(".jsonl") else Path(folder)
+    guess = KNOWN.get(path.name, TOY if preset.startswith("toy") else KNOWN["math"])
+    return guess._replace(note=f"{guess.train:,} questions to train on, {guess.test:,} to test")
+
+
+def longest_answer(max_new: int) -> int:
+    return min(ANSWER, max_new)
+
+
+def text_row(preset: str) -> int:
+    """Tokens of a row of pre-training, as pretrain.py makes it unless told otherwise."""
+    return 128 if preset.startswith("toy") else 4096
+
+
+# ------------------------------------------------------------------------------- what that costs
+
+
+class Cost(NamedTuple):
+    script: str
+    flops: float
+    hours: float  # of one GPU
+    disk: float  # bytes of checkpoints
+    memory: float  # bytes per GPU, at this --micro
+    text: tuple[str, float]  # folder and bytes
+
+
+@functools.cache
+def shape(preset: str, encoding: str = "") -> Model:
+    """A model of the preset without memory. encoding: of its text, where that is known."""
+    if preset not in PRESETS:
+        raise ValueError(f"--plan takes {', '.join(PRESETS)}, not {preset!r}")
+    usual = "toy" if preset.startswith("toy") else "cl100k_base"
+    vocab = tokens.VOCABULARY[encoding or usual]
+    with torch.device("meta"):
+        return Model(
+            ModelConfig(**PRESETS[preset], vocab=vocab, padded_vocab=-(-vocab // 128) * 128)
+        )
+
+
+def weights_of(model: Model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def work(model: Model, part: Tokens) -> tuple[float, float]:
+    """-> FLOPs and hours of a GPU."""
+    each = model.flops_per_token(part.length)
+    dense = each * (part.trained + part.read / 3)
+    sampled = each * part.sampled / 3
+    return dense + sampled, (dense / TRAINING + sampled / SAMPLING) / PEAK / 3600
+
+
+def cost_of(cfg, job: Job) -> Cost:
+    model = shape(cfg.plan, encoding_of(job.text[0]))
+    done = [work(model, part) for part in job.parts]
+    folder, count = job.text
+    return Cost(
+        script=job.script,
+        flops=sum(flops for flops, _ in done),
+        hours=sum(hours for _, hours in done),
+        disk=4.0 * weights_of(model) * job.checkpoints,
+        memory=memory_of(cfg, job, model).needed(cfg),
+        text=(folder, count * (2 if model.config.vocab < 1 << 16 else 4)),
+    )
+
+
+def encoding_of(folder: str) -> str:
+    """The encoding of a folder of text, or nothing if it is not there."""
+    if not folder or not Path(folder).is_dir():
+        return ""
+    return tokens.Stream(folder, "val", 1, 0).encoding_name
+
+
+# --------------------------------------------------------------------------------------- memory
+
+SPAN = Sampler.SPAN["cuda"]  # columns that the sampler's cache is rounded to
+ROOM = 0.9  # of a GPU; the rest is for CUDA, NCCL and what the allocator cannot use
+CARDS = (24, 40, 80, 141)  # GB
+ROOMS = [ROOM * card * 1e9 for card in CARDS]
+WAYS = {  # a block as it is, compiled, or run again in the backward pass
+    "plain": "--compile false",
+    "compiled": "--compile true",
+    "checkpointed": "--checkpoint_activations",
+}
+
+
+class Memory(NamedTuple):
+    """Bytes per GPU in bf16."""
+
+    holds: dict[str, float]  # what is there all the time
+    summed: float  # more, while gradients are summed over the ranks
+    ways: dict[str, tuple[float, float]]  # a micro-batch: whatever its size, and per token
+    row: int
+
+    def largest(self, way: str, room: float) -> int:
+        """The most rows of a micro-batch that fit into `room` bytes; 0 if none does."""
+        fixed, token = self.ways[way]
+        left = room - sum(self.holds.values())
+        return max(0, int((left - fixed) / (self.row * token))) if left > self.summed else 0
+
+    def needed(self, cfg) -> float:
+        """At the flags of a run."""
+        held = sum(self.holds.values())
+        if not self.ways:
+            return held
+        way = "compiled" if cfg.compile else "plain"
+        fixed, token = self.ways["checkpointed" if cfg.checkpoint_activations else way]
+        return held + max(self.summed, fixed + cfg.micro * self.row * token)
+
+
+def memory(
+    model: Model, optimizers=1, ranks=1, shard=False, together=0, max_new=0, row=0
+) -> Memory:
+    """What a run holds. together: answers that a GPU samples side by side; row: tokens of a row.
+
+    --kl takes 4 bytes per weight more. What a block keeps of a token, in bytes: width x (2 for its
+    input, 6 for q, k and v, 4 for q and k turned, 4 for the output of attention and its copy in
+    another order, 2 for the MLP's input), ffn x (4 for gate and up, 2 for silu, 2 for the product),
+    and for each of the four norms width x 8, two fp32 tensors. Compiled, only two norms keep
+    something, their input in bf16, and silu is made again.
+    """
+    c = model.config
+    weights = weights_of(model)
+    width = c.width
+    head = c.padded_vocab * width
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    part = ranks if shard else 1
+    columns = (-(-max_new // SPAN) + 1) * SPAN
+    holds = {
+        "weights": 4 * weights / part,
+        "gradients": 4 * optimizers * weights / part,
+        "moments": 8 * optimizers * weights / part,
+        # the sampler's copy; not sharded, the embedding is read where it is
+        "replica": 2 * (weights if shard else weights - head) * bool(together),
+        "cache": together * (columns * 4 * c.layers * width + 16 * c.padded_vocab),
+    }
+    if not optimizers:
+        return Memory(holds, 0, {}, row)
+    # logits; the head in bf16 and its gradient in fp32, or, sharded: embedding and head gathered
+    # in fp32, and their gradients
+    fixed = 2 * ROWS_CUDA * c.padded_vocab + (16 if shard else 6) * head
+    # the blocks' weights in bf16, kept for the backward pass; FSDP gathers them again
+    casts = 0 if shard else 2 * blocks
+    sums = 16 + 4 * c.heads  # of the norms and of attention
+    ends = 12 * width  # the final norm and what the head reads
+    plain = 50 * width + 8 * c.ffn + sums
+    compiled = 22 * width + 6 * c.ffn + sums
+    ways = {
+        "plain": (fixed + casts, c.layers * plain + ends),
+        "compiled": (fixed + casts, c.layers * compiled + ends),
+        "checkpointed": (fixed + casts / c.layers, c.layers * 2 * width + plain + ends),
+    }
+    summed = 4 * weights if ranks > 1 and not shard else 0
+    return Memory(holds, summed, ways, row)
+
+
+def memory_of(cfg, job: Job, model: Model) -> Memory:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    shard = ranks > 1 and getattr(cfg, "shard", False)
+    together = min(getattr(cfg, "rows", 0), -(-job.answers // ranks))
+    max_new = job.row - PROMPT if job.answers else 0
+    return memory(model, job.optimizers, ranks, shard, together, max_new, job.row)
+
+
+# ---------------------------------------------------------------------------------------- shown
+
+
+def show(cfg, job: Job) -> Cost:
+    """Print what a command costs. Raises ValueError for a preset that there is not."""
+    cost = cost_of(cfg, job)
+    model = shape(cfg.plan, encoding_of(job.text[0]))
+    held = memory_of(cfg, job, model)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    done = [sum(part[i] for part in job.parts) for i in range(3)]
+    gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+    lines = [
+        f"{job.script}.py, {cfg.plan} ({weights_of(model):,} weights), {gpus}",
+        "  tokens   trained {:.3g}, read {:.3g}, sampled {:.3g}".format(*done),
+        f"  compute  {cost.flops:.3g} FLOPs, {cost.hours:.3g} GPU hours",
+    ]
+    if job.optimizers:
+        state = (4 + 8 * job.optimizers) * weights_of(model)
+        lines.append(f"  disk     {cost.disk / 1e9:.3g} GB of checkpoints")
+        lines[-1] += f", {state / 1e9:.3g} GB more while it runs"
+    if job.text[1]:
+        lines[-1] += f"; {cost.text[1] / 1e9:.3g} GB of text"
+    lines += memory_lines(cfg, job, held)
+    assumed = f"{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling"
+    lines += [f"  assumed  {assumed}"]
+    lines += [f"           {job.note}"] * bool(job.note)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+    return cost
+
+
+def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
+    """Bytes per GPU by what they are for, and what fits cards of some sizes."""
+    parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in held.holds.items() if size)
+    total = sum(held.holds.values())
+    if job.optimizers:
+        rooms = {
+            f"--micro of {job.row} tokens, {flag}": [held.largest(way, room) for room in ROOMS]
+            for way, flag in WAYS.items()
+        }
+    else:
+        cache = held.holds["cache"]
+        each = cache / min(cfg.rows, job.answers)
+        rooms = {"--rows": [max(0, int((room - total + cache) / each)) for room in ROOMS]}
+    lines = [
+        f"  memory   {total / 1e9:.3g} GB per GPU{' and activations' * bool(held.ways)}: {parts}",
+        f"           {'the largest that fits':<46}" + "".join(f"{card:>6} GB" for card in CARDS),
+    ]
+    for flag, counts in rooms.items():
+        lines.append(f"             {flag:<44}" + "".join(f"{count or '-':>9}" for count in counts))
+    return lines
+
+
+def main(words: list[str]):
+    """Several commands with + between them: a line for each, and their sums."""
+    commands = [[]]
+    for word in words:
+        if word == "+":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    costs = []
+    for command in commands:
+        costs.append(cost_of_command(command))
+        print(" ".join(command))
+        print(f"    {told(costs[-1:])}, {costs[-1].memory / 1e9:.3g} GB of memory per GPU")
+    print(f"\n{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling")
+    scripts = dict.fromkeys(cost.script for cost in costs)
+    for script in scripts:
+        mine = [cost for cost in costs if cost.script == script]
+        print(f"{script:<10}{len(mine):>4} commands  {told(mine)}")
+    text = sum(dict(cost.text for cost in costs).values())
+    print(f"{'text':<10}{'':>13}  {'':38}{text / 1e9:>9.3g} GB")
+    print(f"{'all':<10}{len(costs):>4} commands  {told(costs, text)}")
+
+
+def cost_of_command(command: list[str]) -> Cost:
+    """["rl.py", "--init", ...] with --plan among its flags -> what it costs."""
+    script = importlib.import_module(Path(command[0]).stem)
+    given = script.common.parse_flags(script.Config, command[1:])
+    if not given.get("plan"):
+        raise ValueError(f"{' '.join(command)}: give it --plan, or it would run")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script.main(given)
+
+
+def told(costs: list[Cost], text: float = 0.0) -> str:
+    flops, hours, disk = (sum(cost[i] for cost in costs) for i in (1, 2, 3))
+    return f"{flops:9.3g} FLOPs {hours:9.3g} GPU hours {(disk + text) / 1e9:9.3g} GB"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"plan.py: error: {error}")

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The paper's experiment at its sizes: a 1B on 50B tokens, every recipe from nine checkpoints on
+# GSM8K and on MATH; more math in the text against a 4B; 5 against 64 rollouts. Not run yet.
+#
+#   PLAN=1 bash runs/paper.sh    what each command costs and all of them together; runs nothing
+#   bash runs/paper.sh           43 days on a node of 8 H200, 2.1 TB of disk
+#
+# Run it again after a Ctrl-C. With 80 GB for each GPU the 4B takes --rows 64 in place of 256.
+# GPUS (8), STEPS: checkpoints, SEEDS (1), EARLY_SEEDS (4): up to step 5000, where they differ most.
+# SOURCE=FOLDER: local copies of the data, else from the hub. FEW_SHOT=FOLDER: the shots of Wei et
+# al. and of Minerva, else training questions. MODEL, LARGE, TOKENS, EXTRA: for a rehearsal.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+source runs/gpus.sh
+OUT=${OUT:-ckpt/paper} DATA=${DATA:-data/out/paper} RESULTS=${RESULTS:-$OUT/results}
+MODEL=${MODEL:-1b} LARGE=${LARGE:-4b} TOKENS=${TOKENS:-50000000000} EXTRA=${EXTRA:-10000000000}
+STEPS=${STEPS:-1000 2000 3000 5000 6000 7000 10000 14000 22000}  # 2 to 44 B tokens
+SEEDS=${SEEDS:-1} EARLY_SEEDS=${EARLY_SEEDS:-4} LAST=${STEPS##* }
+for setting in TOKENS EXTRA SEEDS EARLY_SEEDS; do whole $setting; done
+gsm8k=() math=() more=() easy=() hard=()
+
+cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
+  local M=$OUT/$1 run=${1%/*} data=$DATA/$4 preset to sft
+  [[ $4 != split-* ]] || data=$DATA/split/$4
+  to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" "${3%-rl}" "$4") preset=${run%-math}
+  # none of these flags changes a result
+  local train=(--questions "$data" --seed "$2" --resume --micro 8 --rows 256 --shard)
+  local eval=(--results "$RESULTS/$run" --questions "$data" --limit 0 --rows 256 --final)
+  case $3 in
+    as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
+    rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&
+      gpus eval.py "$to.pt" "${eval[@]}" ;;
+    rl-n5 | rl-n64) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" --group "${3#rl-n}" &&
+      gpus eval.py "$to.pt" "${eval[@]}" ;;
+    mix) gpus mix.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&
+      gpus eval.py "$to.pt" "${eval[@]}" ;;
+    sft-rl) gpus sft.py --init "$M.pt" --out "$sft.pt" "${train[@]}" &&
+      gpus rl.py --init "$sft.pt" --out "$to.pt" "${train[@]}" &&
+      gpus eval.py "$sft.pt" "$to.pt" "${eval[@]}" ;;
+    sft-gold-rl) gpus sft.py --init "$M.pt" --out "$sft.pt" "${train[@]}" --solutions all &&
+      gpus rl.py --init "$sft.pt" --out "$to.pt" "${train[@]}" &&
+      gpus eval.py "$sft.pt" "$to.pt" "${eval[@]}" ;;
+    *) echo "no recipe $3" && return 2 ;;
+  esac
+}
+pretrain() {  # NAME PRESET TEXT TOKENS STEPS: the checkpoints OUT/NAME/step*.pt
+  local preset=$2
+  run gpus pretrain.py --preset "$2" --data "$DATA/$3" --out "$OUT/$1" --tokens "$4" \
+    --save_steps "${5// /,}" --tasks "$DATA/tasks" --micro 2 --shard --resume
+}
+
+# 1. Questions, benchmarks and text
+openmath=(openmath ${SOURCE:+--source "$SOURCE/openmath" --tests "$SOURCE"})
+dolmino=(dolmino --tokens "$TOKENS" --check "$DATA/gsm8k,$DATA/math")
+dolmino+=(${SOURCE:+--source "$SOURCE/dolmino"})
+run python data/prepare.py "${openmath[@]}" --out "$DATA/gsm8k" --dataset gsm8k \
+  ${FEW_SHOT:+--shots "$FEW_SHOT/gsm8k_cot_8shot.json"}
+run python data/prepare.py "${openmath[@]}" --out "$DATA/math" \
+  ${FEW_SHOT:+--shots "$FEW_SHOT/minerva_math_4shot.json"}
+run python data/prepare.py tasks --out "$DATA/tasks" ${SOURCE:+--source "$SOURCE"}
+run python data/prepare.py "${dolmino[@]}" --out "$DATA/dolmino"
+run python data/prepare.py "${dolmino[@]}" --out "$DATA/dolmino-math" \
+  --extra "math=$EXTRA" --repeat 2
+
+# 2. Every recipe from every checkpoint
+pretrain "$MODEL" "$MODEL" dolmino "$TOKENS" "$STEPS"
+for step in $STEPS; do
+  seeds=$SEEDS
+  if [ "$step" -le 5000 ] && [ "$SEEDS" -lt "$EARLY_SEEDS" ]; then seeds=$EARLY_SEEDS; fi
+  M=$MODEL/step$step
+  gsm8k+=("$M 0 as-is gsm8k") math+=("$M 0 as-is math")
+  for ((seed = 0; seed < seeds; seed++)); do
+    for recipe in sft-gold-rl sft-rl mix rl; do
+      gsm8k+=("$M $seed $recipe gsm8k") math+=("$M $seed $recipe math")
+    done
+  done
+done
+RESULTS=$RESULTS/gsm8k each cell "${gsm8k[@]}"
+RESULTS=$RESULTS/math each cell "${math[@]}"
+
+# 3. More math in the text, or a larger model; 5 or 64 rollouts, on easy and on hard questions
+pretrain "$MODEL-math" "$MODEL" dolmino-math $((TOKENS + EXTRA)) "$LAST"
+pretrain "$LARGE" "$LARGE" dolmino "$TOKENS" "$LAST"
+for M in "$MODEL-math/step$LAST" "$LARGE/step$LAST"; do
+  more+=("$M 0 as-is math")
+  for ((seed = 0; seed < SEEDS; seed++)); do
+    more+=("$M $seed sft-rl math" "$M $seed rl math")
+  done
+done
+RESULTS=$RESULTS/math each cell "${more[@]}"
+M=$MODEL/step$LAST preset=$MODEL
+if [ ! -d "$DATA/split" ]; then
+  run gpus eval.py "$OUT/$M.pt" --results "$DATA/samples" --questions "$DATA/math/train.jsonl" \
+    --rows 256 --tasks= --limit 0 --n 64 --k 1,64 --temperature 1 --shots 4
+  run python data/prepare.py split --questions "$DATA/math" \
+    --samples "$DATA/samples/step$LAST.jsonl" --out "$DATA/split"
+fi
+for ((seed = 0; seed < SEEDS; seed++)); do
+  for n in 5 64; do
+    easy+=("$M $seed rl-n$n split-easy") hard+=("$M $seed rl-n$n split-hard")
+  done
+done
+RESULTS=$RESULTS/split-easy each cell "${easy[@]}"
+RESULTS=$RESULTS/split-hard each cell "${hard[@]}"
+
+for set in gsm8k math split-easy split-hard; do run python eval.py --report "$RESULTS/$set"; done
+total

@@ -14,10 +14,12 @@ the traceback). So are a full disk and memory that does not suffice. Ctrl-C exit
 trainer that a signal stops saves its state and exits with 128 + the signal's number.
 """
 
+import atexit
 import bisect
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import json
@@ -93,6 +95,8 @@ class Shared:
     spike: NonNegative = 0.0  # 0: nothing does; OLMo2: 6
     save_every: Count = 100  # steps between saved states, from which --resume goes on
     save_minutes: Positive = 30.0  # the most minutes between two; a signal saves one, too
+    # write the metrics there, too (its package has to be installed)
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     profile: Whole = 0  # profile so many steps: shares of a step's time, and OUT.trace.json
     plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this run would cost with it, and exit
     resume: bool = False  # go on from the last saved state, or begin if there is none
@@ -767,6 +771,7 @@ class Setup(NamedTuple):
     form: problems.Form  # how a question is put before the model
     train: list[dict]
     held_out: list[dict]
+    prefix: list[int] = []  # ids of the shots before each training question
 
 
 def configure(Config, given: dict, paper: dict, job_of):
@@ -789,12 +794,15 @@ def validations(cfg, steps: int) -> int:
     return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
 
 
-def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
+def begin(
+    cfg, before: dict, recipe: str, text=None, answers: bool = True, shots: int = 0, reward=""
+) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
     is trained on, if there is one. answers: whether training questions are answered by the model.
-    Raises ValueError if something does not fit.
+    shots: how many solved questions are shown before each of them. reward: the file of a reward of
+    one's own. Raises ValueError if something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -815,9 +823,14 @@ def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Se
     encoding = encoding_of(before)
     form = problems.form(cfg.questions)
     context = before["config"]["context"]
+    shown = []
+    if shots:
+        shown = problems.shots(cfg.questions, shots, problems.load(cfg.questions, "train"))
+    prefix = tokens.encode(encoding, problems.few_shot(form, shown))
     room = problems.Room(
         context,
         max_new=cfg.max_new if answers else 0,
+        before=len(prefix),
         solutions=None if text else getattr(cfg, "solutions", None),
         seed=cfg.seed,
     )
@@ -829,10 +842,16 @@ def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Se
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
+    if shots:
+        contents["shots"] = fingerprint(shown)
+    if reward:
+        contents["reward"] = fingerprint(Path(reward).read_text(encoding="utf-8"))
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations
-    return Setup(cfg, world, model, parent, state, contents, encoding, form, train, held_out)
+    return Setup(
+        cfg, world, model, parent, state, contents, encoding, form, train, held_out, prefix
+    )
 
 
 def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> list[dict]:
@@ -973,11 +992,34 @@ def loop(first: int, steps: int, cfg, world: World, save):
             signal.signal(number, handler)
 
 
+def validates(cfg, step: int) -> bool:
+    """Whether the validation questions are answered before this step."""
+    return step == 0 or bool(cfg.eval_every) and step % cfg.eval_every == 0
+
+
+def examples(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """Some questions of `rows`, each with some of its answers, for Log.add_answers.
+
+    answers: as many to each row, question by question; what is said of each, its text first.
+    """
+    group = len(answers) // max(1, len(rows))
+    kept = []
+    for place, row in enumerate(rows[:SHOWN_QUESTIONS]):
+        shown = answers[place * group :][: min(group, SHOWN_ANSWERS)]
+        kept.append({name: row[name] for name in ("id", "question", "answer")} | {"answers": shown})
+    return kept
+
+
+SHOWN_QUESTIONS = 4  # in OUT.answers.jsonl at each validation
+SHOWN_ANSWERS = 8  # to each of them
+
+
 class Log:
     """One JSON line per step in OUT.metrics.jsonl, and a progress bar that shows some of them.
 
-    Rank 0 writes. state: what `save_state` saved, or None; lines of steps after it are dropped,
-    since these steps are done again. shown: names of what the progress bar shows.
+    Beside it OUT.answers.jsonl has a few questions with their answers, to be read. Rank 0 writes,
+    and its answers are those shown. state: what `save_state` saved, or None; lines of steps after
+    it are dropped, since these steps are done again. shown: names of what the progress bar shows.
     """
 
     WINDOW = 128  # steps that a spike is measured against (OLMo-core, SkipStepOptimizer)
@@ -986,6 +1028,7 @@ class Log:
     def __init__(self, cfg, world: World, steps: int, state: dict | None, shown: str):
         self.cfg = cfg
         self.path = Path(f"{cfg.out}.metrics.jsonl")
+        self.answers = Path(f"{cfg.out}.answers.jsonl")
         self.shown = shown.split()
         self.active = world.rank == 0
         first = state["step"] if state else 0
@@ -994,14 +1037,17 @@ class Log:
         self.totals = state["totals"] if state else {}
         if not self.active:
             return
-        kept = []
-        if first and self.path.exists():
-            kept = [line for line in read_rows(self.path) if line.get("step", first) < first]
-        elif first:
+        kept = lines_before(first, self.path)
+        if first and not kept:
             kept = [{"step": first - 1, "totals": self.totals}]
             say(f"{self.path} is gone: the record begins again at step {first}")
         write_rows(self.path, kept)
+        if kept := lines_before(first, self.answers):
+            write_rows(self.answers, kept)
+        else:
+            self.answers.unlink(missing_ok=True)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.track, self.end_track = tracker(cfg, first)
         self.bar = tqdm(
             desc=self.path.name.removesuffix(".metrics.jsonl"),
             total=steps,
@@ -1033,11 +1079,26 @@ class Log:
         """A line beside the steps (a validation, say): `step` updates were done."""
         if not self.active:
             return
+        self.track(step, dict(numbers_in(values)))
         try:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise ValueError(
                 f"could not write {self.path}: {error}; --resume goes on from the last saved state"
+            ) from error
+
+    def add_answers(self, step: int, split: str, rows: list[dict]):
+        """Questions of a split with their answers (see `examples`): `step` updates were done."""
+        if not self.active:
+            return
+        lines = [json.dumps({"step": step, "split": split, **row}) + "\n" for row in rows]
+        try:
+            with open(self.answers, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise ValueError(
+                f"could not write {self.answers}: {error}; --resume goes on from the last saved "
+                "state"
             ) from error
 
     def healthy(self, step: int, rows, watched: dict[str, float], **others: float) -> bool:
@@ -1096,7 +1157,60 @@ class Log:
         if self.active:
             self.flush()
             self.file.close()
+            self.end_track()
             self.bar.close()
+
+
+def numbers_in(values: dict, above: str = ""):
+    """(name, number) of a line of the log; those of a validation are validation/pass@1, ..."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers_in(value, f"{above}{name}/")
+        elif isinstance(value, int | float):
+            yield above + name, value
+
+
+def tracker(cfg, first: int):
+    """What --track asks for -> two functions: of (step, {name: number}), and one that ends it.
+
+    A run that resumes at step `first` goes on in the same place. Raises ValueError if the package
+    is missing.
+    """
+    if cfg.track == "none":
+        return (lambda step, numbers: None), (lambda: None)
+    try:
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            package = importlib.import_module(cfg.track)
+    except ImportError as error:
+        raise ValueError(f"--track {cfg.track}: {error}; pip install {cfg.track}") from None
+    if cfg.track == "tensorboard":
+        writer = SummaryWriter(f"{cfg.out}.tensorboard", purge_step=first)
+        atexit.register(writer.close)  # a run that is stopped keeps what it wrote
+
+        def write(step, numbers):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        return write, writer.close
+    name = Path(cfg.out).stem
+    more = dict(id=fingerprint(str(Path(cfg.out).resolve()))) if cfg.track == "wandb" else {}
+    run = package.init(
+        project="rl-excursions",
+        name=name,
+        config=dataclasses.asdict(cfg),
+        resume="allow",
+        **more,
+    )
+    return (lambda step, numbers: run.log(numbers, step=step)), run.finish
+
+
+def lines_before(step: int, path: Path) -> list[dict]:
+    """The lines of a log that were written before this step."""
+    if not step or not path.exists():
+        return []
+    return [line for line in read_rows(path) if line.get("step", step) < step]
 
 
 def history(out) -> tuple[list[dict], dict]:

@@ -2,6 +2,7 @@
 
     python eval.py ckpt/toy/step3418.pt ckpt/toy/step3418-rl.pt --results results/mine
     python eval.py --report results/mine
+    python eval.py --curves ckpt/toy/*.metrics.jsonl
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A
 base model is measured with 8 shots (or as many as the set has and, with an answer, a row of its
@@ -37,6 +38,8 @@ class Config:
     checkpoints: tuple[str, ...] = ()  # checkpoints to evaluate
     results: str = "results/mine"  # folder for the rows
     report: str = ""  # instead of evaluating: print and draw what the rows in this folder say
+    # instead: draw the metrics of these runs, finished or not, to RESULTS/runs.png
+    curves: str = ""
     json: bool = False  # with --report: the findings as one JSON object on the last line
     questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
     tasks: str | None = None  # general-capability tasks (default: the checkpoint's; "" for none)
@@ -75,8 +78,12 @@ class Asked(NamedTuple):
         return tokens.encode(self.encoding, problems.few_shot(self.form, self.shots))
 
 
-def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progress=iter) -> dict:
+def solve(
+    sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progress=iter, shown=None
+) -> dict:
     """Answer each question n times -> counts of right answers per question, and their means.
+
+    shown: a list to which this rank adds each answer of its questions.
 
     Answers end at the end of text, or where the next question would begin (a base model likes to
     go on). The ranks share the questions; all return the same. "flexible@1" also counts what is
@@ -99,7 +106,10 @@ def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progr
     bar = tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)
     for place, row in enumerate(bar):
         block = slice(place * n, (place + 1) * n)
-        counts[:, world.rank + place * world.size] = count_answers(asked, samples, block, row)
+        answers = read_answers(asked, samples, block, row)
+        counts[:, world.rank + place * world.size] = count_answers(answers, samples, block, row)
+        if shown is not None:
+            shown += answers
     summed = torch.tensor(world.sum(*counts.flatten().tolist())).view(7, -1)
     right, flexible, formatted, truncated, distinct, nats, length = summed
     out = {
@@ -120,11 +130,8 @@ def solve(sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progr
     return out
 
 
-def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tensor:
-    """(7,) of the answers to one question, which are `block` of the samples.
-
-    Right; right in the flexible reading; in format; truncated; distinct; nats; tokens.
-    """
+def read_answers(asked: Asked, samples, block: slice, row: dict) -> list[dict]:
+    """The text of each answer to one question, which are `block` of the samples, and its marks."""
     texts = []
     ended = []
     kept = (samples.tokens[block].tolist(), samples.lengths[block].tolist())
@@ -133,15 +140,27 @@ def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tenso
         text, goes_on = problems.until_next_question(asked.form, text)
         texts.append(text)
         ended.append(goes_on or not truncated)
+    marks = grader.grade_all(texts, [row["answer"]] * len(texts), ended)
+    return [
+        {"text": text, "correct": correct, "formatted": formatted, "truncated": not done}
+        for text, (correct, formatted), done in zip(texts, marks, ended, strict=True)
+    ]
+
+
+def count_answers(answers: list[dict], samples, block: slice, row: dict) -> torch.Tensor:
+    """(7,) of the answers to one question, which are `block` of the samples.
+
+    Right; right in the flexible reading; in format; truncated; distinct; nats; tokens.
+    """
+    texts = [answer["text"] for answer in answers]
+    right = [answer["correct"] for answer in answers]
     loose = grader.compare_all([(grader.flexible_answer(text), row["answer"]) for text in texts])
     flexible = [correct for correct, _ in loose]
-    marks = grader.grade_all(texts, [row["answer"]] * len(texts), ended)
-    right = [correct for correct, _ in marks]
     counts = [
         sum(right),
         sum(map(max, right, flexible)),
-        sum(formatted for _, formatted in marks),
-        len(ended) - sum(ended),
+        sum(answer["formatted"] for answer in answers),
+        sum(answer["truncated"] for answer in answers),
         len(set(map(grader.final_answer, texts))),
         samples.logp_1[block].sum(),
         samples.lengths[block].sum(),
@@ -150,18 +169,24 @@ def count_answers(asked: Asked, samples, block: slice, row: dict) -> torch.Tenso
 
 
 def validate(run: common.Setup, sampler, log: common.Log, step: int):
-    """Answer the validation questions of a trainer; a line in its log. `step` updates were done."""
+    """Answer the validation questions of a trainer; a line in its log. `step` updates were done.
+
+    A few of them go with their answers to OUT.answers.jsonl.
+    """
     if not run.held_out:
         return
     cfg = run.cfg
     asked = Asked(run.encoding, run.form, run.held_out)
     ks = (1, 2, 4, 8, 16, 32)
-    log.add(
-        step,
-        validation=solve(
-            sampler, asked, cfg.eval_n, cfg.max_new, Config.temperature, cfg.seed, run.world, ks
-        ),
-    )
+    shown = []
+    how = (cfg.eval_n, cfg.max_new, Config.temperature, cfg.seed, run.world, ks)
+    log.add(step, validation=solve(sampler, asked, *how, shown=shown))
+    # a wrong answer in the right form has a reward in RL only
+    worth = getattr(cfg, "format_reward", 0.0)
+    for answer in shown:
+        answer["reward"] = grader.reward(answer["correct"], answer["formatted"], worth)
+    mine = asked.rows[run.world.rank :: run.world.size]
+    log.add_answers(step, "val", common.examples(mine, shown))
 
 
 @torch.no_grad()
@@ -473,6 +498,12 @@ def main(given: dict):
         from results import report  # pandas and matplotlib take seconds to import
 
         return report.report(cfg.report, cfg.json)
+    if cfg.curves:
+        from results import curves
+
+        # the shell makes several words of one *, the others are taken for checkpoints
+        print(curves.draw([cfg.curves, *cfg.checkpoints], f"{cfg.results}/runs.png"))
+        return None
     if not cfg.checkpoints:
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):

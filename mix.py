@@ -100,7 +100,8 @@ def main(given: dict):
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     text = text_stream(cfg, before)
-    run = common.begin(cfg, before, recipe_of(cfg), text)
+    how = dict(shots=cfg.shots, reward=cfg.reward)
+    run = common.begin(cfg, before, recipe_of(cfg), text, **how)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
     start = common.load_model(before, world) if cfg.kl else None
@@ -126,10 +127,10 @@ def main(given: dict):
         }
 
     for step in common.loop(first, cfg.steps, cfg, world, save):
-        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+        if common.validates(cfg, step):
             validate(run, sampler, log, step)
         began = time.monotonic()
-        batch, numbers = rl_batch(run, sampler, step)
+        batch, numbers = rl_batch(run, sampler, step, log)
         old = rl.log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
         reference = rl.log_probs_of(start, batch, cfg, world) if cfg.kl else None
         for again in range(cfg.updates):

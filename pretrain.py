@@ -11,6 +11,7 @@ the optimizer and its schedule begin anew.
 
 import functools
 import json
+import re
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Config(common.Shared):
     tasks: str = ""  # general-capability tasks that eval.py takes (default: DATA/tasks)
     preset: str = "toy"  # toy, toy-large, 190m, 1b or 4b; with --init what that is
     tokens: Count = 7_000_000  # length of the run, without what --init has read
+    # end after this step, with a checkpoint, as if the run went on: the schedule is of --tokens
+    stop: Whole = 0  # 0: after --tokens
     save_tokens: tuple[Count, ...] = ()  # keep a checkpoint at these token counts, besides the last
     save_steps: tuple[Count, ...] = ()  # the same, in steps
     batch_tokens: Count = 2048  # tokens per step over all ranks
@@ -71,14 +74,28 @@ PAPER = dict(
     embed_std=0.02,  # OLMo2
 )
 
-# TFLOP/s of dense bf16 products, NVIDIA's data sheets; the first name that occurs in the GPU's
+# TFLOP/s of dense bf16 products, summed in fp32: half of what data sheets give "with sparsity".
+# Sources: NVIDIA's data sheets of B200 (HGX), H200, H100, A100, L40S, A10, V100 and T4; the white
+# papers of RTX Blackwell, Ada and GA102, appendix A; AWS for the A10G. The first name that is a
+# word of the GPU's counts.
 PEAK = {
+    "Laptop": 0,  # not known: it shares the name of a faster card
+    "B200": 2250,
+    "H200 NVL": 835,
+    "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
-    "H200 NVL": 835,
     "H100": 989,
-    "H200": 989,
     "A100": 312,
+    "L40S": 362,
+    "A10": 125,
+    "A10G": 70,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090 Ti": 80,
+    "RTX 3090": 71,
+    "V100": 15.7,  # this and the T4 have no bf16: fp32
+    "T4": 8.1,
 }
 
 
@@ -121,9 +138,26 @@ def rows_per_step(cfg: Config, world: common.World) -> int:
     return cfg.batch_tokens // cfg.length
 
 
+def whole_run(cfg: Config) -> int:
+    """Steps of --tokens, which warm-up and cosine are of. Raises ValueError if they do not fit."""
+    steps = max(1, round(cfg.tokens / cfg.batch_tokens))
+    if cfg.warmup > steps:
+        raise ValueError(
+            f"--warmup {cfg.warmup} is longer than the run of {steps} steps, whose rate would "
+            f"never reach --lr: give --warmup {steps // 10}, or more --tokens"
+        )
+    if cfg.stop > steps:
+        raise ValueError(
+            f"--stop {cfg.stop} lies after the run of {steps} steps, where the cosine has ended: "
+            f"give --tokens {cfg.stop * cfg.batch_tokens} or more"
+        )
+    return steps
+
+
 def schedule_of(cfg: Config) -> tuple[int, dict[int, str]]:
     """Steps of the run, and {step: path} of the checkpoints it keeps, the last among them."""
-    steps = max(1, round(cfg.tokens / cfg.batch_tokens))
+    whole = whole_run(cfg)
+    steps = cfg.stop or whole
     keep = {round(count / cfg.batch_tokens) for count in cfg.save_tokens}
     keep |= {*cfg.save_steps, steps}
     if not all(0 < step <= steps for step in keep):
@@ -234,7 +268,7 @@ def peak_flops(cfg: Config, world: common.World) -> float:
     """FLOP/s that the devices of all ranks could do together; 0 if that is not known."""
     on_gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if on_gpu else ""
-    known = next((peak for part, peak in PEAK.items() if part in name), 0)
+    known = next((peak for part, peak in PEAK.items() if re.search(rf"\b{part}\b", name)), 0)
     return world.size * 1e12 * (cfg.peak_tflops or known)
 
 
@@ -252,6 +286,7 @@ def main(given: dict):
     held_out = tokens.Stream(cfg.data, "val", cfg.length, cfg.seed).beginning(cfg.eval_rows)
     encoding = tokens.encoding(stream.encoding_name)
     batch = rows_per_step(cfg, world)
+    whole = whole_run(cfg)
     steps, paths = schedule_of(cfg)
 
     contents = {"data": stream.fingerprint}
@@ -280,7 +315,7 @@ def main(given: dict):
         with record_function("data"):
             micro_batches = next(batches)
         loss, gradients, norm = loss_and_gradients(model, micro_batches, cfg, world)
-        lr = cosine(step, steps, cfg.lr, cfg.warmup)
+        lr = cosine(step, whole, cfg.lr, cfg.warmup)
         rows = functools.partial(stream.chosen, step, batch)
         if log.healthy(step, rows, dict(loss=loss, gradient_norm=norm)):
             update(model, [(optimizer, lr, gradients)], cfg.weight_decay)

@@ -8,7 +8,10 @@ advantage r - mean(r of its group), and take one gradient of
 
     sum over sampled tokens of  -advantage/N * log pi(token),    N = sampled tokens of the step.
 
-No solution is ever read.
+No solution is ever read. The progress line shows reward, correct, flat (groups of equal rewards,
+which teach nothing) and truncated, and no loss: the advantages of a group sum to 0, so that the
+loss is near 0 whatever is learned. OUT.answers.jsonl has a few questions with their answers,
+rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
  1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a
@@ -18,12 +21,15 @@ What differs from a textbook GRPO (arXiv 2402.03300):
  3. --kl 0             no pull to the start
  4. the loss is summed over all tokens of the step and divided by their number: long answers are
     not discounted (DAPO, arXiv 2503.14476)
+
+Its relatives (SCALE.md has a table of which flags make which): --leave_one_out, --batch_std,
+--denominator, --resample and, with --updates above 1, --clip_high and --ratio sequence.
 """
 
 import functools
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -43,11 +49,28 @@ class Config(common.PostTraining):
     steps: Count = 60  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper
+    # solved questions (shots.jsonl) before each, in sampling and in the passes that train, where
+    # they weigh nothing: for a base that never finds the form of an answer; validation has none
+    shots: Whole = 0
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
+    # a file with your own reward(question, answer, text) -> float in place of both: each answer has
+    # 2 s and 1 GiB, or its reward is 0, as that of a truncated one
+    reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
+    batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead
+    leave_one_out: bool = False  # RLOO: the baseline of an answer is the mean of the others
+    # what the loss of a token is divided by: the tokens of the step (DAPO), or the answers of the
+    # step times the answer's own length (GRPO) or --max_new (Dr. GRPO)
+    denominator: Literal["tokens", "length", "max_new"] = "tokens"
+    # DAPO's dynamic sampling: how often flat groups give way to other questions; reward, correct
+    # and flat are then those of the groups that stay
+    resample: Whole = 0  # 0: a flat group stays, and teaches nothing
     updates: Count = 1  # updates per batch of rollouts; more than one turns on clipping
     clip_ratio: Positive = 0.2  # PPO's epsilon, with --updates above 1
+    clip_high: Positive | None = None  # DAPO's upper one, 0.28 there (none: the same)
+    # GSPO: one ratio per answer, the geometric mean; its epsilons are 3e-4 and, above, 4e-4
+    ratio: Literal["token", "sequence"] = "token"
     kl: NonNegative = 0.0  # weight of the KL divergence from the starting checkpoint
     lr: Positive = 1.5e-4  # learning rate, constant after the warm-up; 6e-4 collapses
     warmup: Whole = 5  # updates of linear warm-up
@@ -76,24 +99,30 @@ class Rollout(NamedTuple):
     waste: float  # idle share of the sampler's work
 
 
-def rollout(run: common.Setup, sampler: Sampler, step: int) -> Rollout:
+def rollout(run: common.Setup, sampler: Sampler, step: int, again: int = 0, groups=None) -> Rollout:
     """Draw this rank's questions of step `step` and sample a group of answers to each.
 
-    Raises ValueError if the weights give no numbers: every group would be flat, and nothing said.
+    again: the number of a further try, which has other questions. groups: the places among this
+    rank's questions that are asked (default: all). Raises ValueError if the weights give no
+    numbers: every group would be flat, and nothing said.
     """
     cfg = run.cfg
-    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step)
+    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step, again)
     mine = places[run.world.share(cfg.questions_per_step, "--questions_per_step")]
+    mine = mine if groups is None else [mine[group] for group in groups]
     questions = [run.train[place] for place in mine]
     texts = [problems.prompt(run.form, row["question"]) for row in questions]
-    prompts = [tokens.encode(run.encoding, text) for text in texts]
-    seeds = problems.answer_seeds(cfg.seed, step, questions, cfg.group)
+    asked = [tokens.encode(run.encoding, text) for text in texts]
+    turn = f"{step} {again}" if again else step
+    seeds = problems.answer_seeds(cfg.seed, turn, questions, cfg.group)
     ends = [run.encoding.eot_token]
     with record_function("sampling"):
-        samples = sampler(prompts, cfg.group, cfg.max_new, seeds, ends, cfg.temperature)
+        how = (cfg.group, cfg.max_new, seeds, ends, cfg.temperature, run.prefix)
+        samples = sampler(asked, *how)
     if not samples.logp.isfinite().all():
         raise ValueError(f"sampled log-probs are NaN at step {step}: start with a lower --lr")
     lengths = samples.lengths.tolist()
+    prompts = [run.prefix + ids for ids in asked]  # what the answers are trained after, too
     each = [question for question in range(len(questions)) for _ in range(cfg.group)]
     return Rollout(
         questions=[questions[question] for question in each],
@@ -105,12 +134,18 @@ def rollout(run: common.Setup, sampler: Sampler, step: int) -> Rollout:
     )
 
 
-@record_function("reward")
-def grade(run: common.Setup, rolled: Rollout) -> tuple[torch.Tensor, list[tuple[bool, bool]]]:
-    """-> rewards (A,) fp64, and (correct, well-formed) of each answer; a truncated one is neither.
+class Graded(NamedTuple):
+    """What the answers of a Rollout are worth."""
 
-    The reward sees the answer's text and the right answer, nothing else.
-    """
+    texts: list[str]  # (A,)
+    marks: list[tuple[bool, bool]]  # (A,) correct, well-formed; a truncated answer is neither
+    rewards: torch.Tensor  # (A,) fp64
+    late: list[bool]  # (A,) --reward took too long
+
+
+@record_function("reward")
+def grade(run: common.Setup, rolled: Rollout) -> Graded:
+    """The reward sees the answer's text and the right answer, nothing else."""
     ended = [not truncated for truncated in rolled.truncated]
     # the end token is no part of the text
     ids = [ids[: len(ids) - end] for ids, end in zip(rolled.answers, ended, strict=True)]
@@ -118,47 +153,126 @@ def grade(run: common.Setup, rolled: Rollout) -> tuple[torch.Tensor, list[tuple[
     right = [row["answer"] for row in rolled.questions]
     marks = grader.grade_all(texts, right, ended)
     rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
-    return torch.tensor(rewards, dtype=torch.float64), marks
+    if run.cfg.reward:
+        rewards = own_rewards(run, rolled, texts)
+    late = [worth is None for worth in rewards]
+    rewards = [worth or 0.0 for worth in rewards]
+    return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64), late)
 
 
-def advantages(rewards_QG: torch.Tensor, std_norm: bool) -> torch.Tensor:
+def own_rewards(run: common.Setup, rolled: Rollout, texts: list[str]) -> list[float | None]:
+    """What --reward says of each answer, 0 of a truncated one; None: it took too long."""
+    asked = [
+        (row["question"], row["answer"], text)
+        for row, text, truncated in zip(rolled.questions, texts, rolled.truncated, strict=True)
+        if not truncated
+    ]
+    found = iter(grader.own_rewards(run.cfg.reward, asked))
+    return [0.0 if truncated else next(found) for truncated in rolled.truncated]
+
+
+def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> int:
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), --resample times at most: flat
+    groups give way, in place, to those of other questions. -> sampled tokens that were dropped."""
+    size = run.cfg.group
+    dropped = 0
+    for again in range(1, run.cfg.resample + 1):
+        rewards = graded.rewards.view(-1, size)
+        flat = (rewards.amax(1) == rewards.amin(1)).nonzero().flatten().tolist()
+        if not flat:
+            break
+        others = rollout(run, sampler, step, again, flat)
+        news = [*others[:-1], *grade(run, others)]
+        for place, group in enumerate(flat):
+            old = slice(group * size, (group + 1) * size)
+            dropped += sum(map(len, rolled.answers[old]))
+            for kept, new in zip([*rolled[:-1], *graded], news, strict=True):
+                kept[old] = new[place * size : (place + 1) * size]
+    return dropped
+
+
+def advantages(rewards_QG: torch.Tensor, std_norm: bool, leave_one_out: bool = False):
     """(Q, G) rewards -> r - mean over the group; GRPO, section 4.1.2.
 
-    std_norm: divided by the group's (population) std. A flat group gets exactly 0: the mean of
-    equal floats need not equal them.
+    std_norm: divided by the group's (population) std. leave_one_out: the mean is that of the other
+    answers (RLOO, arXiv 2402.14740, section 3). A flat group gets exactly 0: the mean of equal
+    floats need not equal them.
     """
     centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
+    if leave_one_out:
+        count = rewards_QG.shape[1]
+        centred = centred * (count / (count - 1))
     if std_norm:
         centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
     flat = rewards_QG.amax(1, keepdim=True) == rewards_QG.amin(1, keepdim=True)
     return torch.where(flat, 0.0, centred)
 
 
-def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.Batch, dict]:
-    """This rank's rows of RL step `step`, and the numbers of the whole step for the log."""
+def over_batch_std(advantage_QG: torch.Tensor, world) -> torch.Tensor:
+    """Advantages whose groups have mean 0, divided by the std of all answers of all ranks.
+
+    REINFORCE++ with a group's mean as baseline (arXiv 2501.03262).
+    """
+    square, count = world.sum(advantage_QG.square().sum(), float(advantage_QG.numel()))
+    return advantage_QG / max((square / count) ** 0.5, 1e-6)
+
+
+def token_weights(advantage_A, lengths_A, total: dict, cfg) -> torch.Tensor:
+    """(A,) what each token of an answer weighs in the loss. total: sums over the whole step."""
+    if cfg.denominator == "length":  # GRPO (arXiv 2402.03300, eq. 3): a mean of means
+        return advantage_A / (lengths_A * total["answers"])
+    if cfg.denominator == "max_new":  # Dr. GRPO (arXiv 2503.20783, section 3.2): a constant
+        return advantage_A / (cfg.max_new * total["answers"])
+    return advantage_A / total["tokens"]  # DAPO (arXiv 2503.14476, section 3.3)
+
+
+def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage) -> list[dict]:
+    """A few questions of the step, with answers, rewards and advantages, for OUT.answers.jsonl."""
+    answers = []
+    columns = (graded.texts, graded.marks, rolled.truncated, graded.rewards.tolist(), advantage)
+    for text, (correct, formatted), truncated, reward, worth in zip(*columns, strict=True):
+        marks = dict(correct=correct, formatted=formatted, truncated=truncated)
+        answers.append({"text": text, **marks, "reward": reward, "advantage": round(worth, 6)})
+    return common.examples(rolled.questions[:: run.cfg.group], answers)
+
+
+def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
+    """-> this rank's rows of RL step `step` (Batch), and numbers of the whole step for the log.
+
+    log: a common.Log for a few of the answers, at the steps that are validated.
+    """
     cfg = run.cfg
     began = time.monotonic()
     rolled = rollout(run, sampler, step)
     sampled = time.monotonic()
-    rewards, marks = grade(run, rolled)
-    graded = time.monotonic()
-    advantage = advantages(rewards.view(-1, cfg.group), cfg.std_norm)
+    graded = grade(run, rolled)
+    grade_seconds = time.monotonic() - sampled
+    dropped = replace_flat(run, sampler, step, rolled, graded)
+    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm, cfg.leave_one_out)
+    if cfg.batch_std:
+        advantage = over_batch_std(advantage, run.world)
+    if log and common.validates(cfg, step):
+        shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
+        log.add_answers(step, "train", shown)
 
     sums = {
-        "reward": rewards.sum(),
-        "correct": sum(correct for correct, _ in marks),
-        "formatted": sum(formatted for _, formatted in marks),
+        "reward": graded.rewards.sum(),
+        "correct": sum(correct for correct, _ in graded.marks),
+        "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
+        "late": sum(graded.late),
+        "dropped": dropped,
         "flat": (advantage == 0).all(1).sum(),
-        "answers": len(marks),
+        "answers": len(graded.marks),
         "groups": len(advantage),
         "tokens": sum(map(len, rolled.answers)),
         "prompt tokens": sum(map(len, rolled.prompts)),
     }
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
 
-    # one denominator: every sampled token of the step, on all ranks
-    weights = (advantage.flatten() / total["tokens"]).tolist()
+    # one denominator for all ranks
+    lengths = torch.tensor([len(answer) for answer in rolled.answers])
+    weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
     pad = tokens.pad_id(run.encoding)
     batch = problems.make_batch(
         rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
@@ -167,26 +281,43 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int) -> tuple[problems.B
     shares = ("reward", "correct", "formatted", "truncated")
     numbers = {name: total[name] / total["answers"] for name in shares}
     numbers["flat"] = total["flat"] / total["groups"]
+    if cfg.reward:
+        numbers["late"] = total["late"] / total["answers"]
+    if cfg.resample:
+        numbers["dropped_tokens"] = int(total["dropped"])
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
     numbers["sampled_tokens"] = int(total["tokens"])
     numbers["waste"] = rolled.waste
-    numbers["sample_seconds"] = sampled - began
-    numbers["grade_seconds"] = graded - sampled
+    numbers["sample_seconds"] = time.monotonic() - began - grade_seconds
+    numbers["grade_seconds"] = grade_seconds
     return batch, numbers
 
 
 # ----------------------------------------------------------------- from a batch to its gradient
 
 
-def policy_loss(logp, old_logp, weight, clip_ratio):
+def policy_loss(logp, old_logp, weight, clip_ratio, clip_high=None):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed; all (B, T).
 
-    weight is advantage/N, and 0 outside the mask.
+    weight is advantage/N, and 0 outside the mask. clip_high: another bound above 1 (DAPO, arXiv
+    2503.14476, section 3.1), so that rare tokens may become likely.
     """
     ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    clipped = ratio.clamp(1 - clip_ratio, 1 + (clip_high or clip_ratio))
     return -torch.minimum(ratio * weight, clipped * weight).sum()
+
+
+def answer_means(values, micro: problems.Batch):
+    """(B, T) values -> at each token of an answer their mean over the answer; elsewhere 0.
+
+    Of log ratios: the log of GSPO's ratio (arXiv 2507.18071, section 4.1).
+    """
+    branch = micro.layout[2] if micro.layout else micro.mask.long()  # the answers of a row: 1, 2, .
+    sums = values.new_zeros(len(values), int(branch.max()) + 1)
+    counts = sums.scatter_add(1, branch, micro.mask.to(values))
+    sums = sums.scatter_add(1, branch, values * micro.mask)
+    return (sums / counts.clamp_min(1)).gather(1, branch) * micro.mask
 
 
 def kl_to(reference_logp, logp):
@@ -213,7 +344,10 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
         return model(micro.ids, micro.target, weight=micro.weight, **how)
     logp, entropy = model(micro.ids, micro.target, **how)
     old = logp.detach() if old is None else old
-    loss = policy_loss(logp, old, micro.weight, cfg.clip_ratio)
+    new = logp
+    if cfg.ratio == "sequence":
+        new = old + answer_means(logp - old, micro)
+    loss = policy_loss(new, old, micro.weight, cfg.clip_ratio, cfg.clip_high)
     if cfg.kl:
         loss = loss + cfg.kl * (kl_to(reference, logp) * micro.mask).sum() / count
     return loss, logp, entropy
@@ -302,6 +436,7 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     prompts = cfg.questions_per_step * numbers["prompt_length"]
     trained = (sampled + prompts * -(-cfg.group // cfg.answers_per_row)) * (1 - numbers["flat"])
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
+    sampled += numbers.get("dropped_tokens", 0)
     passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
     return dict(
         flops=passes * model.flops_per_token(size),
@@ -330,6 +465,30 @@ def job_of(cfg: Config) -> plan.Job:
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
+    if cfg.updates == 1 and (cfg.clip_high or cfg.ratio != "token"):
+        raise ValueError(
+            "--clip_high and --ratio sequence change nothing with one update per batch, where the "
+            "ratio is 1: give --updates 2 or more"
+        )
+    if cfg.std_norm and cfg.batch_std:
+        raise ValueError(
+            "--std_norm divides by the group's std, --batch_std by the step's: take one"
+        )
+    if cfg.reward:
+        grader.check_own_reward(cfg.reward)
+
+
+ALL_FLAT = 5  # steps with nothing but flat groups, after which a line says so
+
+
+def flat_so_far(cfg: Config) -> str:
+    answers = ALL_FLAT * cfg.questions_per_step * cfg.group
+    return (
+        f"\nall groups of the first {ALL_FLAT} steps are flat: none of {answers} answers differs "
+        "in reward from the others of its group, and nothing is learned. --shots 4 shows solved "
+        "questions, sft.py --steps 20 teaches the form first, a later checkpoint knows more; "
+        f"sample.py --log {cfg.out} --split train shows the answers"
+    )
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -340,7 +499,7 @@ def main(given: dict):
     check(cfg)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
-    run = common.begin(cfg, before, cfg.recipe or "rl")
+    run = common.begin(cfg, before, cfg.recipe or "rl", shots=cfg.shots, reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None
 
@@ -354,11 +513,12 @@ def main(given: dict):
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
+    all_flat = first == 0
     for step in common.loop(first, cfg.steps, cfg, world, save):
-        if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+        if common.validates(cfg, step):
             validate(run, sampler, log, step)
         began = time.monotonic()
-        batch, numbers = rl_batch(run, sampler, step)
+        batch, numbers = rl_batch(run, sampler, step, log)
         old = log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
         reference = log_probs_of(start, batch, cfg, world) if cfg.kl else None
         for again in range(cfg.updates):
@@ -375,6 +535,9 @@ def main(given: dict):
                 update(model, [(optimizer, lr, gradients)], cfg.weight_decay)
         sampler.refresh()
         costs = rl_costs(model, numbers, cfg, began)
+        all_flat = all_flat and numbers["flat"] == 1
+        if all_flat and step == ALL_FLAT - 1 and world.rank == 0:
+            common.say(flat_so_far(cfg))
         speed = numbers["sampled_tokens"] / costs["seconds"]
         log(step, costs, loss=loss, gradient_norm=norm, **numbers, tokens_per_s=speed)
     validate(run, sampler, log, cfg.steps)

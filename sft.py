@@ -126,7 +126,7 @@ def main(given: dict):
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     for step in common.loop(first, steps, cfg, world, save):
-        if run.held_out and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
+        if run.held_out and common.validates(cfg, step):
             sampler.refresh()
             validate(run, sampler, log, step)
         began = time.monotonic()

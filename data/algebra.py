@@ -20,35 +20,52 @@ MEMORY = 2**30  # bytes for one comparison; the most on answers of MATH was 0.1 
 
 
 class Worker:
-    """A process that runs `serve`: started when first needed, and again after it died."""
+    """A process that runs `serve` of a script: started when first needed, again after it died.
+
+    command: the script, this one by default, and what it is given after its limits.
+    """
 
     process = None
 
+    def __init__(self, *command):
+        self.script, *self.more = command or (__file__,)
+
     def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(SECONDS), str(MEMORY)],
+            [sys.executable, "-P", self.script, str(SECONDS), str(MEMORY), *self.more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy orders by hash here and there
             start_new_session=True,
         )
-        if self.process.stdout.readline() != "ready\n":
+        said = self.process.stdout.readline()
+        if said != "ready\n":
             raise ValueError(
-                "the grader's process does not start; "
+                said.strip()
+                or "the grader's process does not start; "
                 "pip install -r requirements.txt brings what it needs"
             )
 
     def ask(self, said, meant):
         """(are they equivalent, can `said` be read). What takes too long or too much is neither."""
-        for _ in range(2):  # again if it died of something else
+        line = self.line([said, meant])
+        return line[:1] == "1", line[1:2] == "1"
+
+    def line(self, question, tries=2, patience=20):
+        """The line that answers a question (JSON); "" if it took too much time or memory.
+
+        tries: how often it is asked if the process dies of something else than its time. patience:
+        seconds on the clock for one of processor time.
+        """
+        for _ in range(tries):
             if self.process is None or self.process.poll() is not None:
                 self.start()
             line = ""
             try:
-                self.process.stdin.write(json.dumps([said, meant]) + "\n")
+                self.process.stdin.write(json.dumps(question) + "\n")
                 self.process.stdin.flush()
-                if wait([self.process.stdout], 20 * SECONDS):
+                if wait([self.process.stdout], patience * SECONDS):
                     line = self.process.stdout.readline()
             except BrokenPipeError:
                 pass
@@ -56,11 +73,9 @@ class Worker:
                 if not line:
                     self.process.kill()
                     self.process.wait()
-            if line:
-                return line[0] == "1", line[1] == "1"
-            if self.process.returncode == -signal.SIGPROF:  # its time was up
-                break
-        return False, False
+            if line or self.process.returncode == -signal.SIGPROF:  # its time was up
+                return line
+        return ""
 
 
 def worker_count():
@@ -71,23 +86,30 @@ def worker_count():
 
 
 @functools.cache
-def idle(process_id):
+def idle(process_id, *command):
     """The workers of this process that have nothing to do, those that ran last in front."""
     workers = queue.LifoQueue()
     for _ in range(worker_count()):
-        workers.put(Worker())
+        workers.put(Worker(*command))
     return workers
+
+
+@contextlib.contextmanager
+def one_of(*command):
+    """A worker of this process, to be asked. Safe in threads."""
+    workers = idle(os.getpid(), *command)  # a fork must not write into its parent's pipes
+    worker = workers.get()
+    try:
+        yield worker
+    finally:
+        workers.put(worker)
 
 
 @functools.lru_cache(2**16)
 def equivalent(said, meant):
     """(are two answers in LaTeX equal, can `said` be read), by one worker. Safe in threads."""
-    workers = idle(os.getpid())  # a fork must not write into its parent's pipes
-    worker = workers.get()
-    try:
+    with one_of() as worker:
         return worker.ask(said, meant)
-    finally:
-        workers.put(worker)
 
 
 def equivalent_all(pairs):

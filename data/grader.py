@@ -6,10 +6,13 @@ data/algebra.py in processes of its own. Nothing that a model wrote is executed.
 """
 
 import collections
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
-from data import algebra, latex
+from data import algebra, latex, own_reward
 from data.latex import boxed
 
 ENDING = "####"
@@ -150,3 +153,40 @@ def reward(correct, well_formed, format_reward):
     if correct:
         return 1.0
     return float(format_reward) if well_formed else 0.0
+
+
+# ---- a reward of one's own
+
+
+def own_workers(path):
+    """A worker (algebra.one_of) for the function reward(question, answer, text) of a file."""
+    if not Path(path).is_file():
+        raise ValueError(f"--reward {path}: there is no such file")
+    return algebra.one_of(own_reward.__file__, str(Path(path).resolve()))
+
+
+def check_own_reward(path):
+    """Raises ValueError, with the line at fault, for a file that has no reward function."""
+    with own_workers(path) as worker:
+        if worker.process is None:
+            worker.start()
+
+
+def own_reward_of(path, question, answer, text):
+    """The reward of one text; None if it takes more than algebra.SECONDS of processor time, or
+    five times as long on the clock. An error in the file is a ValueError with the line at fault."""
+    with own_workers(path) as worker:
+        line = worker.line([question, answer, text], tries=1, patience=5)
+    said = json.loads(line) if line else {"reward": None}
+    if "error" in said:
+        raise ValueError(f"{said['error']} (in the reward of the text {text[:60]!r})")
+    return said["reward"]
+
+
+def own_rewards(path, asked):
+    """[own_reward_of(path, ...)] of [(question, answer, text)]; equal ones are asked once."""
+    different = list(dict.fromkeys(asked))
+    with ThreadPoolExecutor(algebra.worker_count()) as threads:  # each waits for a worker's answer
+        found = list(threads.map(lambda each: own_reward_of(path, *each), different))
+    found = dict(zip(different, found, strict=True))
+    return [found[each] for each in asked]

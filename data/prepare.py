@@ -6,6 +6,7 @@ dolmino  the pre-training mix of the paper, from the Hugging Face hub or from --
 text     your own text to cl100k_base shards: --source FOLDER of .txt and .jsonl ("text" field),
          .gz, .zst or neither
 gsm8k, math, openmath    questions, from the hub or from --source FOLDER
+questions    your own, from a file or the hub, by the names of their fields
 split    easy and hard questions, by how often a checkpoint solved them
 tasks    the six general-capability benchmarks, from the hub or from --source FOLDER
 
@@ -28,7 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402
 from common import Count, Fraction, Whole  # noqa: E402
-from data import corpus, files, problems, questions, tasks, tokens, toy  # noqa: E402
+from data import (  # noqa: E402
+    corpus,
+    files,
+    own_questions,
+    problems,
+    questions,
+    tasks,
+    tokens,
+    toy,
+)
 
 # ------------------------------------------------------------------------- the default world
 
@@ -285,6 +295,7 @@ COMMANDS = {
     "gsm8k": (questions.Gsm8k, questions.make_gsm8k),
     "math": (questions.Math, questions.make_math),
     "openmath": (questions.OpenMath, questions.make_openmath),
+    "questions": (own_questions.Own, own_questions.make_own),
     "split": (questions.Split, questions.make_split),
     "tasks": (Tasks, make_tasks),
 }

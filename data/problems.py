@@ -326,11 +326,11 @@ def answer_seeds(seed, step, rows, n):
     return [int.from_bytes(digest, "little") >> 1 for digest in digests]
 
 
-def shuffled(count, batch, seed, step):
+def shuffled(count, batch, seed, step, again=0):
     """The places of batch `step` in a list of `count`, shuffled anew each epoch.
 
-    Arithmetic of (seed, step). What is left of an epoch after its last whole batch is not used, so
-    no batch has a row twice.
+    Arithmetic of (seed, step) and, for a batch in place of that one, the number `again`. What is
+    left of an epoch after its last whole batch is not used, so no batch has a row twice.
     """
     if batch > count:
         raise ValueError(
@@ -338,7 +338,8 @@ def shuffled(count, batch, seed, step):
             f"are {count}: raise --limit, or lower --batch or --questions_per_step"
         )
     epoch, index = divmod(step, count // batch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
+    key = [seed, epoch, again] if again else [seed, epoch]
+    order = np.random.default_rng(key).permutation(count)
     return order[index * batch : (index + 1) * batch].tolist()
 
 

@@ -58,4 +58,7 @@ def goes_on(stage, whole, world, out, words=None):
     assert same_weights(out, whole(stage))
     assert record(out) == record(whole(stage))
     there = sorted(path.name for path in out.parent.iterdir())
-    assert there == [out.name, f"{out.name}.metrics.jsonl"]
+    answers = [f"{out.name}.answers.jsonl"] if stage != "pretrain" else []
+    assert there == [out.name, *answers, f"{out.name}.metrics.jsonl"]
+    for name in answers:
+        assert (out.parent / name).read_bytes() == (whole(stage).parent / name).read_bytes()

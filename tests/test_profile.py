@@ -142,7 +142,7 @@ def test_mfu_is_left_out_where_no_peak_is_known(world, tmp_path):
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200 NVL", 835),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("Tesla T4", 0),
+        ("Quadro P400", 0),
     ],
 )
 def test_peak_by_the_name_of_the_gpu(monkeypatch, name, peak):

@@ -9,8 +9,8 @@ advantage r - mean(r of its group), and take one gradient of
     sum over sampled tokens of  -advantage/N * log pi(token),    N = sampled tokens of the step.
 
 No solution is ever read. The progress line shows reward, correct, flat (groups of equal rewards,
-which teach nothing) and truncated, and no loss: the advantages of a group sum to 0, so that the
-loss is near 0 whatever is learned. OUT.answers.jsonl has a few questions with their answers,
+which teach nothing) and truncated, and no loss: it is small, of either sign, and says nothing of
+what is learned. OUT.answers.jsonl has a few questions with their answers,
 rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, call, refused
-from runs import words_of
 
 import common
 from data import problems
+from runs import words_of
 
 RUNS = {"sft": [0, 3, 6], "rl": [0, 0, 3, 3, 6], "mix": [0, 0, 3, 3, 6]}
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import ROOT, call, flags, lines_of, refused, start
 from PIL import Image
-from runs import words_of
 
 from results import curves
+from runs import words_of
 
 
 def test_running_mean_by_hand():

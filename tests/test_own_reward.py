@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, call, refused, same_weights
-from runs import words_of
 
 from data import algebra, grader
+from runs import words_of
 
 SHORT = """
 def reward(question, answer, text):

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import call, lines_of, refused, same_weights
-from runs import words_of
 
 import common
 import rl
 from data import problems, tokens
 from model import Samples
+from runs import words_of
 
 ALONE = common.World(0, 1, torch.device("cpu"), torch.float64)
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.1], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)

@@ -311,7 +311,12 @@ class Model(nn.Module):
 
         FlexAttention is one kernel only where a compiler makes it one: run as it is, it holds all
         scores in fp32, where SDPA with a mask holds the mask. A CPU has no backward pass of it, and
-        Triton no products in fp64."""
+        Triton no products in fp64.
+
+        Known without a GPU, with torch 2.11 and 2.13: other masks and lengths are no new code, and
+        the gradients of the traced graph are right. Not known: whether the kernels that Inductor
+        generates run on sm_90, and their speed. `bash tests/gpu.sh tree` asks; --compile false does
+        without them."""
         return self.compiled and x.is_cuda and x.dtype != torch.float64
 
     def forward(

@@ -7,7 +7,7 @@
 # METHOD
 # Needs one H100 or H200 (80 GB), torch 2.11 or later with triton, numpy, tiktoken and tqdm. Nothing
 # is downloaded. Each part is a process of its own with a time limit, the cheapest come first, and
-# one that fails does not stop the others. A part prints 15 lines at most; the rest: $OUT/log.txt.
+# one that fails does not stop the others. A part prints 15 lines at most, $OUT/log.txt the rest.
 #
 # What the parts ask, and what a good answer is:
 #   facts     what the machine is, and its ceilings: a copy (bytes read and written) and a matrix
@@ -26,6 +26,7 @@
 #   loss      the loss head at the 1B model's sizes. Ceiling: the TFLOP/s of facts.
 #   decode    a token of the 1B model at three lengths of the cache. Ceiling: the TB/s of facts.
 #   training  steps of the 1B model. "mfu" is against 989 TFLOP/s, whatever the card.
+# What a slow machine did not come to can be run alone: bash tests/gpu.sh training.
 # The table at the end has status (well, failed, late, not begun), seconds, and the first figures;
 # $OUT/parts.jsonl has one line per part with all of them.
 #
@@ -50,7 +51,7 @@ limit() { # seconds that a part may take
     case $1 in
     facts | graphs | bf16) echo $((WHOLE / 12)) ;;
     kernels | sampler | loss) echo $((WHOLE / 6)) ;;
-    *) echo $((WHOLE / 4)) ;;
+    *) echo $((WHOLE / 3)) ;;
     esac
 }
 

@@ -339,9 +339,9 @@ def tree_layout(rows: int, length: int) -> Layout:
 def tree_attention() -> dict:
     """FlexAttention with Layout.blocks() in compiled blocks, against SDPA with the dense mask."""
     figures = {}
-    shapes = [(3, 200), (3, 208), (2, 640), (4, 136), (7, 128), (1, 256)]
+    shapes = [(3, 200), (3, 208), (2, 640), (4, 136), (7, 128)]
     shapes += on_gpu([(2, 1040), (8, 1800)], [])
-    for heads, dtype in ((4, torch.float32), (4, torch.bfloat16), (1, torch.bfloat16)):
+    for heads, dtype in ((4, torch.float32), (1, torch.bfloat16)):
         width = 96 if heads == 4 else 128  # the toy's heads of 24, the 1B's of 128
         model = random_model(dtype, width=width, heads=heads, ffn=256)
         dense = random_model(dtype, width=width, heads=heads, ffn=256)
@@ -362,8 +362,11 @@ def tree_attention() -> dict:
                     if CUDA:
                         (states.float() * (1 + ids[..., None] % 7)).sum().backward()
                         gradients = [p.grad for p in net.blocks.parameters()]
-                    found.append([states.detach(), *gradients])
-            worst = max(worst, *(distance(a, b) for a, b in zip(*found, strict=True)))
+                    found.append((states.detach(), gradients))
+            (states, gradients), (exact, exact_gradients) = found
+            worst = max(worst, distance(states, exact))
+            if CUDA:
+                worst = max(worst, distance(gradients, exact_gradients))
         count = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
         name = f"{str(dtype).removeprefix('torch.')}, heads of {width // heads}"
         print(f"{name}: largest difference {worst:.1e}, {count} graphs for {len(shapes)} shapes")
@@ -380,7 +383,10 @@ def tree():
     figures = tree_attention()
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        sides = {(1, CUDA): "1", (8, CUDA): "8", (8, False): "8_uncompiled"}  # two on a CPU
+        # to compile takes time, and nothing on a CPU is compiled here
+        sides = {(1, CUDA and dtype != torch.float32): "1", (8, CUDA): "8"}
+        if CUDA and dtype != torch.float32:
+            sides[8, False] = "8_uncompiled"
         seconds = {}
         expected = None
         for (per_row, compiled), side in sides.items():
@@ -392,7 +398,7 @@ def tree():
             print(f"gradients differ by {gap:.1e}")
             figures[f"{name}_{side}_ms"] = milliseconds
             assert gap < (1e-4 if dtype == torch.float32 else 0.05), "other gradients"
-        figures = {f"{name}_faster": seconds["1"] / list(seconds.values())[1], **figures}
+        figures = {f"{name}_faster": seconds["1"] / seconds["8"], **figures}
     return figures
 
 
@@ -447,7 +453,9 @@ def run_scripts(folder: Path) -> dict:
         assert code == 0, f"{name} ended with {code}: {' | '.join(tail)}"
         print(f"{name} {figures[name + '_s']:.0f} s", end=", ", flush=True)
 
-    how = "--compile " + on_gpu("true", "false")
+    # pretrain.py and the last rl.py compile on a GPU; each time takes half a minute
+    how = "--compile false"
+    compiled = "--compile " + on_gpu("true", "false")
     steps = on_gpu(600, 50)
     sizes = "--train_questions 64 --val_questions 16 --test_questions 16 --shots 8 --task_items 16"
     length = f"--tokens {1024 * steps} --batch_tokens 1024 --length 64 --warmup 2"
@@ -455,7 +463,7 @@ def run_scripts(folder: Path) -> dict:
     learn = f"rl.py --init @taught.pt --steps 8 --eval_every 4 --eval_n 8 --save_every 1 {how}"
     learn += on_gpu("", " --questions_per_step 8 --eval_questions 4 --max_new 24")
     finished("prepare", f"data/prepare.py toy --out @toy --tokens {1100 * steps} {sizes}")
-    finished("pretrain", f"pretrain.py --data @toy --out @base --doc_mask {length} {how}")
+    finished("pretrain", f"pretrain.py --data @toy --out @base --doc_mask {length} {compiled}")
     taught = f"--steps {on_gpu(200, 40)} --lr 4e-3 --eval_questions 0"
     finished("sft", f"sft.py --init {base} --out @taught.pt {taught} {how}")
     finished("rl", f"{learn} --out @whole.pt --profile 2")
@@ -477,7 +485,8 @@ def run_scripts(folder: Path) -> dict:
     questions = "--limit 8 --n 8 --k 1,8 --max_new 40"
     finished("eval", f"eval.py @whole.pt --results @rows {questions} {how}")
     one_rank = "-m torch.distributed.run --standalone --nproc_per_node 1"
-    finished("torchrun", f"{one_rank} {learn.replace('--steps 8', '--steps 2')} --out @ranks.pt")
+    two_steps = learn.replace("--steps 8", "--steps 2").replace(how, compiled)
+    finished("torchrun", f"{one_rank} {two_steps} --out @ranks.pt")
     rows = (folder / "rows/whole.jsonl").read_text().splitlines()
     gap = figures["resume_gap"]
     print(

@@ -3,13 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import small_model
+from helpers import ALONE, small_model
 
 import common
 from eval import layout_of
 from model import Model
-
-ALONE = common.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def gradients(model, rows, kept, layout):

@@ -6,14 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PRETRAIN, Operations, call, metrics, refused, small_model
+from helpers import ALONE, PRETRAIN, Operations, call, metrics, refused, small_model
 
-import common
 import pretrain
 import rl
 from data import problems, tokens
-
-ALONE = common.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 class Reads(Operations):

@@ -9,12 +9,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import small_model
+from helpers import ALONE, small_model
 from torch.overrides import TorchFunctionMode
 
 import common
-
-ALONE = common.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 class Calls(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: two sides that take turns, transformers' twin of a model, one table.
+"""What the benchmarks share: two sides that take turns, shapes of models, one table.
 
 Each benchmark prints one table; with --json its last line is one JSON object. A peer that is not
 installed, or that fails, is a line of the table.
@@ -108,56 +108,3 @@ def config_of(preset: str, length: int = 0) -> ModelConfig:
     shape = dict(PRESETS[preset])
     shape["context"] = max(length, shape["context"])
     return ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128)
-
-
-def transformers_twin(model):
-    """transformers' Olmo2ForCausalLM with the weights of `model`, on the CPU."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    c = model.config
-    config = Olmo2Config(
-        vocab_size=c.padded_vocab,
-        hidden_size=c.width,
-        intermediate_size=c.ffn,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.heads,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.theta},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    twin = Olmo2ForCausalLM(config)
-    theirs = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(model.blocks):
-        for name, weight in twin_weights(block).items():
-            theirs[f"model.layers.{i}.{name}.weight"] = weight
-    theirs = {name: weight.detach().clone() for name, weight in theirs.items()}
-    twin.load_state_dict(theirs, strict=True)
-    return twin
-
-
-def twin_weights(block) -> dict[str, torch.Tensor]:
-    """A block's weights by transformers' names."""
-    q, k, v = block.qkv.weight.chunk(3)
-    gate, up = block.gate_up.weight.chunk(2)
-    return {
-        "self_attn.q_proj": q,
-        "self_attn.k_proj": k,
-        "self_attn.v_proj": v,
-        "self_attn.o_proj": block.out.weight,
-        "self_attn.q_norm": block.q_norm.weight,
-        "self_attn.k_norm": block.k_norm.weight,
-        "post_attention_layernorm": block.attention_norm.weight,
-        "post_feedforward_layernorm": block.mlp_norm.weight,
-        "mlp.gate_proj": gate,
-        "mlp.up_proj": up,
-        "mlp.down_proj": block.down.weight,
-    }

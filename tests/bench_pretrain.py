@@ -32,6 +32,7 @@ from types import SimpleNamespace
 
 import bench
 import torch
+from twin import transformers_twin
 
 import common
 import pretrain
@@ -68,7 +69,7 @@ def our_step(args, world, checkpointed):
 
 def peer_step(args, world, dtype):
     """dtype: of the weights. On CUDA fp32 weights compute under autocast to bf16."""
-    twin = bench.transformers_twin(built(args, world)).to(world.device, dtype).train()
+    twin = transformers_twin(built(args, world)).to(world.device, dtype).train()
     compiled = torch.compile(twin, dynamic=False)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-5, fused=True)
     ids = rows(args, world, twin.config.vocab_size)

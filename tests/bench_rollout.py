@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import bench
 import torch
+from twin import transformers_twin
 
 from model import Model, Sampler, free_bytes
 
@@ -173,7 +174,7 @@ def main():
     compute = torch.bfloat16 if device == "cuda" else torch.float32
     model = Model(bench.config_of(args.preset), compute).init_weights(0).to(device).eval()
     absent = bench.missing("transformers")
-    twin = None if absent else bench.transformers_twin(model).eval().to(device, compute)
+    twin = None if absent else transformers_twin(model).eval().to(device, compute)
     sampler = Forced(model, rows=1 << 20, compile=True)
     batches = args.batches.split(",") if args.batches else fitting(model, shape, device)
     figures = {}

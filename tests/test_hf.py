@@ -11,12 +11,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from bench import transformers_twin
 from helpers import DATASETS, call, complaint, same_weights, small_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from twin import transformers_twin
 
 import common
 from data import hf, tokens

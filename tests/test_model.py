@@ -4,70 +4,19 @@ vocabulary."""
 import pytest
 import torch
 from helpers import next_tokens, small_model
+from twin import renamed, transformers_twin
 
 from model import PRESETS, Model, ModelConfig, cosine
 
-VOCAB, PADDED = 37, 64
+VOCAB = 37
+PADDED = 64
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """transformers' Olmo2ForCausalLM with the weights of small_model, and the function that renames
-    its tensors."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
+    """small_model and transformers' Olmo2ForCausalLM with its weights."""
     ours = small_model(VOCAB, PADDED, torch.float32, layers=3)
-    c = ours.config
-    theirs = Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=c.vocab,
-            hidden_size=c.width,
-            intermediate_size=c.ffn,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.heads,
-            max_position_embeddings=c.context,
-            rms_norm_eps=c.eps,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": c.theta},
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="eager",
-        )
-    ).float()
-    theirs.load_state_dict(renamed(dict(ours.named_parameters()), c.vocab), strict=True)
-    return ours, theirs
-
-
-def renamed(tensors: dict, vocab: int) -> dict:
-    """Our names and fused matrices -> transformers' names; works for weights and for gradients."""
-    plain = {
-        "out": "self_attn.o_proj",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-        "down": "mlp.down_proj",
-        "attention_norm": "post_attention_layernorm",
-        "mlp_norm": "post_feedforward_layernorm",
-    }
-    fused = {
-        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    }
-    out = {
-        "model.embed_tokens.weight": tensors["embed.weight"][:vocab],
-        "lm_head.weight": tensors["head.weight"][:vocab],
-        "model.norm.weight": tensors["norm.weight"],
-    }
-    for name, tensor in tensors.items():
-        if name.startswith("blocks."):
-            _, layer, part, _ = name.split(".")
-            names = fused.get(part) or [plain[part]]
-            out |= {
-                f"model.layers.{layer}.{n}.weight": t
-                for n, t in zip(names, tensor.chunk(len(names)), strict=True)
-            }
-    return {name: tensor.detach() for name, tensor in out.items()}
+    return ours, transformers_twin(ours, padding=False, attn_implementation="eager")
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 33])

@@ -140,10 +140,10 @@ def harness(model):
 
     Its sums are in fp64: in fp32 those of PIQA's long choices, of -600, are off by 1e-4.
     """
-    from bench import transformers_twin
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    from twin import transformers_twin
 
     def no_dummies(_, __, logits):
         logits[..., model.config.vocab :] = -torch.inf

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a record does, with numbers so small that two minutes do: to see that it works.
+# Everything that a record does, with small numbers: to see that it works. Three minutes on two
+# cores; nothing is downloaded.
 #
 #   bash runs/smoke.sh
 #

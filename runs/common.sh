@@ -6,6 +6,7 @@ fail() { echo "$(basename "$0"): error: $1" >&2; exit 2; }
   fail "bash $BASH_VERSION is too old, it takes 4.4: brew install bash (macOS), then start it anew"
 command -v python > /dev/null ||
   fail "no python on the PATH: activate the environment that has requirements.txt"
+[ $# = 0 ] || fail "there is no '$1': settings are variables, see the first lines of the script"
 whole() {  # NAME: a setting that is a whole number
   [[ ${!1} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$1 takes a whole number, not '${!1}'"
 }

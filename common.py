@@ -126,7 +126,7 @@ class PostTraining(Shared):
 # what a resumed run may change: where and how it works, and how paths are spelled
 OPERATIONAL = {field.name for field in dataclasses.fields(Shared)} - {"dtype"}
 OPERATIONAL |= {"init", "out", "questions", "data", "text", "tasks", "rows", "peak_tflops"}
-OPERATIONAL |= {"answers_per_row"}
+OPERATIONAL |= {"answers_per_row", "eval_every", "eval_questions", "eval_n", "eval_rows"}
 
 
 def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
@@ -898,11 +898,13 @@ def claim(cfg, contents: dict, others=()) -> dict | None:
 def check_same_run(path, meta: dict, cfg, contents: dict):
     """Raises ValueError if the checkpoint at `path` was made with other settings or other data."""
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    was = json.loads(json.dumps(meta["run"]))
+    # a flag that has been added since had its default then
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    was = json.loads(json.dumps(defaults | meta["run"], default=str))
     for name, value in now.items():
-        if name not in OPERATIONAL and was.get(name) != value:
+        if name not in OPERATIONAL and was[name] != value:
             raise ValueError(
-                f"{path} was made with --{name} {was.get(name)}, now {value}: "
+                f"{path} was made with --{name} {was[name]}, now {value}: "
                 "keep the setting or --overwrite"
             )
     for name, value in contents.items():
@@ -1075,6 +1077,11 @@ class Log:
         self.bar.set_description_str(f"{name}: {step + 1}/{self.bar.total}  {told}", False)
         self.bar.update(step + 1 - self.bar.n)
 
+    def doing(self, what: str):
+        """Say on the progress bar what is at work where a step takes no part."""
+        if self.active:
+            self.bar.set_description_str(f"{self.bar.desc.split(':')[0]}: {what}")
+
     def add(self, step: int, **values):
         """A line beside the steps (a validation, say): `step` updates were done."""
         if not self.active:
@@ -1151,7 +1158,9 @@ class Log:
         if not self.path.exists() or not os.path.samestat(
             os.stat(self.path), os.fstat(self.file.fileno())
         ):
-            raise ValueError(f"{self.path} was removed or replaced under this run: it stops")
+            raise ValueError(
+                f"{self.path} was removed, or another run has the same --out: this one stops"
+            )
 
     def close(self):
         if self.active:

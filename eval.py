@@ -176,6 +176,7 @@ def validate(run: common.Setup, sampler, log: common.Log, step: int):
     if not run.held_out:
         return
     cfg = run.cfg
+    log.doing(f"answering {len(run.held_out)} validation questions {cfg.eval_n} times")
     asked = Asked(run.encoding, run.form, run.held_out)
     ks = (1, 2, 4, 8, 16, 32)
     shown = []
@@ -383,14 +384,17 @@ def evaluate(path, cfg: Config, world):
     subject = open_subject(path, cfg, world)
     rows = Rows(subject, cfg, world)
     meta = subject.meta
+    # read first: what is wrong with them should be known before the long part
+    folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
+    general = tasks.load(folder) if folder else {}
+    windows = text_windows(cfg, meta) if cfg.text else None
     for folder in cfg.questions or (meta["questions"],):
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
             question_row(subject, rows, folder, shots, world)
-    folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
-    for name, items in tasks.load(folder).items() if folder else ():
+    for name, items in general.items():
         task_row(subject, rows, name, items, world)
     if cfg.text:
-        text_row(subject, rows, world)
+        text_row(subject, rows, windows, world)
     points, _ = common.history(path)
     if points and rows.missing("curve", {}, split="val"):  # what a trainer watched
         rows.rows.append({"kind": "curve", **rows.base, "split": "val", "points": points})
@@ -412,6 +416,9 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
         room -= max(len(tokens.encode(asked.encoding, prompt)) for prompt in prompts)
         while asked.shots and len(asked.prefix) > room:
             asked = asked._replace(shots=asked.shots[:-1])
+        if len(asked.shots) < shots and rows.active:
+            left = f"{len(asked.shots)} shots, not {shots}: {folder} has {len(shown)}"
+            common.say(f"{left}, and a row of {meta['length']} tokens has room for no more")
     settings = dict(
         benchmark=Path(folder).stem,
         shots=len(asked.shots),
@@ -448,15 +455,18 @@ def task_row(subject: Subject, rows: Rows, name: str, items: list[dict], world):
     rows.add("general", settings | found, told)
 
 
-def text_row(subject: Subject, rows: Rows, world):
-    """Add the row of the loss on held-out text, in windows as long as in pre-training."""
-    meta = subject.meta
-    stream = tokens.Stream(rows.cfg.text, "val", meta["length"], 0, meta["encoding"])
-    windows = stream.beginning(256)
+def text_windows(cfg: Config, meta: dict):
+    """The held-out text of --text: int64 (windows, tokens + 1), as long as in pre-training."""
+    return tokens.Stream(cfg.text, "val", meta["length"], 0, meta["encoding"]).beginning(256)
+
+
+def text_row(subject: Subject, rows: Rows, windows, world):
+    """Add the row of the loss on held-out text, if it is missing."""
     settings = dict(benchmark="text", content=fingerprint(windows.tolist()))
     if not rows.missing("text", settings):
         return
-    losses = held_out_losses(subject.model, windows, max(1, 16384 // stream.length), world)
+    micro = max(1, 16384 // (windows.shape[1] - 1))
+    losses = held_out_losses(subject.model, windows, micro, world)
     mean = statistics.fmean(losses)
     found = dict(losses=[round(loss, 5) for loss in losses], loss=mean)
     told = f"text  {mean:.4f} nats per token in {len(losses)} windows"
@@ -507,7 +517,10 @@ def main(given: dict):
     if not cfg.checkpoints:
         raise ValueError("name at least one checkpoint, or --report RESULTS")
     if cfg.n < max(cfg.k):
-        raise ValueError(f"pass@{max(cfg.k)} needs --n of at least {max(cfg.k)}, not {cfg.n}")
+        most = max(cfg.k)
+        raise ValueError(
+            f"pass@{most} needs --n of at least {most}, not {cfg.n}: raise --n or lower --k"
+        )
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     if cfg.json:

@@ -1,9 +1,9 @@
 """Questions, prompts, and the batches that SFT and RL train on.
 
 A questions file has one JSON object a line: {"id", "question", "answer", "solutions": [...]}, all
-of it text. The answer is a number or LaTeX in one line, and each solution ends in `#### answer`,
-which data/grader.py reads. A prompt.json beside the file says how a question is put before a
-model; without one it is "Question: {}" and "Answer:" on the next line.
+of it text. The answer is a number or LaTeX in one line. Each solution ends in `#### answer`, which
+data/grader.py reads; only SFT and shots need solutions. A prompt.json beside the file says how a
+question is put before a model; without one it is "Question: {}" and "Answer:" on the next line.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ def load(path, split):
         raise ValueError(f"there are no questions at {path}{here}: --questions FOLDER names others")
     rows = []
     lines = {}
-    for number, (where, row) in enumerate(files.numbered_jsonl(path, FIELDS), 1):
+    for number, (where, row) in enumerate(files.numbered_jsonl(path, {}), 1):
+        row.setdefault("solutions", [])  # RL and evaluation read none
         check(row, where)
         if lines.setdefault(row["id"], number) != number:
             raise ValueError(f"{where}: id {row['id']!r} is also on line {lines[row['id']]}")

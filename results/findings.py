@@ -41,7 +41,9 @@ def checkpoints(r, metric, *arms, low=0.0, high=1.0, asked=""):
         ]
         found = [t for t, e in zip(found, bases, strict=True) if e and low <= e.mean <= high]
     if not found:
-        raise Missing(f"no checkpoint with {', '.join(map(str, arms))} and such a base")
+        raise Missing(
+            f"no checkpoint with {', '.join(map(str, arms))} base pass@32 in the range of the rule"
+        )
     trained = [i for i, arm in enumerate(arms) if arm.recipe != "base"] or range(len(arms))
     seeds = {t: min(levels[t][i].seeds for i in trained) for t in found}
     return [t for t in found if seeds[t] >= min(SEEDS, max(seeds.values()))]

@@ -175,7 +175,11 @@ def directions(r, verdicts):
             paper = "→" if finding.kind == "equivalence" else "↑"
             lines.append(f"{number}{verdict} {here:24} paper {paper}  {finding.claim}")
     absent = ", ".join(number for number, v in verdicts.items() if not v.estimate)
-    lines += [f"no rows for findings {absent}"] if absent and seeds else []
+    lines += (
+        [f"findings {absent}: not all arms or checkpoints they compare have rows here"]
+        if absent and seeds
+        else []
+    )
     own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
     for arm in own[:8]:
         other = references(r, arm)[0]

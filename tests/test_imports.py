@@ -9,8 +9,13 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = {"pretrain", "sft", "rl", "mix", "sample", "eval"}
-# of data/, questions.py is a part of prepare.py; the other modules there are a library
-PROGRAMS = {"prepare", "hf", "questions"}
+# of data/, the two of questions are parts of prepare.py; the other modules there are a library
+PROGRAMS = {"prepare", "hf", "questions", "own_questions"}
+# what a program takes from another one
+PARTS = {
+    "prepare": {"data.questions", "data.own_questions"},
+    "own_questions": {"data.questions"},
+}
 OURS = SCRIPTS | {"model", "common", "plan", "data", "results"}
 FILES = [path for folder in (ROOT, ROOT / "data") for path in sorted(folder.glob("*.py"))]
 # what a stage takes from another one
@@ -60,7 +65,7 @@ def test_no_other_arrow(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_imports_a_program_of_data(path):
     programs = {f"data.{name}" for name in PROGRAMS}
-    assert ours(path) & programs <= {"data.questions" if path.stem == "prepare" else ""}
+    assert ours(path) & programs <= PARTS.get(path.stem, set())
 
 
 def test_model_needs_nothing_but_torch():

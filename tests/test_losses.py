@@ -184,7 +184,7 @@ def test_kl_by_hand():
 def answers_of(*rows):
     """A sampler that says these (ids, truncated, log-prob of each token), whatever it is asked."""
 
-    def sampler(prompts, n, max_new, seeds, ends, temperature):
+    def sampler(prompts, n, max_new, seeds, ends, temperature, prefix):
         assert len(rows) == len(prompts) * n == len(seeds)
         said = torch.full((len(rows), max_new), ends[0])
         logp = torch.zeros(len(rows), max_new)

@@ -289,7 +289,7 @@ def test_text_of_random_ids_is_a_spike(world, tmp_path, monkeypatch, capsys):
 
 
 def log_of(tmp_path, **settings):
-    cfg = dict(out=tmp_path / "a.pt", spike=6.0, on_nonfinite="skip") | settings
+    cfg = dict(out=tmp_path / "a.pt", spike=6.0, on_nonfinite="skip", track="none") | settings
     return common.Log(SimpleNamespace(**cfg), common.start("cpu"), 1000, None, "")
 
 

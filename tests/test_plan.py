@@ -294,10 +294,10 @@ def test_questions_that_are_there_are_counted(tmp_path):
 
 
 def test_text_is_counted_once(capsys):
-    text = ["pretrain.py", "--data", "d", "--tokens", "1e9", "--plan", "1b"]
+    text = ["pretrain.py", "--data", "d", "--tokens", "1e10", "--plan", "1b"]
     plan.main([*text, "+", *text, "--seed", "1"])
     lines = capsys.readouterr().out.splitlines()
-    steps = round(1e9 / 2097152)
+    steps = round(1e10 / 2097152)
     assert float(lines[-2].split()[1]) == pytest.approx(4e-9 * steps * 2097152, rel=0.01)
     assert lines[-1].split()[:3] == ["all", "2", "commands"]
 

@@ -184,7 +184,7 @@ def test_kl_by_hand():
 def answers_of(*rows):
     """A sampler that says these (ids, truncated, log-prob of each token), whatever it is asked."""
 
-    def sampler(prompts, n, max_new, seeds, ends, temperature):
+    def sampler(prompts, n, max_new, seeds, ends, temperature, prefix):
         assert len(rows) == len(prompts) * n == len(seeds)
         said = torch.full((len(rows), max_new), ends[0])
         logp = torch.zeros(len(rows), max_new)
@@ -205,7 +205,7 @@ RL = rl.Config(init="", steps=4, questions_per_step=2, group=2, max_new=12, lr=1
 
 def rl_run(model=None, **changes):
     cfg = dataclasses.replace(RL, **changes)
-    return setup(cfg, model, encoding=ENC, form=FORM, train=QUESTIONS)
+    return setup(cfg, model, encoding=ENC, form=FORM, train=QUESTIONS, prefix=[])
 
 
 def sft_run(model=None, world=ALONE, **changes):

@@ -774,18 +774,20 @@ class Setup(NamedTuple):
     prefix: list[int] = []  # ids of the shots before each training question
 
 
-def configure(Config, given: dict, paper: dict, job_of):
+def configure(Config, given: dict, paper: dict, check, job_of):
     """The Config of a run from --init, and the checkpoint (None with --plan).
 
     A flag that was not given has the value that Config declares, or, from a checkpoint of the
     paper's sizes, the one in `paper`; on a GPU, what decides about memory is chosen to fit it.
-    job_of(cfg): what the run will do, a plan.Job.
+    check(cfg): raises ValueError for flags that do not fit. job_of(cfg): what the run will do, a
+    plan.Job.
     """
     given = {"init": "", **given}  # --plan needs none
     before = None if given.get("plan") else load(given["init"])
     preset = given.get("plan") or before["meta"]["preset"]
     defaults = paper if paper_size(preset) else {}
     cfg = Config(**(defaults | given))
+    check(cfg)
     return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
 
 

@@ -60,6 +60,11 @@ def share_of(cfg, step: int) -> float:
     return cfg.share + (end - cfg.share) * step / max(1, cfg.steps - 1)
 
 
+def check(cfg: Config):
+    rl.check(cfg)
+    sft.check(cfg)
+
+
 def recipe_of(cfg: Config) -> str:
     names = {"1": "mix", "all": "mix-gold"}
     usual = "mix-text" if cfg.text else names.get(cfg.solutions, f"mix-{cfg.solutions}")
@@ -94,9 +99,7 @@ def text_stream(cfg: Config, before: dict):
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER, job_of)
-    rl.check(cfg)
-    sft.check(cfg)
+    cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     text = text_stream(cfg, before)

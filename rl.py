@@ -495,8 +495,7 @@ def flat_so_far(cfg: Config) -> str:
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER, job_of)
-    check(cfg)
+    cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     run = common.begin(cfg, before, cfg.recipe or "rl", shots=cfg.shots, reward=cfg.reward)

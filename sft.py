@@ -106,8 +106,7 @@ def job_of(cfg: Config) -> plan.Job:
 
 
 def main(given: dict):
-    cfg, before = common.configure(Config, given, PAPER, job_of)
-    check(cfg)
+    cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg))
     run = common.begin(cfg, before, recipe_of(cfg), answers=False)

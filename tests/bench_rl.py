@@ -40,7 +40,9 @@ class Ours:
 
     def __init__(self, checkpoint: str, steps: int, compile: bool, folder: str):
         given = dict(init=checkpoint, out=f"{folder}/rl.pt", steps=steps, lr=LR, eval_questions=0)
-        cfg, before = common.configure(rl.Config, given | {"compile": compile}, rl.PAPER)
+        cfg, before = common.configure(
+            rl.Config, given | {"compile": compile}, rl.PAPER, rl.check, rl.job_of
+        )
         self.run = common.begin(cfg, before, "rl")
         compiled = common.can_compile(cfg, self.run.world)
         self.sampler = Sampler(self.run.model, cfg.rows, compiled)

@@ -205,7 +205,7 @@ RL = rl.Config(init="", steps=4, questions_per_step=2, group=2, max_new=12, lr=1
 
 def rl_run(model=None, **changes):
     cfg = dataclasses.replace(RL, **changes)
-    return setup(cfg, model, encoding=ENC, form=FORM, train=QUESTIONS)
+    return setup(cfg, model, encoding=ENC, form=FORM, train=QUESTIONS, prefix=[])
 
 
 def sft_run(model=None, world=ALONE, **changes):

@@ -289,8 +289,9 @@ def test_text_of_random_ids_is_a_spike(world, tmp_path, monkeypatch, capsys):
 
 
 def log_of(tmp_path, **settings):
-    cfg = dict(out=tmp_path / "a.pt", spike=6.0, on_nonfinite="skip", track="none") | settings
-    return common.Log(SimpleNamespace(**cfg), common.start("cpu"), 1000, None, "")
+    flags_given = dict(init="", out=str(tmp_path / "a.pt"), spike=6.0, on_nonfinite="skip")
+    cfg = common.PostTraining(**flags_given | settings)
+    return common.Log(cfg, common.start("cpu"), 1000, None, "")
 
 
 def test_where_a_spike_begins(tmp_path):

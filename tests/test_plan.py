@@ -318,7 +318,7 @@ def fitted(script, preset, card, ranks, monkeypatch, **given):
     if script == "pretrain":
         cfg, _ = module.configure(given)
     else:
-        cfg, _ = common.configure(module.Config, given, module.PAPER, module.job_of)
+        cfg, _ = common.configure(module.Config, given, module.PAPER, module.check, module.job_of)
     job = module.job_of(cfg)
     room = plan.ROOM * card * 1e9
     chosen = plan.fitting(cfg, given, job, plan.shape(preset), room)

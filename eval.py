@@ -324,6 +324,7 @@ class Rows:
                 f"{before} has the rows of {others.pop()}: give another --results, or --overwrite"
             )
         self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
+        self.found = list(self.rows)  # nothing is written if nothing is added
 
     def missing(self, kind: str, settings: dict, split: str = "") -> bool:
         """Is there no such row? One of other weights, or measured with other settings, goes.
@@ -355,8 +356,9 @@ class Rows:
             tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
-        if self.active:
+        if self.active and (self.rows != self.found or not self.file.exists()):
             write_rows(self.file, self.rows)
+        if self.active:
             self.state.unlink(missing_ok=True)
 
 

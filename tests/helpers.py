@@ -53,7 +53,7 @@ def next_tokens(model, ids, **how):
 
 def setup(cfg, model=None, world=ALONE, **more) -> common.Setup:
     """What a trainer has before its first step, as far as a test needs it."""
-    known = dict(cfg=cfg, model=model, world=world, prefix=[], **more)
+    known = dict(cfg=cfg, model=model, world=world, prefix=[]) | more
     return common.Setup(**dict.fromkeys(common.Setup._fields) | known)
 
 

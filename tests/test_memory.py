@@ -42,9 +42,9 @@ def at(place, monkeypatch):
     [
         ("pretrain", "Model.hidden", dict(micro=6), ["--micro (now 6)"]),
         ("pretrain", "pretrain.update", {}, ["--micro", "--checkpoint_activations", "--shard"]),
-        ("sft", "backward", {}, ["--micro (now 64)", "--checkpoint_activations"]),
+        ("sft", "backward", {}, ["--micro", "--checkpoint_activations"]),
         ("rl", "Sampler.prefill", dict(rows=8), ["--rows (now 8)", "--max_new (now 32)"]),
-        ("rl", "Sampler._draw", {}, ["--rows (now 512)"]),
+        ("rl", "Sampler._draw", {}, ["--rows"]),
         ("mix", "Model.hidden", {}, ["--micro", "--rows"]),
     ],
 )

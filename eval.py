@@ -356,10 +356,11 @@ class Rows:
             tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
-        if self.active and (self.rows != self.found or not self.file.exists()):
+        if not self.active:
+            return
+        if self.rows != self.found or self.state.exists() or not self.file.exists():
             write_rows(self.file, self.rows)
-        if self.active:
-            self.state.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
 
 def facts(subject: Subject, cfg: Config) -> dict:

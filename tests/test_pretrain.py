@@ -51,7 +51,7 @@ def test_pretraining_goes_on(world, tmp_path, name):
 
 def test_it_goes_on_once_more(world, tmp_path):
     """The tokens count on, and so does the text."""
-    words = flags(*PRETRAIN, data=world.data, **TEXT | {"tokens": 1024})
+    words = flags(*PRETRAIN, data=world.data, warmup=0, **TEXT | {"tokens": 1024})
     one = tmp_path / "one/step1.pt"
     two = tmp_path / "two/step1.pt"
     call("pretrain", *words, init=world.taught, out=one.parent, seed=7)

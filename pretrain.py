@@ -75,9 +75,8 @@ PAPER = dict(
 )
 
 # TFLOP/s of dense bf16 products, summed in fp32: half of what data sheets give "with sparsity".
-# Sources: NVIDIA's data sheets of B200 (HGX), H200, H100, A100, L40S, A10, V100 and T4; the white
-# papers of RTX Blackwell, Ada and GA102, appendix A; AWS for the A10G. The first name that is a
-# word of the GPU's counts.
+# From NVIDIA's data sheets and white papers; B200, A10G and the RTX cards at second hand, where
+# conventions differ: --peak_tflops overrides. The first name that is a word of the GPU's counts.
 PEAK = {
     "Laptop": 0,  # not known: it shares the name of a faster card
     "B200": 2250,

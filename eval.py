@@ -413,11 +413,8 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
     max_new = cfg.max_new or common.longest(meta)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
     asked = Asked(subject.encoding, problems.form(folder), questions, shown)
-    if not cfg.shots:  # as many as a row of its text has room for, with a question and an answer
-        prompts = [problems.prompt(asked.form, row["question"]) for row in questions]
-        room = meta["length"] - max_new
-        room -= max(len(tokens.encode(asked.encoding, prompt)) for prompt in prompts)
-        while asked.shots and len(asked.prefix) > room:
+    if not cfg.shots:  # as many as a row of its text has room for, together with an answer
+        while asked.shots and len(asked.prefix) + max_new > meta["length"]:
             asked = asked._replace(shots=asked.shots[:-1])
         if len(asked.shots) < shots and rows.active:
             left = f"{len(asked.shots)} shots, not {shots}: {folder} has {len(shown)}"

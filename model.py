@@ -475,7 +475,7 @@ GROUPS_2 = ("", "memory.max", "memory.current", "inactive_file")
 def container_bytes(root: Path) -> float:
     """What the control groups of this process leave it; no limit where there is none."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return math.inf
     room = math.inf
@@ -499,7 +499,7 @@ def number_in(path: Path, missing: float, name: str = "") -> float:
     """The number in a file of the system, or the one beside a name; `missing` if it is not there,
     or is a word."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         words = next(line for line in lines if line.startswith(name)).removeprefix(name).split()
         return int(words[0])
     except (OSError, StopIteration, IndexError, ValueError):

@@ -90,7 +90,7 @@ def last_line(said) -> str:
     text = said.read_text(encoding="utf-8")
     assert "Traceback" not in text, text
     lines = re.split(r"[\r\n]+", text)
-    return [line for line in lines if line and not line.endswith(" left")][-1]
+    return [line for line in lines if line and not line.rstrip().endswith(" left")][-1]
 
 
 def kill_self(number=signal.SIGKILL):

@@ -21,7 +21,7 @@ import bench_grader
 import pytest
 from helpers import DATASETS, ROOT
 
-from data import algebra, grader, latex, problems, questions, tokens
+from data import algebra, grader, latex, problems, questions, tokens, toy
 
 NUMBERS = {
     "18": 18,
@@ -181,13 +181,14 @@ def test_reward_does_not_read_the_prompt():
     """
     enc = tokens.encoding("toy")
     shot = {"question": "sam has 9 apples . how many now ?", "solutions": ["9 + 9 = 18 . #### 18"]}
-    start = problems.few_shot("toy", [shot])
-    start += problems.prompt("toy", "ann has 6 apples . how many now ?")
+    form = problems.Form(toy.PROMPT, "")
+    start = problems.few_shot(form, [shot])
+    start += problems.prompt(form, "ann has 6 apples . how many now ?")
     said = tokens.encode(enc, " that is all .")
     batch = problems.make_batch([tokens.encode(enc, start)], [said], [1.0], 0)
-    whole = tokens.decode(enc, batch.ids[0]).replace(" A : that", " that")
+    whole = tokens.decode(enc, batch.ids[0])
     assert grader.grade(whole, "18") is False
-    graded = tokens.decode(enc, batch.ids[:, 1:][batch.mask])
+    graded = tokens.decode(enc, batch.target[batch.mask])
     assert graded == " that is all ."
     assert grader.grade_all([graded], ["18"], [True]) == [(False, False)]
 

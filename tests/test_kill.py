@@ -92,5 +92,6 @@ def test_half_written_files_of_a_kill_go(whole, world, tmp_path, again):
         Path(f"{out}{name}.tmp").write_bytes(b"half")
     assert ran(lambda: call("sft", *words_of("sft", world, out), again)) == 0
     there = sorted(path.name for path in tmp_path.iterdir())
-    assert there == ["other.pt.tmp", "step6.pt", "step6.pt.metrics.jsonl"]
+    kept = ["step6.pt", "step6.pt.answers.jsonl", "step6.pt.metrics.jsonl"]
+    assert there == ["other.pt.tmp", *kept]
     assert same_weights(out, whole("sft")) and other.read_bytes() == b"precious"

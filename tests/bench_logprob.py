@@ -30,7 +30,6 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when model.py is imported
 
 import bench  # noqa: E402
-
 import model as network  # noqa: E402
 from model import PRESETS, Model, ModelConfig, log_probs, weighted_nll  # noqa: E402
 

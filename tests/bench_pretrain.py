@@ -30,13 +30,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench
 import torch
-from twin import transformers_twin
 
+import bench
 import common
 import pretrain
 from model import PRESETS, Model, adam, update
+from twin import transformers_twin
 
 OURS = "ours"
 SAVING = "ours, activations checkpointed"

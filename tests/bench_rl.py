@@ -23,9 +23,9 @@ import os
 import statistics
 import tempfile
 
-import bench
 import torch
 
+import bench
 import common
 import rl
 from data import grader, hf, problems, tokens

@@ -17,11 +17,11 @@ each measured alone on the same shapes in the same run.
 import statistics
 from typing import NamedTuple
 
-import bench
 import torch
-from twin import transformers_twin
 
+import bench
 from model import Model, Sampler, free_bytes
+from twin import transformers_twin
 
 WANTED = {"cpu": (64, 512, 2048), "cuda": (64, 256, 512, 1024)}
 

@@ -11,15 +11,15 @@ of each context once and of its choices. The sides take turns, and a ratio is th
 import functools
 import os
 
-import bench
-from helpers import DATASETS
-from test_tasks import chosen, harness
 from tqdm import tqdm
 
+import bench
 import common
 import eval as evaluation
 from data import tasks, tokens
+from helpers import DATASETS
 from model import PRESETS, Model, ModelConfig
+from test_tasks import chosen, harness
 
 
 def lm_eval_on(model, batch):

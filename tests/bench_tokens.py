@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 
 import bench
-from helpers import DATASETS
-
 from data import corpus, prepare, tokens
 from data.files import write_rows
+from helpers import DATASETS
 
 
 def real_texts(folder, copies):

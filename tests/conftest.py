@@ -27,7 +27,6 @@ def world(tmp_path_factory):
     answers in format, some right and some wrong, so that groups are not flat and an RL step moves
     the weights."""
     import helpers
-
     from data import prepare
 
     folder = tmp_path_factory.mktemp("world")

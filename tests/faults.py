@@ -14,10 +14,9 @@ import time
 import traceback
 from pathlib import Path
 
-from helpers import ROOT, call, error_of
-
 import common
 from data.files import read_rows
+from helpers import ROOT, call, error_of
 
 # the functions that save
 SAVING = {"claim", "save", "save_state", "finish", "write_rows", "whole_file", "flush", "close"}

@@ -18,9 +18,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import helpers  # noqa: E402
-
 import common  # noqa: E402
+import helpers  # noqa: E402
 from model import Model, ModelConfig, Sampler, adam, update  # noqa: E402
 
 # among the sizes are some that divide neither by 2 nor by 4

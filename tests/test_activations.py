@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ALONE, small_model
 
 import common
 from eval import layout_of
+from helpers import ALONE, small_model
 from model import Model
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, refused
 
 import common
 from data import problems
+from helpers import ROOT, call, refused
 from runs import words_of
 
 RUNS = {"sft": [0, 3, 6], "rl": [0, 0, 3, 3, 6], "mix": [0, 0, 3, 3, 6]}

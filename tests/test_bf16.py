@@ -6,9 +6,9 @@ Two layers of width 2048 with random weights; everything but the vocabulary is a
 
 import pytest
 import torch
-from helpers import call, flags, same_weights, weights
 
 import common
+from helpers import call, flags, same_weights, weights
 from model import Model, ModelConfig, Sampler, adam, update
 
 SHAPE = dict(layers=2, width=2048, heads=16, ffn=8192, context=128)

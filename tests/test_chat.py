@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, call
 
 import sample
+from helpers import ROOT, call
 
 
 @pytest.fixture

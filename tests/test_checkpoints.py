@@ -7,10 +7,10 @@ import zipfile
 
 import pytest
 import torch
-from faults import kill_self, ran
-from helpers import ROOT, calls_in, changed, files, flags, refused, same_weights
 
 import common
+from faults import kill_self, ran
+from helpers import ROOT, calls_in, changed, files, flags, refused, same_weights
 
 CPU = common.World(0, 1, torch.device("cpu"), torch.float32)
 SFT = dict(batch=8, steps=4, eval_questions=0)

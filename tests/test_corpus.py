@@ -18,9 +18,9 @@ import datasets as hub
 import numpy as np
 import pytest
 import zstandard
-from helpers import DATASETS, ROOT
 
 from data import corpus, overlap, prepare, problems, tokens
+from helpers import DATASETS, ROOT
 
 pytestmark = pytest.mark.skipif(
     not DATASETS.is_dir(), reason=f"no {DATASETS}; set RL_DATASETS to the folder of real data"

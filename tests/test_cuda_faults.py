@@ -8,12 +8,12 @@ import types
 
 import pytest
 import torch
-from helpers import small_model
 from torch.profiler import ProfilerActivity, profile
 
 import common
 import model as network
 from data import problems
+from helpers import small_model
 from model import Layout, Model, ModelConfig, Sampler, Step, log_probs, weighted_nll
 
 VOCAB, PADDED, END = 37, 64, 0

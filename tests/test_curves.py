@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, call, flags, lines_of, refused, start
 from PIL import Image
 
+from helpers import ROOT, call, flags, lines_of, refused, start
 from results import curves
 from runs import words_of
 

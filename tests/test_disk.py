@@ -11,11 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faults import at_call, failed, ran, signalled
-from helpers import PRETRAIN, call, files, flags, refused, same_weights
 
 import common
 from data import tokens
+from faults import at_call, failed, ran, signalled
+from helpers import PRETRAIN, call, files, flags, refused, same_weights
 from runs import goes_on, record, words_of
 
 

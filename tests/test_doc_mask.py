@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import PRETRAIN, call, metrics, small_model
 
 import common
 from data import tokens
 from eval import layout_of
+from helpers import PRETRAIN, call, metrics, small_model
 
 END = 36  # the id that ends a document of small_model
 

@@ -15,18 +15,18 @@ import termios
 import time
 from pathlib import Path
 
-import faults
 import pytest
 import torch
 import torch._inductor.config
-from faults import at_call, fork, ran, wait
-from helpers import ROOT, call, calls_in, flags, lines_of, same_weights, start
-from test_checkpoints import sources
 
 import common
+import faults
 from data import problems
 from data.files import read_rows, write_rows
+from faults import at_call, fork, ran, wait
+from helpers import ROOT, call, calls_in, flags, lines_of, same_weights, start
 from runs import goes_on, steps_of, words_of
+from test_checkpoints import sources
 
 # ------------------------------------------------------------- torch.compile that cannot work
 

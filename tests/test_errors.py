@@ -7,14 +7,14 @@ import functools
 import subprocess
 import sys
 
-import helpers
 import pytest
 import torch
-from helpers import PRETRAIN, ROOT, call, files, flags, lines_of
 
 import common
+import helpers
 from data import problems
 from data.files import write_rows
+from helpers import PRETRAIN, ROOT, call, files, flags, lines_of
 
 SFT = dict(batch=8, steps=4, save_every=1, eval_questions=0, warmup=1)
 RL = dict(

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PRETRAIN, call, flags, lines_of, refused, small_model, start
 
 import common
 import eval as evaluation
 import rl
 from data import grader, problems, tasks, tokens
 from data.files import read_rows, write_rows
+from helpers import PRETRAIN, call, flags, lines_of, refused, small_model, start
 from model import Sampler
 
 HOW = dict(n=8, k="1,2,8", limit=8, max_new=24, device="cpu", compile="false")

@@ -7,9 +7,9 @@ import sys
 import typing
 
 import pytest
-from helpers import call, refused
 
 import common
+from helpers import call, refused
 
 SCRIPTS = ("pretrain", "sft", "rl", "mix", "eval", "sample")
 

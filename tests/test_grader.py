@@ -17,11 +17,11 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import bench_grader
 import pytest
-from helpers import DATASETS, ROOT
 
+import bench_grader
 from data import algebra, grader, latex, problems, questions, tokens, toy
+from helpers import DATASETS, ROOT
 
 NUMBERS = {
     "18": 18,

@@ -11,17 +11,17 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import DATASETS, call, complaint, same_weights, small_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from twin import transformers_twin
 
 import common
 from data import hf, tokens
 from data.files import read_rows, write_rows
+from helpers import DATASETS, call, complaint, same_weights, small_model
 from model import PRESETS, ModelConfig
+from twin import transformers_twin
 
 TOY = tokens.VOCABULARY["toy"]
 IDS = torch.randint(0, TOY, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, next_tokens, small_model
 
 import model as network
+from helpers import ROOT, next_tokens, small_model
 from model import log_probs, weighted_nll
 
 pytestmark = pytest.mark.skipif(network.triton is None, reason="needs triton")

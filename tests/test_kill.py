@@ -4,12 +4,12 @@ import signal
 import time
 from pathlib import Path
 
-import faults
 import pytest
-from faults import KINDS, at_call, kill_self, ran
-from helpers import call, same_weights
 
 import common
+import faults
+from faults import KINDS, at_call, kill_self, ran
+from helpers import call, same_weights
 from runs import STAGES, goes_on, words_of
 
 

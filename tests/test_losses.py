@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from helpers import ALONE, setup, small_model
 
 import common
 import model as network
 import rl
 import sft
 from data import grader, problems, tokens, toy
+from helpers import ALONE, setup, small_model
 from model import Samples, adam, log_probs, update, weighted_nll
 
 WIDTH = 6

@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from helpers import refused
 
 import model as network
+from helpers import refused
 from runs import words_of
 
 

@@ -4,6 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+import common
+import mix
+from data import problems, tokens
+from data.files import write_rows
 from faults import not_finite_at
 from hand import (
     DOUBLE,
@@ -15,11 +20,6 @@ from hand import (
     windows,
 )
 from helpers import call, changed, flags, metrics, refused, same_weights
-
-import common
-import mix
-from data import problems, tokens
-from data.files import write_rows
 from model import Sampler, cosine
 from rl import rl_batch, rl_gradients
 from sft import sft_batch, sft_gradients, tokenise

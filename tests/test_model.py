@@ -3,10 +3,10 @@ vocabulary."""
 
 import pytest
 import torch
-from helpers import next_tokens, small_model
-from twin import renamed, transformers_twin
 
+from helpers import next_tokens, small_model
 from model import PRESETS, Model, ModelConfig, cosine
+from twin import renamed, transformers_twin
 
 VOCAB = 37
 PADDED = 64

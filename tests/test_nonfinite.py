@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from faults import at_call, kill_self, not_finite_at, ran
-from helpers import PRETRAIN, call, flags, refused, same_weights
 
 import common
 import model as network
 from data import problems, tokens
+from faults import at_call, kill_self, not_finite_at, ran
+from helpers import PRETRAIN, call, flags, refused, same_weights
 from runs import STAGES, goes_on, record, steps_of, words_of
 
 

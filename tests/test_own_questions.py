@@ -6,11 +6,11 @@ import json
 import datasets
 import pyarrow
 import pytest
-from helpers import call
 from pyarrow import parquet
 
 from data import grader, prepare, problems
 from data.overlap import words
+from helpers import call
 
 
 def rows(count=50, **more):

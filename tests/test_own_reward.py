@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, refused, same_weights
 
 from data import algebra, grader
+from helpers import ROOT, call, refused, same_weights
 from runs import words_of
 
 SHORT = """

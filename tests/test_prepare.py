@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, complaint
 
 from data import files, grader, prepare, problems, tokens, toy
+from helpers import ROOT, complaint
 
 # ------------------------------------------------------------------------- the toy world
 

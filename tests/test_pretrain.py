@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+import common
 from faults import not_finite_at
 from hand import LENGTH, HandMadeAdam, clipped_gradients, cross_entropy, difference, load, windows
 from helpers import PRETRAIN, call, changed, flags, metrics, refused, same_weights
-
-import common
 from model import cosine
 
 TEXT = dict(tokens=3 * 1024, save_every=1, dtype="float64")

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PRETRAIN, call, metrics
 from torch.autograd import DeviceType
 
 import common
 import pretrain
+from helpers import PRETRAIN, call, metrics
 from model import Model, ModelConfig
 
 

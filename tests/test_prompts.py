@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DATASETS, call, changed, real, refused
 
 from data import files, grader, problems, questions, tokens
 from data import toy as toy_world
 from eval import Asked, solve
+from helpers import DATASETS, call, changed, real, refused
 from model import Samples
 
 WORLD = SimpleNamespace(rank=0, size=1, sum=lambda *values: list(values))

@@ -8,10 +8,10 @@ import sys
 
 import datasets as hub
 import pytest
-from helpers import DATASETS, ROOT, real
 
 from data import prepare, problems, questions
 from data.overlap import grams, words
+from helpers import DATASETS, ROOT, real
 
 pytestmark = pytest.mark.skipif(
     not DATASETS.is_dir(), reason=f"no {DATASETS}; set RL_DATASETS to the folder of real data"

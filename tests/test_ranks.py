@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics
 
 import common
 from data import problems
 from data.files import read_rows
+from helpers import PRETRAIN, ROOT, call, flags, largest_difference, metrics
 
 # runs -> their script
 STAGES = {stage: stage for stage in ("pretrain", "sft", "rl", "mix")}

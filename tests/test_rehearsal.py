@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import DATASETS, ROOT, metrics
 
 from data import problems
+from helpers import DATASETS, ROOT, metrics
 from results.findings import decide
 from results.rows import RECIPES, Record, read
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call, lines_of, refused, same_weights
 
 import common
 import rl
 from data import problems, tokens
+from helpers import call, lines_of, refused, same_weights
 from model import Samples
 from runs import words_of
 

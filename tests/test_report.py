@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import ROOT
 from scipy import stats as reference
 
+from helpers import ROOT
 from results import figures, report, tables
 from results.findings import BARE, RL, SFT, Finding, decide
 from results.rows import Arm, Missing, Record, combined, read

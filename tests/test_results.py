@@ -7,9 +7,9 @@ import statistics
 from math import comb, sqrt
 
 import pytest
-from helpers import ROOT
 from scipy import stats as reference
 
+from helpers import ROOT
 from results import rows
 from results.findings import decide
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import not_finite_at, ran, signalled
-from helpers import call, files, flags, refused, same_weights, start
 
 import common
 from data import problems, tokens
 from data.files import write_rows
+from faults import not_finite_at, ran, signalled
+from helpers import call, files, flags, refused, same_weights, start
 from runs import STAGES, goes_on, record, words_of
 
 

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from helpers import call
 
 from data import grader, problems
+from helpers import call
 
 
 @pytest.mark.parametrize("name", ["base", "taught"])

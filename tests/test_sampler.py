@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from helpers import next_tokens, small_model
 
 import model as network
 from data import problems
+from helpers import next_tokens, small_model
 from model import Sampler, bucket, uniform_noise
 
 VOCAB = 37

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import at_call, fork, kill_self, last_line, ran, signalled, wait
-from helpers import PRETRAIN, ROOT, call, flags, same_weights, start
 
 import common
+from faults import at_call, fork, kill_self, last_line, ran, signalled, wait
+from helpers import PRETRAIN, ROOT, call, flags, same_weights, start
 from runs import goes_on, record, steps_of, words_of
 
 

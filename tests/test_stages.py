@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, largest_difference, metrics, same_weights, weights
 
 import common
+from helpers import call, largest_difference, metrics, same_weights, weights
 from runs import STAGES, record, steps_of, words_of
 
 

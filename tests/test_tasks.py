@@ -21,12 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, DATASETS, call, small_model
 
 import common
 from data import prepare, tasks, tokens
 from data.files import read_rows, write_rows
 from eval import continuation_log_probs
+from helpers import ALONE, DATASETS, call, small_model
 from model import Model, Sampler
 
 FILES = {
@@ -143,6 +143,7 @@ def harness(model):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+
     from twin import transformers_twin
 
     def no_dummies(_, __, logits):

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PRETRAIN, call, flags, lines_of, metrics, refused, same_weights
 
 import common
 import pretrain
 import rl
 from data import problems, tokens
+from helpers import PRETRAIN, call, flags, lines_of, metrics, refused, same_weights
 from model import PRESETS, cosine
 from runs import words_of
 

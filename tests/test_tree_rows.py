@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from helpers import ALONE, setup
 
 import rl
 from data import problems, tokens
+from helpers import ALONE, setup
 from model import Layout, Model, ModelConfig, flex
 
 VOCAB = 61

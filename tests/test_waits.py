@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, PRETRAIN, Operations, call, metrics, refused, small_model
 
 import pretrain
 import rl
 from data import problems, tokens
+from helpers import ALONE, PRETRAIN, Operations, call, metrics, refused, small_model
 
 
 class Reads(Operations):

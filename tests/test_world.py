@@ -9,10 +9,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ALONE, small_model
 from torch.overrides import TorchFunctionMode
 
 import common
+from helpers import ALONE, small_model
 
 
 class Calls(TorchFunctionMode):

@@ -22,6 +22,7 @@ What differs from the usual code of it:
 """
 
 import gc
+import itertools
 import math
 import os
 import warnings
@@ -801,7 +802,7 @@ class Sampler:
             )
         count = -(-len(order) // int(min(most, fit)))
         edges = [i * len(order) // count for i in range(count + 1)]
-        return [order[first:end] for first, end in zip(edges, edges[1:], strict=False)]
+        return [order[first:end] for first, end in itertools.pairwise(edges)]
 
     def _bytes(self, n: int, prompt: int, max_new: int, prefix: int) -> int:
         """Memory that a question with n answers takes in a batch, in bytes."""

@@ -425,14 +425,15 @@ def micro_batches(batch: Batch, answers: int, world, idle=False):
     order = order if idle else order[batch.weight[order].any(1)]
     per_row = int(batch.layout[2].amax()) if batch.layout else 1
     size = max(1, answers // per_row)
-    parts = order.split(size) if len(order) else ()
+    starts = range(0, len(order), size)
     # agreed upon before any of them is passed through the model
-    most = int(world.max(len(parts))[0]) if world.shard else 0
+    most = int(world.max(len(starts))[0]) if world.shard else 0
     # once and not part by part: to send something to a GPU is to wait for what it is doing
     batch = batch.to(world.device)
-    places = order.to(world.device).split(size)
-    for rows, here in zip(parts, places, strict=False):
-        yield batch.part(here, -(-int(last[rows].max()) // 8) * 8)
-    for _ in range(len(parts), most):
+    places = order.to(world.device)
+    for i in starts:
+        longest = int(last[order[i : i + size]].max())
+        yield batch.part(places[i : i + size], -(-longest // 8) * 8)
+    for _ in range(len(starts), most):
         nothing = batch.part(slice(1), 8)
         yield nothing._replace(mask=nothing.mask & False, weight=nothing.weight * 0)

@@ -137,7 +137,7 @@ def groups(solutions):
     made["GSM8K one higher"] = False, list(zip(other, school, strict=True))
     made["GSM8K other answers"] = (
         False,
-        [pair for pair in zip(school, school[1:], strict=False) if pair[0] != pair[1]],
+        [pair for pair in itertools.pairwise(school) if pair[0] != pair[1]],
     )
     marked = ["**{}**", "€{}", "= {}", "{}€", "{}.00", "{} apples", "${}."]
     for name, right, said in (("", True, school), (", one higher", False, other)):

@@ -4,11 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch.autograd import DeviceType
 
 import common
-import pretrain
 from helpers import PRETRAIN, call, metrics
 from model import Model, ModelConfig
 
@@ -132,21 +130,3 @@ def test_mfu_is_left_out_where_no_peak_is_known(world, tmp_path):
     model = Model(ModelConfig(**common.load(last[0.25])["config"]))
     for _, mfu, speed in metrics(last[0.25], "mfu", "tokens_per_s"):
         assert mfu == pytest.approx(model.flops_per_token(64) * speed / 0.25e12)
-
-
-@pytest.mark.parametrize(
-    "name, peak",
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("Quadro P400", 0),
-    ],
-)
-def test_peak_by_the_name_of_the_gpu(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    ranks = common.World(0, 8, torch.device("cuda:0"), torch.bfloat16)
-    assert pretrain.peak_flops(SimpleNamespace(peak_tflops=0.0), ranks) == 8e12 * peak
-    assert pretrain.peak_flops(SimpleNamespace(peak_tflops=100.0), ranks) == 8e14

@@ -58,6 +58,8 @@ def test_a_stop_that_does_not_fit(world, capsys, tmp_path):
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("Quadro P400", 0),
         ("NVIDIA B200", 2250),
         ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 3090", 71),

@@ -161,7 +161,6 @@ class Bomb:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("inside", ["torch", "pickle"])
 def test_pickle_with_code_is_refused_and_not_run(world, tmp_path, capsys, inside):
-    """Seen to fail with weights_only=False."""
     path = tmp_path / "a.pt"
     mark = tmp_path / "was run"
     if inside == "torch":
@@ -205,7 +204,6 @@ def test_nothing_that_is_loaded_can_run():
 
 
 def test_kill_between_write_and_rename_keeps_the_old_checkpoint(world, tmp_path):
-    """Seen to fail with the checkpoint written in place."""
     path = tmp_path / "a.pt"
     path.write_bytes(world.base.read_bytes())
     saved = common.load(path)

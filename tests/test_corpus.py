@@ -122,10 +122,7 @@ def whole(source, tmp_path_factory):
 
 
 def test_mix_has_its_shares_and_each_document_once(source, whole):
-    """Each source ends with the document that reaches its budget.
-
-    Seen to fail with the last chunk taken whole.
-    """
+    """Each source ends with the document that reaches its budget."""
     world = json.loads((whole / "world.json").read_text())
     assert world["name"] == "dolmino-math40" and world["tokens"] == 90_000
     longest = max(map(len, documents(whole))) // 4
@@ -162,7 +159,6 @@ def test_mix_has_its_shares_and_each_document_once(source, whole):
 
 
 def test_number_of_processes_changes_nothing(source, whole, tmp_path):
-    """Seen to fail with results taken as they come (as_completed)."""
     prepare.make_dolmino(settings(source, tmp_path / "out", processes=3))
     assert contents(tmp_path / "out") == contents(whole)
     prepare.make_dolmino(settings(source, tmp_path / "other", seed=1))
@@ -170,10 +166,7 @@ def test_number_of_processes_changes_nothing(source, whole, tmp_path):
 
 
 def test_extra_tokens_of_a_source(source, tmp_path, capsys):
-    """The data study: the mix as it was and more math.
-
-    Seen to fail with the extra tokens shared out over the mix.
-    """
+    """The data study: the mix as it was and more math."""
     prepare.make_dolmino(settings(source, tmp_path / "out", tokens=30_000, extra=("math=40e3",)))
     world = json.loads((tmp_path / "out" / "world.json").read_text())
     assert world["name"] == "dolmino-math74.3"
@@ -191,8 +184,6 @@ def test_extra_tokens_of_a_source(source, tmp_path, capsys):
 def test_source_that_ends_early_is_read_again_only_when_asked(source, tmp_path):
     """And then goes on, to what one command with --repeat 2 gives; what was held out stays out of
     the second pass and is held out once.
-
-    Seen to fail with the last shard of the first pass saved.
     """
     with pytest.raises(
         ValueError,
@@ -229,7 +220,6 @@ def test_source_that_ends_early_is_read_again_only_when_asked(source, tmp_path):
     ids=str,
 )
 def test_wrong_mix_is_refused_and_leaves_nothing(source, tmp_path, change, message):
-    """Seen to fail without the checks of shares()."""
     with pytest.raises(ValueError, match=message):
         prepare.make_dolmino(
             settings(source, tmp_path / "out", tokens=2000, **{"mix": ("wiki=1",), **change})
@@ -264,9 +254,7 @@ def killed_at(function, count, config):
 def test_killed_at_every_step_the_shards_are_the_same(source, whole, tmp_path):
     """Before and after the renames of shards, of the state, of the folder.
 
-    Each run goes on from where the one before was killed. Seen to fail with the state written
-    before the shards, and with the place of the chunk read last in the state instead of that of the
-    last chunk that was written.
+    Each run goes on from where the one before was killed.
     """
     config = settings(source, tmp_path / "out")
     for function, count in [
@@ -297,7 +285,7 @@ def alive(pid):  # a zombie is not: who has to bury it differs from system to sy
 
 
 def test_kill_9_of_the_real_command(source, whole, tmp_path):
-    """As a user would. Its processes end with it: seen to fail without leave_with_parent."""
+    """As a user would. Its processes end with it."""
     flags = [
         "--source",
         source,
@@ -339,7 +327,7 @@ def test_kill_9_of_the_real_command(source, whole, tmp_path):
 
 
 def test_another_command_on_a_folder_that_is_begun_is_refused(source, whole, tmp_path, capsys):
-    """Also when the source's files have changed. Seen to fail with the state alone looked at."""
+    """Also when the source's files have changed."""
     copy = tmp_path / "source"
     subprocess.run(["cp", "-r", source, copy], check=True)
     (copy / "math" / "owm" / "0000.json.zst").write_bytes(b"not zstandard")
@@ -405,11 +393,7 @@ def serve(monkeypatch, folder, after=None):
 
 
 def test_hub_is_streamed_and_lost_connections_are_made_up_for(source, tmp_path, monkeypatch):
-    """The same documents as from the files, whatever other columns they have.
-
-    Seen to fail with the json loader (its columns differ), and with a lost file read from its
-    beginning.
-    """
+    """The same documents as from the files, whatever other columns they have."""
     asked = serve(monkeypatch, source)
     prepare.make_dolmino(settings("", tmp_path / "a"))
     pattern = "hf://datasets/allenai/dolmino-mix-1124@main/data/wiki/**/*.json*"
@@ -441,9 +425,6 @@ def test_hub_is_streamed_and_lost_connections_are_made_up_for(source, tmp_path, 
 
 
 def test_text_that_tokenizers_choke_on(tmp_path, cl100k):
-    """Seen to fail with tiktoken's own functions: a million blanks end the process (or raise), half
-    a surrogate raises.
-    """
     blanks = " " * 1_000_000 + "x"
     texts = [
         blanks,
@@ -495,9 +476,6 @@ def test_text_that_tokenizers_choke_on(tmp_path, cl100k):
     ids=lambda value: str(value)[:20],
 )
 def test_broken_text_is_named_and_leaves_nothing(tmp_path, name, raw, message):
-    """Seen to fail with the errors of gzip and json let through, and with zstandard's reader, which
-    takes a file that was cut off for a whole one.
-    """
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         prepare.make_text(prepare.Text(source=str(tmp_path / name), out=str(tmp_path / "out")))
@@ -506,7 +484,7 @@ def test_broken_text_is_named_and_leaves_nothing(tmp_path, name, raw, message):
 
 
 def test_test_questions_in_the_text_are_counted(tmp_path, capsys):
-    """Thirteen words in a row, whatever stands between them. Seen to fail with runs of 14."""
+    """Thirteen words in a row, whatever stands between them."""
     question = "Ann has 3 red apples and 4 green ones; how many apples has she in all?"  # 15 words
     rows = [
         {"id": str(i), "question": text, "answer": "7", "solutions": []}
@@ -557,7 +535,7 @@ def names_of(folder):
 
 
 def test_folders_that_are_links_are_searched(tmp_path):
-    """Each folder once, even if a link leads back. Seen to fail with rglob, which passes links."""
+    """Each folder once, even if a link leads back."""
     source = tmp_path / "source"
     tree(tmp_path / "disk", {"b/b.txt": "b\n"})
     tree(source, {"a/a.txt": "a\n"})
@@ -571,7 +549,6 @@ def test_folders_that_are_links_are_searched(tmp_path):
 
 
 def test_endings_are_read_in_any_case_and_hidden_files_not(tmp_path, capsys):
-    """Seen to fail with A.TXT passed over, and with .cache/b.txt read."""
     wanted = {"A.TXT": "a\n", "b.Jsonl": '{"text": "b"}\n', "deep/c.txt": "c\n"}
     others = {".hidden.txt": "x\n", ".cache/d.txt": "x\n", "e.md": "x\n", "f": "x\n"}
     tree(tmp_path, wanted | others)
@@ -600,7 +577,6 @@ def test_folder_that_cannot_be_read_is_not_passed_over(tmp_path):
 
 
 def test_pointer_among_the_texts_is_refused_and_a_bom_is_no_text(tmp_path, cl100k):
-    """Seen to fail with both of them trained on."""
     lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
@@ -617,7 +593,6 @@ def test_pointer_among_the_texts_is_refused_and_a_bom_is_no_text(tmp_path, cl100
 
 
 def test_documents_without_text_are_counted(tmp_path, capsys):
-    """Seen to fail with a silent drop."""
     lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
     lines += ["", '{"text": null}', '{"text": "  "}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
@@ -629,7 +604,6 @@ def test_documents_without_text_are_counted(tmp_path, capsys):
 
 
 def test_files_of_no_source_are_counted(source, tmp_path, capsys):
-    """Seen to fail with a folder that is spelled otherwise passed over in silence."""
     some = dict(tokens=30_000, mix=("wiki=1",), val_share=0.3)
     prepare.make_dolmino(settings(source, tmp_path / "out", **some))
     assert "3 files are of no source" in capsys.readouterr().out
@@ -639,7 +613,6 @@ def test_files_of_no_source_are_counted(source, tmp_path, capsys):
 
 
 def test_folder_lists_its_shards(whole, tmp_path):
-    """Seen to fail with a shard more or less unnoticed."""
     listed = json.loads((whole / "world.json").read_text())["shards"]
     assert [*listed["train"]] == sorted(path.name for path in whole.glob("train_*.bin"))
     assert [*listed["val"]] == sorted(path.name for path in whole.glob("val_*.bin"))

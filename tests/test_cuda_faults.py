@@ -106,7 +106,8 @@ def same(one, other):
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 def test_captured_steps_equal_plain_ones(model, captured, prefix):
     """A step is run once, recorded the second time, then replayed; two calls share their graphs;
-    another prefix drops them. Seen to fail without the replay after a capture."""
+    another prefix drops them.
+    """
     request = PROMPTS, 20, 24, range(100), [END, 1, 2], 1.0, prefix
     plain = Sampler(model)(*request)
     sampler = captured(Sampler(model))
@@ -146,8 +147,7 @@ def a_failed_capture(sampler):
 
 @pytest.mark.parametrize("change", [larger, another_prefix, a_failed_capture])
 def test_a_pool_is_not_captured_into_after_its_last_graph(model, captured, change):
-    """The first RL step after a validation asks for other buffers. Seen to fail with one pool for
-    the life of the sampler."""
+    """The first RL step after a validation asks for other buffers."""
     sampler = captured(Sampler(model))
     for _ in range(2):
         sampler(PROMPTS, 4, 24, range(20), [99])
@@ -163,7 +163,8 @@ def test_a_pool_is_not_captured_into_after_its_last_graph(model, captured, chang
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_garbage_is_collected_in_a_capture(model, captured, enabled):
     """A graph or a tensor that is freed in the middle would make the capture invalid; afterwards
-    all is as it was. Seen to fail without gc.disable."""
+    all is as it was.
+    """
     sampler = captured(Sampler(model))
     (gc.enable if enabled else gc.disable)()
     try:
@@ -179,7 +180,7 @@ def test_no_garbage_is_collected_in_a_capture(model, captured, enabled):
 
 
 def test_attention_that_plans_for_each_length_is_off():
-    """cuDNN's. Seen to fail without enable_cudnn_sdp(False); the others stay on."""
+    """That of cuDNN; the others stay on."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert (
         torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
@@ -193,8 +194,8 @@ def test_attention_that_plans_for_each_length_is_off():
 @pytest.mark.parametrize("padding", [0, 27])
 def test_gradients_where_products_give_fp32_sums(monkeypatch, dtype, padding):
     """CUDA without Triton, where torch.mm and torch.addmm have an out_dtype that a CPU has not: the
-    stand-ins compute in fp32 and ask for the same shapes. Seen to fail with d_head in place of its
-    rows without the padding."""
+    stand-ins compute in fp32 and ask for the same shapes.
+    """
     mm, addmm = torch.mm, torch.addmm
 
     def wide_mm(a, b, *, out=None, out_dtype=None):
@@ -228,7 +229,8 @@ def test_gradients_where_products_give_fp32_sums(monkeypatch, dtype, padding):
 @pytest.mark.parametrize("padded", [True, False])
 def test_the_sampler_multiplies_with_the_padded_head_on_cuda(monkeypatch, padded):
     """Rows of 37 numbers in bf16 do not begin at multiples of 16 bytes. The padding is never drawn,
-    whatever its weights. Seen to fail with the head cut before the product."""
+    whatever its weights.
+    """
     model = small_model(VOCAB, PADDED, torch.float32)
     model.compute = torch.bfloat16
     model.head.weight.data[VOCAB:] = 1e3
@@ -276,7 +278,6 @@ def network_of(dtype, **shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_a_draw_takes_16_bytes_a_row_and_id(dtype, temperature, padded):
-    """Seen to fail with sums that are not in place: 24 bytes."""
     sampler = Sampler(network_of(dtype, vocab=20_000, padded_vocab=20_032))
     sampler.padded = padded
     sampler._reserve(64, 2, 24, 24)
@@ -304,8 +305,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_planned_for_a_batch_is_what_it_takes(case, dtype):
-    """Named after what takes the most. Seen to fail with the products of decode left out, with the
-    columns not rounded up, and with a cache of views that keep q and k."""
+    """Named after what takes the most."""
     shape, sizes = CASES[case]
     sampler = Sampler(network_of(dtype, **shape))
     prefix = [7] * sizes["prefix"]
@@ -393,8 +393,7 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_memory_limits_of_a_container_count(tmp_path, name):
-    """The machine may have more than the container may take. Seen to fail with /proc/meminfo
-    alone."""
+    """The machine may have more than the container may take."""
     files, left = CONTAINERS[name]
     assert system(tmp_path, MACHINE | files) == left
 
@@ -420,8 +419,7 @@ def hidden_of(model, rows, length):
 
 
 def test_flex_attention_is_used_in_compiled_blocks_on_cuda_alone():
-    """Uncompiled it holds all scores; in fp64 Triton has no product. Seen to fail when every layout
-    on CUDA became blocks."""
+    """Uncompiled it holds all scores; in fp64 Triton has no product."""
     model = small_model(VOCAB, PADDED)
     cuda = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     assert not model.takes_blocks(cuda)
@@ -474,7 +472,7 @@ def test_gradients_through_blocks_are_those_of_the_dense_mask(by_blocks):
 
 
 def test_all_codes_of_the_blocks_fit_the_limit_of_recompilations():
-    """PyTorch's is eight; beyond it the blocks run as they are. Seen to fail without the raise."""
+    """PyTorch's is eight; beyond it the blocks run as they are."""
     common.compile_blocks(small_model(VOCAB, PADDED))
     assert torch._dynamo.config.recompile_limit >= 12
 
@@ -483,8 +481,7 @@ def test_all_codes_of_the_blocks_fit_the_limit_of_recompilations():
 
 
 def test_a_batch_goes_to_the_gpu_once_and_not_part_by_part(monkeypatch):
-    """Each copy from ordinary memory waits for what the GPU is doing. Seen to fail with copies of
-    each micro-batch: nine a part."""
+    """Each copy from ordinary memory waits for what the GPU is doing."""
     answers = [[1] * n for n in range(1, 13)]
     prompts = [[5, 6, 7]] * 12
     batch = problems.make_batch(prompts, answers, [1.0] * 12, 0, None, 2)

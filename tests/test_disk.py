@@ -170,7 +170,7 @@ def test_damaged_metrics_are_not_lost(world, capsys, sft):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_corrupt_shard(world, tmp_path, capsys, split):
-    """One bit, in any shard, on any rank; before the first step. Seen to fail without verify."""
+    """One bit, in any shard, on any rank; before the first step."""
     data = tmp_path / "toy"
     shutil.copytree(world.data, data)
     path = data / f"{split}_000.bin"

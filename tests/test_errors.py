@@ -90,7 +90,6 @@ def test_no_questions(refused, world, tmp_path, script):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_file_of_questions_is_not_validated_on_itself(refused, world, tmp_path, script):
-    """Seen to fail with a validation of training questions, in silence."""
     questions = world.data / "easy/train.jsonl"
     start = dict(init=world.base, questions=questions, out=tmp_path / "a.pt")
     message = refused(script, **start, **TRAINERS[script] | {"eval_questions": 2})
@@ -248,7 +247,7 @@ def test_output_that_exists_is_not_overwritten(refused, world, tmp_path, script,
 
 
 def test_checkpoint_on_the_way_is_not_overwritten(refused, world, tmp_path):
-    """Not only the last one: M_t of another run, too. Seen to fail without `others`."""
+    """Not only the last one: M_t of another run, too."""
     (tmp_path / "step2.pt").write_bytes(b"precious")
     before = files(tmp_path)
     start = dict(data=world.data, out=tmp_path, tokens=4096, save_steps=2)

@@ -18,7 +18,6 @@ ROW = {"question": "how many ?", "answer": "18", "solutions": ["#### 18"]}
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_file_is_whole_or_as_it_was(tmp_path, monkeypatch, at):
-    """Seen to fail with the rows written to the final name."""
     path = tmp_path / "deep" / "a.jsonl"
     files.write_rows(path, [{"text": "\u00e9"}])
     before = path.read_bytes()
@@ -35,8 +34,6 @@ def test_file_is_whole_or_as_it_was(tmp_path, monkeypatch, at):
 
 
 def test_error_while_rows_are_made_is_not_one_of_writing(tmp_path):
-    """Seen to fail with the rows of a generator written as they come: a lost connection to the
-    hub was told as a disk that cannot be written."""
 
     def lost():
         yield {"a": 1}
@@ -60,7 +57,6 @@ def test_torn_last_line_is_left_out_and_no_other(tmp_path):
 
 
 def test_number_where_text_is_asked_is_read_as_what_it_is(tmp_path):
-    """Seen to fail with an int as answer refused as no text."""
     path = tmp_path / "a.jsonl"
     given = [18, -3, 0.5, 1e-7, 18.0, 12345678901234567890, "18"]
     path.write_text("".join(json.dumps(ROW | {"answer": x}) + "\n" for x in given))
@@ -79,7 +75,6 @@ def test_what_is_neither_text_nor_number_is_refused(tmp_path, value):
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "3", "null", "true", '[{"question": "a"}]'])
 def test_array_instead_of_object_is_called_so(tmp_path, line):
-    """Seen to fail with `"question" must be text, not 'None'`, which nothing in the file was."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(ValueError, match="a.jsonl:2: .*object") as error:
@@ -90,7 +85,6 @@ def test_array_instead_of_object_is_called_so(tmp_path, line):
 
 @pytest.mark.parametrize("field", ["question", "solutions"])
 def test_lone_surrogate_is_named_with_file_and_row(tmp_path, field):
-    """Seen to fail where the text was written or encoded, without the file and the row."""
     path = tmp_path / "a.jsonl"
     value = "a \ud83d b" if field == "question" else ["#### 18", "\ude00"]
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {field: value}) + "\n")
@@ -106,7 +100,6 @@ def test_lone_surrogate_is_named_with_file_and_row(tmp_path, field):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "A.TXT"])
 def test_git_lfs_pointer_is_refused_by_name(tmp_path, name):
-    """Seen to fail with the pointer's three lines taken for text."""
     path = tmp_path / name
     path.write_text(POINTER)
     with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer"):
@@ -114,7 +107,6 @@ def test_git_lfs_pointer_is_refused_by_name(tmp_path, name):
 
 
 def test_bom_is_stripped(tmp_path):
-    """Seen to fail with the mark as the first character of the first document."""
     path = tmp_path / "a.jsonl"
     text = json.dumps(ROW) + "\n\ufeffx\n"
     path.write_text(text, encoding="utf-8-sig")
@@ -131,7 +123,6 @@ def test_bom_is_stripped(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "\n", "{", "[1]", "3"])
 def test_empty_or_broken_world_is_named(tmp_path, content):
-    """Seen to fail with json's "Expecting value: line 1 column 1" alone."""
     (tmp_path / "world.json").write_text(content)
     with pytest.raises(ValueError, match="world.json") as error:
         files.read_world(tmp_path)
@@ -163,7 +154,7 @@ def edit(path):
 
 @pytest.mark.parametrize("change", [lambda path: path.unlink(), shorten, edit])
 def test_rows_that_are_missing_or_changed_are_refused(listed, change):
-    """Questions and tasks as well as shards. Seen to fail without the list in world.json."""
+    """Questions and tasks as well as shards."""
     change(listed / "easy" / "val.jsonl")
     for path in (listed, listed / "easy", listed / "easy" / "val.jsonl"):
         with pytest.raises(ValueError, match="easy/val.jsonl"):

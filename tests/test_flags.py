@@ -197,7 +197,6 @@ class Wrapped:
 
 
 def test_help_shows_legal_values_inside_other_types(capsys):
-    """Seen to fail with ranges shown of plain numbers alone."""
     common.print_help(Wrapped, "")
     shown = capsys.readouterr().out
     assert "of a tuple [(1, 2); from 1]\n" in shown

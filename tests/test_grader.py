@@ -106,7 +106,6 @@ def one_worker(several_workers, monkeypatch):
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_numbers_are_read_exactly(text):
-    """Seen to fail with float() in place of Fraction()."""
     assert grader.number(text) == NUMBERS[text]
     assert type(grader.number(text)) is Fraction
     assert grader.grade(f"so it is #### {text}", text)
@@ -114,7 +113,6 @@ def test_numbers_are_read_exactly(text):
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
 def test_text_that_is_no_number_is_none(text):
-    """Seen to fail with match() in place of fullmatch(), and without re.ASCII."""
     assert grader.number(text) is None
     assert not grader.grade(f"#### {text}", "18")
     if not re.search(r"[\\_²]", text):  # for a number, no prose is well-formed
@@ -122,7 +120,6 @@ def test_text_that_is_no_number_is_none(text):
 
 
 def test_exact_where_floats_are_equal():
-    """Seen to fail with float() in place of Fraction()."""
     assert not grader.grade("#### 9007199254740992", "9007199254740993")
     assert not grader.grade("#### 0.30000000000000000001", "0.3")
     assert grader.grade("#### 0.50", "1/2")
@@ -130,7 +127,6 @@ def test_exact_where_floats_are_equal():
 
 
 def test_last_ending_counts():
-    """Seen to fail with partition() in place of rpartition()."""
     assert grader.final_answer("#### 5 no , #### 18") == "18"
     assert grader.final_answer("a #### 18 \nand more") == "18"
     assert grader.final_answer("18") is None
@@ -164,21 +160,14 @@ def test_last_ending_counts():
     ],
 )
 def test_reward_of_right_wrong_and_truncated_answers(text, answer, ended, expected):
-    """Well-formed is one ending and an answer that the grader can read.
-
-    Seen to fail with `ended` ignored (a right answer that was truncated earned the reward), and
-    with every LaTeX taken for well-formed.
-    """
+    """Well-formed is one ending and an answer that the grader can read."""
     ((correct, well_formed),) = grader.grade_all([text], [answer], [ended])
     assert grader.reward(correct, well_formed, 0.1) == expected
     assert grader.reward(correct, well_formed, 0.0) == (expected == 1)
 
 
 def test_reward_does_not_read_the_prompt():
-    """What a batch marks as the answer is graded alone, though the shots before it say #### 18.
-
-    Seen to fail with a mask that starts at the first token.
-    """
+    """What a batch marks as the answer is graded alone, though the shots before it say #### 18."""
     enc = tokens.encoding("toy")
     shot = {"question": "sam has 9 apples . how many now ?", "solutions": ["9 + 9 = 18 . #### 18"]}
     form = problems.Form(toy.PROMPT, "")
@@ -217,10 +206,7 @@ def test_reward_does_not_read_the_prompt():
     ],
 )
 def test_flexible_reading(text, expected):
-    """The last box, or else the last number.
-
-    Seen to fail with the first box, and with escaped braces counted.
-    """
+    """The last box, or else the last number."""
     assert grader.flexible_answer(text) == expected
 
 
@@ -292,10 +278,7 @@ def math_answers():
 
 
 def test_all_gsm8k_reference_solutions_are_right():
-    """7,473 + 1,319 solutions against their own answers, and against an answer one higher.
-
-    Seen to fail with commas left in place, and with the number read up to its first comma.
-    """
+    """7,473 + 1,319 solutions against their own answers, and against an answer one higher."""
     solutions = [row["answer"] for split in ("train", "test") for row in real(f"gsm8k/{split}")]
     answers = [solution.split("#### ")[1] for solution in solutions]
     values = [int(answer.replace(",", "")) for answer in answers]
@@ -336,7 +319,6 @@ def unreadable_by_algebra(answers):
 
 
 def test_math_answers_are_read():
-    """Seen to fail with the rows of a matrix taken for spaces, and with math-verify's own units."""
     assert unreadable_by_algebra([*math_answers().values()][::50]) == []
 
 
@@ -381,7 +363,7 @@ NAMES += ["MATH and more behind it", "MATH and more before it"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_right_and_wrong_answers_made_of_the_real_ones(name):
-    """Every sixtieth; tests/bench_grader.py counts all. Seen to fail without latex.refuse."""
+    """Every sixtieth; tests/bench_grader.py counts all."""
     assert mistakes(name, every=60) <= REFUSED
 
 
@@ -468,7 +450,6 @@ BOUND = 20  # seconds: one of processor time, one to start a worker, ten times f
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_verifier_does_not_hang(name):
-    """Seen to fail without the limit on the length: int() of a million digits is an error."""
     began = time.process_time()
     for answer in ("18", EXPRESSION):
         for text in (HARMLESS[name], f"#### {HARMLESS[name]}"):
@@ -483,10 +464,7 @@ HARD_CASES = [*HARD, *(pytest.param(name, marks=pytest.mark.slow) for name in HA
 
 @pytest.mark.parametrize("name", HARD_CASES)
 def test_each_answer_takes_bounded_time(one_worker, name):
-    """Seen to fail (hang) without the limit on processor time, for the towers.
-
-    The next answer is graded as ever.
-    """
+    """The next answer is graded as ever."""
     assert grader.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
     began = time.perf_counter()
@@ -511,10 +489,7 @@ def test_many_hard_answers_in_a_row(uncached):
 
 
 def test_memory_is_bounded(one_worker, monkeypatch):
-    """A number of 250 MB: the process gives up by itself, before its time.
-
-    Seen to fail without RLIMIT_AS.
-    """
+    """A number of 250 MB: the process gives up by itself, before its time."""
     monkeypatch.setattr(algebra, "SECONDS", 30)
     monkeypatch.setattr(algebra, "MEMORY", 2**27)
     assert grader.grade(EQUAL, EXPRESSION)
@@ -535,7 +510,6 @@ STOPPED = pytest.param("stopped", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("when", ["idle", "working", STOPPED])
 def test_a_killed_worker_is_replaced(one_worker, when):
-    """Seen to fail without the second try (a right answer was then wrong)."""
     assert grader.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
     before = only_worker().process
@@ -563,7 +537,6 @@ def test_a_worker_that_hangs_holds_nobody_up(several_workers):
 
 
 def test_an_interrupted_question_is_not_answered_later(one_worker, monkeypatch):
-    """Seen to fail with the process kept: its answer came to the next question."""
     assert grader.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
 
@@ -578,7 +551,7 @@ def test_an_interrupted_question_is_not_answered_later(one_worker, monkeypatch):
 
 
 def test_numbers_start_no_worker(monkeypatch):
-    """10,000 answers in less than 2 s on one core. Seen to fail with each asked of a worker."""
+    """10,000 answers in less than 2 s on one core."""
     monkeypatch.setattr(algebra.Worker, "start", None)
     algebra.idle.cache_clear()
     texts, answers = [], []
@@ -678,7 +651,7 @@ RUN = [
 
 @pytest.mark.parametrize("text", RUN)
 def test_verifier_does_not_run_what_the_model_wrote(uncached, tmp_path, text):
-    """Through the grader, and past what it refuses by the text. Seen to fail with eval()."""
+    """Through the grader, and past what it refuses by the text."""
     made = tmp_path / "made"
     said = text.format(path=str(made))
     for answer in ("18", EXPRESSION, r"\text{even}", "x"):
@@ -688,10 +661,7 @@ def test_verifier_does_not_run_what_the_model_wrote(uncached, tmp_path, text):
 
 
 def test_the_worker_runs_no_code(tmp_path):
-    """sympy reads with eval; the worker's audit hook lets only numbers and symbols through.
-
-    Seen to fail without the hook.
-    """
+    """sympy reads with eval; the worker's audit hook lets only numbers and symbols through."""
     made = tmp_path / "made"
     code = f"""
 import sys

@@ -138,9 +138,6 @@ def test_sizes_of_the_presets_have_their_names():
     ],
 )
 def test_imported_logits_are_those_of_transformers(twin, tmp_path, dtype, size):
-    """Seen to fail with k and v exchanged, with gate and up exchanged, with the two block norms
-    exchanged, and with theta or eps left at their defaults.
-    """
     twin.to(dtype).save_pretrained(tmp_path / NAMED, max_shard_size=size)
     twin.float()
     assert (len([*(tmp_path / NAMED).glob("*.safetensors")]) > 2) == (size == "20KB")
@@ -325,7 +322,6 @@ def test_tokens_of_the_name(theirs, tmp_path, words, step, count):
 
 @pytest.mark.parametrize("revision", ["main", "stage2-ingredient3-step1000-tokens3B"])
 def test_tokens_that_the_name_does_not_say(refused, theirs, tmp_path, revision):
-    """Seen to fail without the look for stage2: 3B tokens, where 4,004B were seen."""
     message = refused("import", theirs, tmp_path / "out.pt", "--revision", revision)
     assert "--tokens" in message and revision in message
 
@@ -461,7 +457,6 @@ def test_wrong_tensors_are_refused(refused, theirs, tmp_path, change, says):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_nan_or_infinite_are_refused(refused, theirs, tmp_path, value, dtype):
-    """Seen to fail with an import whose every evaluation has a score: pass@1 0, agreement 54."""
     name = "model.layers.1.self_attn.k_proj.weight"
 
     def damage(content):
@@ -474,7 +469,7 @@ def test_weights_that_are_nan_or_infinite_are_refused(refused, theirs, tmp_path,
 
 
 def test_export_to_a_dtype_that_the_weights_do_not_fit_is_refused(refused, world, tmp_path):
-    """3.4e38 is infinite in bfloat16. Seen to fail with a folder that answers nothing."""
+    """3.4e38 is infinite in bfloat16."""
     saved = common.load(world.taught)
     saved["model"]["blocks.1.gate_up.weight"][0, 0] = 3.4e38
     torch.save(saved, tmp_path / "large.pt")
@@ -484,7 +479,7 @@ def test_export_to_a_dtype_that_the_weights_do_not_fit_is_refused(refused, world
 
 
 def test_git_lfs_pointer_is_refused_by_name(refused, theirs, tmp_path):
-    """A clone without git-lfs. Seen to fail with "truncated", and downloaded again in vain."""
+    """A clone without git-lfs."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     path = sorted(theirs.glob("*.safetensors"))[0]
     path.write_text(pointer)
@@ -653,11 +648,7 @@ HARD_TEXTS = [
 
 
 def test_tokenizer_gives_our_ids(cl100k, tmp_path):
-    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included.
-
-    Seen to fail with tiktoken's {1,3}+ as it stands (numbers were not cut into threes), and without
-    split_special_tokens.
-    """
+    """Through AutoTokenizer, on real text and on hard text, special tokens spelled out included."""
     folder = tmp_path / "hf"
     model = small_model(100278, 100352, torch.float32, width=8, heads=2, ffn=8, layers=1)
     common.save(tmp_path / "a.pt", model, {"encoding": "cl100k_base"})

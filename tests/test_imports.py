@@ -59,7 +59,6 @@ def allowed(path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_other_arrow(path):
-    """Seen to fail with `from rl import rl_batch` in sft.py, and `import model` in tasks.py."""
     assert {name.split(".")[0] for name in ours(path)} <= allowed(path)
 
 

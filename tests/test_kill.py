@@ -44,9 +44,6 @@ TWO_EACH = [(stage, KINDS[(i + j) % 4]) for i, stage in enumerate(STAGES) for j 
 def test_kill(plan, whole, world, tmp_path, stage, kind):
     """anywhere: at a seeded line of the trainer, common.py or data/files.py. saving: at a line of
     what saves. torn: in the middle of a file, as after a power cut. clock: at a seeded time.
-
-    Seen to fail with the checkpoint or the metrics written in place, with finish before the last
-    save, without the removal of .tmp, with the metrics of lost steps kept.
     """
     survives(stage, kind, 0, plan, whole, world, tmp_path / "run/step6.pt")
 

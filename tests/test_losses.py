@@ -44,8 +44,7 @@ def plain(hidden, head, target, weight, temperature=1.0, z_loss=0.0):
 @pytest.mark.parametrize("chunk", [1, 1 << 21])
 @pytest.mark.parametrize("temperature, z_loss", [(1.0, 0.0), (0.6, 0.0), (1.0, 0.1), (1.7, 0.1)])
 def test_weighted_nll_equals_the_plain_one(monkeypatch, chunk, temperature, z_loss):
-    """150 rows: three chunks where the chunk is small. Seen to fail with the gradient not divided
-    by the temperature."""
+    """150 rows: three chunks where the chunk is small."""
     monkeypatch.setattr(network, "CHUNK", chunk)
     hidden, head, target, weight = numbers(150)
     results = []
@@ -96,8 +95,7 @@ def test_both_primitives_give_one_log_prob():
 
 
 def test_negative_weight_does_not_reverse_the_z_loss():
-    """The z-loss' gradient is the same whatever the weights. Seen to fail with the z term
-    multiplied by the weight."""
+    """The z-loss' gradient is the same whatever the weights."""
     hidden, head, target, weight = numbers(20)
 
     def z_part(w):
@@ -142,8 +140,7 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("std_norm", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0])
 def test_flat_group_has_no_advantage(value, std_norm):
-    """Exactly 0: the mean of seven 0.1 is not 0.1. Seen to fail without the torch.where of
-    `advantages`."""
+    """Exactly 0: the mean of seven 0.1 is not 0.1."""
     for dtype in (torch.float32, torch.float64):
         for size in (3, 5, 7):
             assert not rl.advantages(torch.full((2, size), value, dtype=dtype), std_norm).any()
@@ -161,7 +158,6 @@ def test_flat_group_has_no_advantage(value, std_norm):
     ],
 )
 def test_policy_loss_by_hand(advantage, ratio, loss, slope):
-    """Seen to fail with max instead of min."""
     logp = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     old = logp.detach() - torch.tensor([[ratio, 1.0]], dtype=torch.float64).log()
     weight = torch.tensor([[advantage, 0.0]], dtype=torch.float64)
@@ -225,11 +221,7 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("per_row", [1, 2])
 def test_rl_batch_by_hand(per_row):
-    """Two groups of two: right and truncated, wrong in format and without one.
-
-    Seen to fail with the end token dropped from the answers (test_sampled_stop_token_is_trained,
-    too), and with the weights not divided by the step's tokens.
-    """
+    """Two groups of two: right and truncated, wrong in format and without one."""
     first, second = (QUESTIONS[place] for place in problems.shuffled(2, 2, 0, 0))
     right = say(f" #### {first['answer']}")
     answers = [right, right[:-1], say(" #### 9"), say(" 9")]
@@ -260,10 +252,7 @@ def test_rl_batch_by_hand(per_row):
 
 
 def test_sampled_stop_token_is_trained():
-    """The end token is an action: the policy must learn to stop.
-
-    Seen to fail with answers that lose it.
-    """
+    """The end token is an action: the policy must learn to stop."""
     sampler = answers_of(*[(say(f" #### {number}"), False, -1.0) for number in (2, 3, 2, 3)])
     batch, _ = rl.rl_batch(rl_run(), sampler, 0)
     trained = batch.target[batch.weight != 0]
@@ -275,10 +264,7 @@ def test_sampled_stop_token_is_trained():
 
 
 def test_reward_never_reads_the_prompt(monkeypatch):
-    """The grader is handed what was sampled and nothing else.
-
-    Seen to fail with the prompt decoded in front of it.
-    """
+    """The grader is handed what was sampled and nothing else."""
     seen = []
 
     def grade_all(texts, *_):
@@ -329,10 +315,7 @@ def ragged_batch(per_row=1):
 @pytest.mark.parametrize("per_row", [1, 2])
 @pytest.mark.parametrize("stage", ["sft", "rl", "rl clipped"])
 def test_micro_batches_share_one_denominator(toy_model, stage, per_row):
-    """Rows of unlike length, so a mean of means would differ.
-
-    Seen to fail with `part` divided by the piece's tokens.
-    """
+    """Rows of unlike length, so a mean of means would differ."""
     batch = ragged_batch(per_row)
     results = []
     for micro in (1, 3, 100):
@@ -349,10 +332,7 @@ def test_micro_batches_share_one_denominator(toy_model, stage, per_row):
 
 
 def test_sft_weights_are_one_over_all_answer_tokens():
-    """Over the whole batch, whichever rank has the rows.
-
-    Seen to fail with n counted over the rank's own rows.
-    """
+    """Over the whole batch, whichever rank has the rows."""
     pairs = [([1, 2, 3], list(range(4, 5 + i))) for i in range(8)]
     n = sum(len(answer) for _, answer in pairs)
     trained = 0
@@ -385,8 +365,7 @@ def test_on_policy_gradient_is_the_policy_gradient_at_ratio_one(toy_model):
 def test_ratio_one_does_not_hide_a_mismatch(toy_model):
     """The ratio is 1 whatever the sampler did, so sampler and trainer are compared apart from it.
 
-    That a run stops is tested in test_nonfinite.py. Seen to fail with the mismatch taken against
-    logp.detach().
+    That a run stops is tested in test_nonfinite.py.
     """
     batch = ragged_batch()
     run = rl_run(toy_model, micro=3)
@@ -401,7 +380,6 @@ def test_ratio_one_does_not_hide_a_mismatch(toy_model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampling_and_training_see_one_temperature(toy_model, temperature):
-    """Seen to fail with the temperature left out of rl_loss's forward pass, and of log_probs_of."""
     run = rl_run(toy_model, temperature=temperature)
     batch, _ = rl.rl_batch(run, network.Sampler(toy_model), 0)
     batch = batch._replace(weight=batch.mask * 0.1)  # random answers: all groups are flat
@@ -417,8 +395,8 @@ def test_sampling_and_training_see_one_temperature(toy_model, temperature):
 
 def test_nothing_writes_through_a_view(toy_model):
     """Every function leaves what it is given as it was: a slice is a view, and a write into one has
-    corrupted a loss denominator before. Seen to fail with `rewards_QG -= ...` in advantages and
-    with `hidden.mul_` in weighted_nll."""
+    corrupted a loss denominator before.
+    """
     hidden, head, target, weight = numbers(9)
     rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     batch = ragged_batch(per_row=2)

@@ -57,11 +57,7 @@ def setup(world, model, **changes):
 
 
 def test_a_moving_share_equals_two_optimizers_by_hand(world, tmp_path):
-    """Shares .2, .5, .8: each side's update from one theta, with moments of its own.
-
-    Seen to fail with the share of the next step, with the shares exchanged, and with the moments of
-    a side kept still.
-    """
+    """Shares .2, .5, .8: each side's update from one theta, with moments of its own."""
     out = tmp_path / "mix.pt"
     call("mix", *flags(init=world.taught, out=out, share=0.2, share_end=0.8, **MIX))
     model = load(world.taught)
@@ -103,10 +99,7 @@ def test_the_share_at_its_ends():
 
 
 def test_gradient_of_the_text_is_that_of_pre_training(world):
-    """And two ranks together have what one has.
-
-    Seen to fail with 1/n of a rank's own tokens and with step 0 at the beginning of the text.
-    """
+    """And two ranks together have what one has."""
     stream = tokens.Stream(world.data, "train", LENGTH, 0, "toy", 10 * 1024)
 
     def gradients(rank, size):

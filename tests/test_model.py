@@ -21,8 +21,6 @@ def reference():
 
 @pytest.mark.parametrize("length", [1, 2, 7, 33])
 def test_logits_log_probs_and_gradients_equal_transformers(reference, length):
-    """Seen to fail with the q norm taken per head, with a norm before the attention, with theta
-    10000."""
     ours, theirs = reference
     ids = torch.randint(VOCAB, (3, length + 1), generator=torch.Generator().manual_seed(length))
     weight = torch.randn(3, length, generator=torch.Generator().manual_seed(0))
@@ -74,7 +72,6 @@ def test_init_is_a_truncated_normal_of_the_seed():
 
 
 def test_global_random_state_is_left_alone():
-    """Seen to fail with init_weights drawing from the global generator."""
     before = torch.get_rng_state()
     config = ModelConfig(**PRESETS["toy"], vocab=40, padded_vocab=64)
     made = Model(config)  # torch's own layers draw here
@@ -84,10 +81,7 @@ def test_global_random_state_is_left_alone():
 
 
 def test_log_probs_are_not_shifted_by_one():
-    """Each log-prob against its prefix run alone.
-
-    Seen to fail with the ids given for the targets.
-    """
+    """Each log-prob against its prefix run alone."""
     model = small_model()
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     _, logp, _ = next_tokens(model, ids, weight=torch.ones(2, 11))
@@ -102,7 +96,6 @@ def test_log_probs_are_not_shifted_by_one():
 
 
 def test_the_future_is_not_seen():
-    """Seen to fail with is_causal=False."""
     model = small_model()
     ids = torch.randint(VOCAB, (1, 12), generator=torch.Generator().manual_seed(0))
     changed = ids.clone()
@@ -111,7 +104,6 @@ def test_the_future_is_not_seen():
 
 
 def test_padding_does_not_change_a_neighbour():
-    """Seen to fail with attention that is not causal (is_causal=False)."""
     model = small_model()
     mask = torch.zeros(2, 15, dtype=torch.bool)
     ids = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -147,8 +139,8 @@ def test_mask_selects_and_changes_nothing_else(with_weight):
 
 def test_padded_vocabulary_column_is_not_counted():
     """The dummy ids have rows in embedding and head; a softmax over them would take mass for logits
-    that no text ever trains. Seen to fail with head[:vocab] left out of weighted_nll, and of
-    log_probs."""
+    that no text ever trains.
+    """
     model = small_model()
     ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -76,10 +76,7 @@ def test_saves_by_steps_and_by_minutes(world, tmp_path, saves, monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_nan_stops_before_the_update(whole, world, tmp_path, monkeypatch, capsys, stage):
-    """The last saved state is the good one before, and the run goes on from it.
-
-    Seen to fail with the check after the update and the save.
-    """
+    """The last saved state is the good one before, and the run goes on from it."""
     out = tmp_path / "run/step6.pt"
     words = words_of(stage, world, out)
     with monkeypatch.context() as patch:
@@ -114,10 +111,7 @@ def test_loss_that_is_infinite(world, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", ["rl", "mix"])
 def test_sampler_of_another_policy_stops_the_run(world, tmp_path, monkeypatch, capsys, script):
-    """Log-probs that are off by 0.5, though the ratio of one update is 1 in any case.
-
-    Seen to fail without the check in rl.py, and in mix.py.
-    """
+    """Log-probs that are off by 0.5, though the ratio of one update is 1 in any case."""
     real = network.Sampler.__call__
 
     def off(*arguments, **more):
@@ -315,8 +309,7 @@ def test_no_spikes_without_the_flag(tmp_path):
 def test_first_right_answer_is_no_spike(tmp_path):
     """RL far from any reward: every group is flat, the gradient is 0, and then it is not.
 
-    The loss is about 0 and of either sign, so that its size says nothing. Seen to fail with zeros
-    counted as steps.
+    The loss is about 0 and of either sign, so that its size says nothing.
     """
     log = log_of(tmp_path)
     for step in range(300):

@@ -35,7 +35,6 @@ def contents(folder):
 
 
 def test_toy_world_is_complete_and_deterministic(tmp_path):
-    """Seen to fail with the time in world.json."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         prepare.make_toy(prepare.Toy(out=str(tmp_path / name), seed=seed, **TOY))
     a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -85,7 +84,7 @@ def toy_flags(**changes):
 
 
 def test_same_command_again_finds_the_folder_finished(own, capsys):
-    """With status 0, and nothing done. Seen to fail with "exists" for toy."""
+    """With status 0, and nothing done."""
     before = contents(own)
     prepare.main([str(word) for word in ("toy", "--out", own, *toy_flags())])
     assert "is finished" in capsys.readouterr().out and contents(own) == before
@@ -95,7 +94,6 @@ def test_same_command_again_finds_the_folder_finished(own, capsys):
     "name, was, now", [("math_share", "0.3", "0.6"), ("seed", "0", "1"), ("shots", "2", "3")]
 )
 def test_other_settings_are_named_with_both_values(own, capsys, name, was, now):
-    """Seen to fail with the world of the old --math_share taken for the new one."""
     before = contents(own)
     line = refused(capsys, "toy", "--out", own, *toy_flags(**{name: now}))
     assert f"--{name} {was}" in line and now in line and "--overwrite" in line
@@ -105,7 +103,7 @@ def test_other_settings_are_named_with_both_values(own, capsys, name, was, now):
 
 
 def test_another_spelling_of_the_source_is_the_same_source(tmp_path, capsys, cl100k, monkeypatch):
-    """./in for in, or from its own folder. Seen to fail with the texts of the flags compared."""
+    """./in for in, or from its own folder."""
     lines = [json.dumps({"text": f"plain {i}"}) for i in range(40)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
@@ -125,7 +123,6 @@ def test_another_command_does_not_take_the_folder_for_its_own(own, tmp_path, cap
 
 
 def test_finished_folder_that_lost_something_is_not_finished(own, capsys):
-    """Seen to fail with the settings alone compared."""
     for name in ("train_000.bin", "easy/val.jsonl", "tasks/facts.jsonl", "hard/prompt.json"):
         kept = (own / name).read_bytes()
         (own / name).unlink()
@@ -146,13 +143,12 @@ def test_folder_of_before_the_lists_is_finished_too(own, capsys):
 
 
 def test_empty_world_is_named(own, capsys):
-    """Seen to fail with json's own message, without the file."""
     (own / "world.json").write_text("")
     assert "world.json" in refused(capsys, "toy", "--out", own, *toy_flags())
 
 
 def test_display_that_is_switched_off_changes_nothing(made, tmp_path):
-    """TQDM_DISABLE=1. Seen to fail with the tokens counted by the bar: toy never ended."""
+    """TQDM_DISABLE=1."""
     words = ["toy", "--out", tmp_path / "out", *toy_flags()]
     command = [sys.executable, ROOT / "data" / "prepare.py", *words]
     environment = os.environ | {"TQDM_DISABLE": "1"}
@@ -161,7 +157,6 @@ def test_display_that_is_switched_off_changes_nothing(made, tmp_path):
 
 
 def test_output_is_not_left_half_written(made, own, tmp_path, monkeypatch):
-    """Seen to fail with the files made in the final folder."""
     settings = prepare.Toy(out=str(own), seed=1, overwrite=True, **TOY)
     monkeypatch.setattr(prepare.toy, "tasks", None)  # stops with a TypeError near the end
     with pytest.raises(TypeError):
@@ -173,7 +168,6 @@ def test_output_is_not_left_half_written(made, own, tmp_path, monkeypatch):
 
 
 def test_overwrite_never_removes_a_folder_of_something_else(tmp_path):
-    """Seen to fail without the check for world.json."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     for overwrite in (True, False):
@@ -184,7 +178,6 @@ def test_overwrite_never_removes_a_folder_of_something_else(tmp_path):
 
 
 def test_error_names_no_folder_that_is_gone(tmp_path, capsys, monkeypatch):
-    """Seen to fail with the temporary OUT.new, which is removed, in the message."""
 
     def full(*_):
         raise OSError("no space left")
@@ -212,7 +205,6 @@ def test_error_names_no_folder_that_is_gone(tmp_path, capsys, monkeypatch):
     ids=lambda value: "-".join(value)[:30] if type(value) is list else "",
 )
 def test_user_errors_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, words, names):
-    """Seen to fail with an unknown command looked up without a check."""
     monkeypatch.chdir(tmp_path)
     out = ["--out", "x"] if words[0] in prepare.COMMANDS else []
     sizes = toy_flags() if words[0] == "toy" else []
@@ -224,10 +216,7 @@ def test_user_errors_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatc
 
 
 def test_text_of_all_kinds_becomes_shards(cl100k, datasets, tmp_path):
-    """Every document, copies on one side, an end token after each.
-
-    Seen to fail with the split drawn by position.
-    """
+    """Every document, copies on one side, an end token after each."""
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     texts = [f"Document {i} says <|endoftext|> \u00e9\u00e8." for i in range(60)]

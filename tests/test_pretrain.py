@@ -16,9 +16,6 @@ TEXT = dict(tokens=3 * 1024, save_every=1, dtype="float64")
 def test_pretraining_goes_on(world, tmp_path, name):
     """From the base (the control) and from trained weights: the text of steps 10 and 11 of the
     first run, and a fresh optimizer.
-
-    Seen to fail with the text from its beginning, with the seed of the trained checkpoint as that
-    of the text, and with the moments of another run.
     """
     seeds = {"seed": 5, "pretrain_seed": 3}
     start = changed(getattr(world, name), tmp_path / "start.pt", meta=lambda m: m | seeds)

@@ -38,7 +38,6 @@ ROOT_OF_TWO = {"answer": "\\sqrt{2}", "solutions": ["#### \\sqrt{3}"]}
     ids=lambda row: json.dumps(row)[-40:],
 )
 def test_malformed_question_is_named_with_its_line(tmp_path, row):
-    """Seen to fail with each check left out, and with line numbers from 0."""
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{json.dumps(ROW)}\n{json.dumps(row)}\n{json.dumps(ROW | {'id': 'c'})}\n")
     with pytest.raises(ValueError) as error:
@@ -55,14 +54,12 @@ def test_line_that_is_no_json_is_named(tmp_path, line):
 
 
 def test_answer_that_is_an_int_is_read(tmp_path):
-    """Seen to fail with `"answer" must be text, not '18'`; the id may be a number as well."""
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(ROW | {"id": 7, "answer": 18}) + "\n")
     assert problems.load(path, "train") == [ROW | {"id": "7"}]
 
 
 def test_questions_file_that_is_empty_or_not_text(tmp_path):
-    """Seen to fail without the check for no rows."""
     (tmp_path / "train.jsonl").write_text("")
     (tmp_path / "val.jsonl").write_bytes(json.dumps(ROW).encode() + b"\n\xff\n")
     for split in ("train", "val"):
@@ -71,7 +68,7 @@ def test_questions_file_that_is_empty_or_not_text(tmp_path):
 
 
 def test_relative_path_from_another_folder_says_where_it_was_looked_for(tmp_path, monkeypatch):
-    """A checkpoint names its questions as they were given. Seen to fail with errno 2 alone."""
+    """A checkpoint names its questions as they were given."""
     files.write_rows(tmp_path / "mine" / "train.jsonl", [ROW])
     monkeypatch.chdir(tmp_path)
     assert problems.load("mine", "train") == [ROW]
@@ -84,7 +81,6 @@ def test_relative_path_from_another_folder_says_where_it_was_looked_for(tmp_path
 
 @pytest.mark.parametrize("name", ["train.jsonl", "shots.jsonl", "prompt.json"])
 def test_questions_that_changed_since_they_were_made_are_refused(tmp_path, name):
-    """Seen to fail without the list in world.json: half of the questions were gone in silence."""
     for split in ("train", "shots"):
         files.write_rows(tmp_path / f"{split}.jsonl", [ROW, OTHER])
     problems.write_form(tmp_path, problems.Form("Q {} A", ""))
@@ -107,10 +103,7 @@ def test_questions_that_changed_since_they_were_made_are_refused(tmp_path, name)
 
 
 def test_one_solution_is_fixed_by_seed_and_question():
-    """Seen to fail with one random.Random(seed) for all questions.
-
-    A choice then changed with the questions before.
-    """
+    """A choice then changed with the questions before."""
     rows = [
         {"id": f"q{i}", "question": f"{i} ?", "solutions": [f"{j} #### {i}" for j in range(20)]}
         for i in range(50)
@@ -129,7 +122,7 @@ def test_one_solution_is_fixed_by_seed_and_question():
 
 
 def test_prompt_belongs_to_the_folder_of_questions(tmp_path):
-    """Not to the tokenizer. Seen to fail with prompts looked up by the name of the encoding."""
+    """Not to the tokenizer."""
     mine = tmp_path / "train.jsonl"
     default = problems.Form("Question: {}\nAnswer:", "\n\n")
     assert problems.form(tmp_path) == problems.form(mine) == problems.Form() == default
@@ -183,7 +176,6 @@ def lengths(toy, row):
 
 
 def test_prompt_that_leaves_no_room_is_found_before_the_first_step(toy):
-    """Seen to fail in the sampler, when the question was drawn, without its name."""
     rows = [question("short", ["how", "many", "?"]), question("long", ["many"] * 60)]
     longest = lengths(toy, rows[1])[0]
     for context, fits in ((longest + 8, True), (longest + 7, False)):
@@ -211,7 +203,7 @@ def test_shots_take_room(toy):
 
 @pytest.mark.parametrize("context", [40, 44, 47, 48])
 def test_longest_solution_that_passes_is_the_longest_that_the_model_takes(toy, context):
-    """Batches are filled up to a multiple of 8. Seen to fail with the context for the limit.
+    """Batches are filled up to a multiple of 8.
 
     And with room for 48 tokens in a context of 47: the model refused the batch when it was drawn.
     """
@@ -257,7 +249,7 @@ def test_only_solutions_that_are_trained_on_count(toy):
 
 
 def test_word_that_the_encoding_lacks_is_found_before_the_first_step(toy):
-    """In a question, or in a solution. Seen to fail when it was drawn, without its name."""
+    """In a question, or in a solution."""
     good = question("good", ["how", "many", "?"])
     asked = question("asked", ["how", "many", "zebras", "?"])
     solved = question("solved", ["how", "many", "?"], ["zebras #### 1", "#### 1"])
@@ -272,7 +264,7 @@ def test_word_that_the_encoding_lacks_is_found_before_the_first_step(toy):
 
 
 def test_prompt_that_the_encoding_has_no_words_for_is_named(toy):
-    """Not the first question, whose words are known. Seen to fail without check_form."""
+    """Not the first question, whose words are known."""
     rows = [question("a", ["how", "many", "?"])]
     for skip in (False, True):
         with pytest.raises(ValueError, match="mine: .*Question.*prompt.json"):
@@ -302,10 +294,7 @@ def test_lengths_of_real_words_are_exact_at_the_limit(cl100k):
 
 
 def test_mask_comes_from_lengths():
-    """The ids that mean padding and end of text occur in prompt and answer.
-
-    Seen to fail with mask = target != pad.
-    """
+    """The ids that mean padding and end of text occur in prompt and answer."""
     pad, end = 0, 1
     batch = problems.make_batch([[0, 5, 1, 0], [7]], [[0, 1, 0, end], [9, end]], [1.0, 1.0], pad)
     assert batch.ids.tolist() == [[0, 5, 1, 0, 0, 1, 0, 0], [7, 9, 0, 0, 0, 0, 0, 0]]
@@ -317,7 +306,6 @@ def test_mask_comes_from_lengths():
 
 
 def test_stop_token_is_trained(toy):
-    """Seen to fail without the end token in answer_ids, and with the last target left out."""
     answer = problems.answer_ids(toy, "9 * 2 = 18 . #### 18")
     assert answer[-1] == toy.eot_token
     assert tokens.decode(toy, answer[:-1]) == " 9 * 2 = 18 . #### 18"
@@ -327,7 +315,7 @@ def test_stop_token_is_trained(toy):
 
 
 def test_weights_and_log_probs_stand_at_their_targets():
-    """One to the left of the token's own place. Seen to fail without that shift."""
+    """One to the left of the token's own place."""
     batch = problems.make_batch(
         [[3, 3, 3], [3]], [[7, 8], [9]], [[0.5, -0.5], -2], 0, [[-1.0, -2.0], [-3.0]]
     )

@@ -59,11 +59,7 @@ def by_letters(enc, text):
 @pytest.mark.parametrize("between", ["\n\n", "\n", "\n\n\n", " \n\n", "\n\n**", " "])
 @pytest.mark.parametrize("split", [tokens.encode, by_letters], ids=["usual", "letters"])
 def test_an_answer_ends_where_the_next_question_begins(cl100k, before, between, split):
-    """However "Question:" is made of tokens: what follows is not read, and nothing is truncated.
-
-    Seen to fail with the id of "Question" as the only stop: spelled in letters it went on to the
-    next answer, 6.
-    """
+    """However "Question:" is made of tokens: what follows is not read, and nothing is truncated."""
     text = f" It is 5.\n{before}{between}Question: And now?\nAnswer: It is 6.\n#### 6"
     ids = split(cl100k, text) + [1] * 60
     found = solved(cl100k, ids, max_new=len(ids) - 50)
@@ -179,10 +175,7 @@ def test_the_prompt_of_the_paper(cl100k):
 
 
 def test_a_base_gets_as_many_shots_as_there_are(world, tmp_path, capsys):
-    """MATH has four. What was asked for is not lowered.
-
-    Seen to fail with one shot refused for lack of eight.
-    """
+    """MATH has four. What was asked for is not lowered."""
     easy = tmp_path / "easy"
     results = tmp_path / "results"
     shutil.copytree(world.data / "easy", easy)

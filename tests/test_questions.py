@@ -54,8 +54,6 @@ def assert_apart(splits):
 def test_gsm8k_of_a_folder(tmp_path):
     """7,473 = 4 that overlap with test + 8 like the shots + val + train, all 1,319 of test, one
     form.
-
-    Seen to fail with the <<48/2=24>> notes kept, and with the overlap not left out.
     """
     out = tmp_path / "out"
     questions.make_gsm8k(questions.Gsm8k(source=str(DATASETS / "gsm8k"), out=str(out)))
@@ -79,7 +77,7 @@ def test_gsm8k_of_a_folder(tmp_path):
 
 
 def test_shots_of_wei_et_al(tmp_path):
-    """The fixed eight, with the one ending. Seen to fail with "The answer is N." left in."""
+    """The fixed eight, with the one ending."""
     rows = questions.shots(DATASETS / "few_shot" / "gsm8k_cot_8shot.json")
     assert [row["answer"] for row in rows] == ["6", "5", "39", "8", "9", "29", "33", "8"]
     assert all(
@@ -130,7 +128,6 @@ def test_shots_of_wei_et_al(tmp_path):
     ],
 )
 def test_boxes_are_taken_off(text, rest, answer):
-    """Seen to fail with escaped braces counted, and with the first box taken."""
     assert questions.unbox(text) == (rest, answer)
 
 
@@ -190,7 +187,7 @@ def test_math_of_a_folder(made_math):
 
 
 def test_rows_without_a_box_are_counted(tmp_path, capsys):
-    """In train and in test, on the console and in world.json. Seen to fail with a silent drop."""
+    """In train and in test, on the console and in world.json."""
     rows = real("math/train")[:40]
     without = [row | {"solution": "No box here."} for row in real("math/train")[40:43]]
     write(tmp_path / "in" / "train.jsonl", [*rows, *without])
@@ -219,7 +216,7 @@ def test_rows_without_a_box_are_counted(tmp_path, capsys):
     ids=str,
 )
 def test_faulty_row_of_the_source_is_named(tmp_path, change, names):
-    """Not the temporary folder that it would be written to. Seen to fail with OUT.new's line."""
+    """Not the temporary folder that it would be written to."""
     rows = real("math/train")[:20]
     rows[2] = rows[2] | change
     write(tmp_path / "in" / "train.jsonl", rows)
@@ -242,7 +239,6 @@ def test_faulty_shot_is_named(tmp_path):
 
 
 def test_the_same_command_again_is_finished_unless_its_source_changed(tmp_path, capsys):
-    """Seen to fail with paths compared, not what they hold."""
     write(tmp_path / "in" / "train.jsonl", real("gsm8k/train")[:30])
     write(tmp_path / "in" / "test.jsonl", real("gsm8k/test")[:5])
     settings = questions.Gsm8k(source=str(tmp_path / "in"), out=str(tmp_path / "out"), val=5)
@@ -265,7 +261,6 @@ def test_prompt_is_written_beside_the_questions(made_math):
 
 
 def test_split_keeps_the_prompt_of_its_questions(tmp_path):
-    """Seen to fail with the form of the encoding that the world's name stands for."""
     folder = tmp_path / "mine"
     form = problems.Form("Task: {}\nReply:", "\n")
     rows = [
@@ -330,10 +325,7 @@ def test_split_by_what_the_base_model_solves(tmp_path, capsys):
 
 
 def test_math_questions_that_really_are_in_its_test_set_are_found(made_math):
-    """Two of train, letter for letter but for spacing.
-
-    Seen to fail with apart() told of no test set.
-    """
+    """Two of train, letter for letter but for spacing."""
     test = {"".join(row["problem"].split()) for row in real("math/test")}
     both = {
         row["problem"].strip()
@@ -360,7 +352,6 @@ def test_shots_of_minerva(made_math):
 
 
 def test_math500_is_asked_but_all_of_test_is_kept_out(tmp_path):
-    """Seen to fail with the 500 alone kept out of train."""
     out = tmp_path / "out"
     both = {words(row["problem"]) for row in real("math/test")}
     train = real("math/train")
@@ -391,7 +382,7 @@ def test_math500_is_asked_but_all_of_test_is_kept_out(tmp_path):
 
 
 def test_overlap_is_kept_when_asked(tmp_path):
-    """Equal questions never. Seen to fail with both kept."""
+    """Equal questions never."""
     for name, count in (("train", 300), ("test", 600)):
         write(tmp_path / "in" / f"{name}.jsonl", real(f"math/{name}")[:count])
     both = real("math/train")[0]
@@ -496,9 +487,6 @@ def settings(openmath, out, **changes):
 
 
 def test_openmath_keeps_correct_texts_grouped_by_question(openmath, tmp_path, capsys):
-    """Seen to fail with the wrong ones kept, with code kept, with near-duplicates kept, and without
-    the limit.
-    """
     questions.make_openmath(settings(openmath, tmp_path / "out"))
     said = capsys.readouterr().out
     rows, world = splits_of(tmp_path / "out"), world_of(tmp_path / "out")
@@ -533,7 +521,7 @@ def test_openmath_keeps_correct_texts_grouped_by_question(openmath, tmp_path, ca
 
 
 def test_openmath_is_kept_apart_from_both_test_sets(openmath, tmp_path):
-    """Whichever is asked. Seen to fail with the asked one alone."""
+    """Whichever is asked."""
     for dataset, shot_count in (("gsm8k", 8), ("math", 4)):
         out = tmp_path / dataset
         questions.make_openmath(settings(openmath, out, dataset=dataset, code=True))
@@ -561,7 +549,7 @@ def test_openmath_is_kept_apart_from_both_test_sets(openmath, tmp_path):
 
 
 def test_openmath_solutions_do_not_depend_on_the_order_of_rows(openmath):
-    """The same set and order of each question's solutions. Seen to fail with the first 23 taken."""
+    """The same set and order of each question's solutions."""
     rows = [
         json.loads(line)
         for path in sorted(openmath.rglob("*solutions/*.jsonl"))
@@ -623,10 +611,7 @@ def served(openmath, monkeypatch):
 
 
 def test_questions_from_the_hub_are_those_of_the_files(openmath, served, tmp_path):
-    """MATH comes in seven configs.
-
-    Seen to fail with six, and with the 500 asked for as a split of MATH.
-    """
+    """MATH comes in seven configs."""
     questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "gsm8k"), val=20))
     rows = splits_of(tmp_path / "gsm8k")
     assert [len(rows[split]) for split in ("train", "val", "test", "shots")] == [172, 20, 200, 8]
@@ -678,7 +663,7 @@ def small_gsm8k(folder, shots):
 
 
 def test_no_test_question_is_in_train(tmp_path):
-    """Case, punctuation and spacing aside. Seen to fail with questions compared as written."""
+    """Case, punctuation and spacing aside."""
     small_gsm8k(tmp_path / "in", [])
     questions.make_gsm8k(
         questions.Gsm8k(source=str(tmp_path / "in"), out=str(tmp_path / "out"), val=10)
@@ -693,7 +678,7 @@ def test_no_test_question_is_in_train(tmp_path):
 
 
 def test_few_shot_prompts_are_not_drawn_from_the_test_set(tmp_path):
-    """Nor from what is trained on. Seen to fail without check_apart."""
+    """Nor from what is trained on."""
     small_gsm8k(tmp_path / "in", [7, 200])
     settings = dict(source=str(tmp_path / "in"), val=10, shots=str(tmp_path / "in" / "shots.json"))
     questions.make_gsm8k(questions.Gsm8k(out=str(tmp_path / "out"), **settings))

@@ -43,9 +43,6 @@ def test_resume_neither_replays_nor_skips_a_batch(whole, world, tmp_path, stage)
     """N steps equal k steps, kill -9 and --resume: the weights and each line of the metrics.
 
     Of real processes; test_kill.py does it with forks, for all stages.
-
-    Seen to fail with `first = state["step"] + 1`, without the optimizer's state, and with the
-    metrics of the lost steps kept.
     """
     out = tmp_path / "run/step6.pt"
     words = words_of(stage, world, out)
@@ -190,7 +187,7 @@ def test_overwritten_run_does_not_resume_what_it_replaced(world, tmp_path, monke
     """--resume after an --overwrite that was killed goes on with the new run.
 
     It is not `finished` because the old result is still there, and it does not go on from the old
-    run's state. Seen to fail without either check.
+    run's state.
     """
     words = words_of("sft", world, tmp_path / "a.pt", eval_questions=0)
     state = tmp_path / "a.pt.resume"

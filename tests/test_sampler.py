@@ -72,8 +72,8 @@ def draw(model, prompts=PROMPTS, n=4, max_new=24, ends=(END, 1, 2), rows=512, **
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 def test_cached_decode_equals_uncached(model, temperature, prefix):
     """Ragged prompts, several answers, compaction and a shared prefix against one row at a time
-    without a cache. Seen to fail with the answer's positions counted from the padded prompt, with
-    the padding not masked, with `past` left out."""
+    without a cache.
+    """
     samples = draw(model, temperature=temperature, prefix=prefix)
     for row, (tokens, length, logp, truncated) in enumerate(answers(samples)):
         ids, logps, at_the_limit = slowly(
@@ -86,7 +86,6 @@ def test_cached_decode_equals_uncached(model, temperature, prefix):
 
 
 def test_ragged_equals_one_by_one(model):
-    """Seen to fail with the padding of the prompts not masked."""
     whole = draw(model)
     for q, prompt in enumerate(PROMPTS):
         rows = slice(4 * q, 4 * q + 4)
@@ -101,7 +100,6 @@ def test_rows_side_by_side_change_nothing(model, rows):
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 def test_compaction_changes_nothing(model, monkeypatch, prefix):
-    """Seen to fail with `noise` not compacted along with the rows."""
     results = []
     for check in (1, 3, 10**9):
         monkeypatch.setattr(Sampler, "CHECK", check)
@@ -150,7 +148,6 @@ def test_recorded_log_probs_equal_the_trainers(dtype, atol, temperature, per_row
 
 
 def test_end_token_is_kept_and_the_rest_is_filled(model):
-    """Seen to fail with lengths that leave the end token out."""
     samples = draw(model)
     for tokens, length, logp, truncated in answers(samples):
         answer = tokens[:length].tolist()
@@ -162,7 +159,7 @@ def test_end_token_is_kept_and_the_rest_is_filled(model):
 
 
 def test_answer_that_ends_on_the_last_token_is_not_truncated(model):
-    """Ending exactly at max_new is ending. Seen to fail with truncated = (length == max_new)."""
+    """Ending exactly at max_new is ending."""
     long = draw(model)
     row = int(((long.lengths > 3) & ~long.truncated).nonzero()[0])
     exact = Sampler(model)([PROMPTS[row // 4]], 1, int(long.lengths[row]), [row], [END, 1, 2])
@@ -171,7 +168,6 @@ def test_answer_that_ends_on_the_last_token_is_not_truncated(model):
 
 
 def test_noise_is_a_function_of_the_seed_alone(model):
-    """Seen to fail with one generator for all rows."""
     noise = uniform_noise([3, 2**62, 7], 40)
     assert noise.dtype == torch.float64 and 0 <= float(noise.min()) and float(noise.max()) < 1
     assert torch.equal(noise[[2, 0]], uniform_noise([7, 3], 40))
@@ -187,8 +183,8 @@ def test_noise_is_a_function_of_the_seed_alone(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_follow_the_softmax(temperature):
     """Chi-square of 20,000 answers of two tokens over all 25 pairs: no top-k, no top-p, the second
-    token drawn independently of the first one's noise. Seen to fail with the least likely token cut
-    off and with u[:, 0] for all."""
+    token drawn independently of the first one's noise.
+    """
     model, count = small_model(5, 8, torch.float32), 20_000
     model.head.weight.data *= 0.3
     samples = Sampler(model, rows=count)([[1, 2, 3]], count, 2, range(count), [99], temperature)
@@ -216,7 +212,6 @@ def test_temperature_zero_takes_the_most_probable(model):
 
 
 def test_padded_vocabulary_column_is_never_sampled():
-    """Seen to fail with the sampler's head not cut at vocab."""
     model = small_model(VOCAB, 64)
     before = draw(model)
     model.head.weight.data[VOCAB:] = 1e3
@@ -227,8 +222,7 @@ def test_padded_vocabulary_column_is_never_sampled():
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 def test_refresh_takes_over_new_weights(prefix):
-    """Every weight, and a cached prefix of the old ones is dropped. Seen to fail without the last
-    line of refresh."""
+    """Every weight, and a cached prefix of the old ones is dropped."""
     model = small_model(VOCAB, 64)
     sampler = Sampler(model)
     sampler(PROMPTS, 4, 24, range(20), [END], 1.0, list(prefix))
@@ -282,8 +276,8 @@ def test_order_of_the_questions_changes_nothing(model):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_noise_is_the_same_in_every_precision_and_bucket(dtype, monkeypatch):
     """What each row draws with, watched inside the sampler: row by row the numbers of
-    `uniform_noise`. Seen to fail with the noise cast to the compute dtype and with `noise` left out
-    of the compaction."""
+    `uniform_noise`.
+    """
     used = {}
     model = small_model(VOCAB, 64, torch.float64 if dtype == torch.float64 else torch.float32)
     model.compute = dtype
@@ -361,7 +355,6 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
 
 
 def test_no_limit_where_the_system_does_not_say_what_is_free(model, monkeypatch):
-    """Seen to fail with the infinite number of questions that fit made an integer."""
     monkeypatch.setattr(network, "free_bytes", lambda device: math.inf)
     same(draw(model, rows=8), draw(model))
 

@@ -37,7 +37,8 @@ def slow(*values):
 )
 def test_signal(whole, world, tmp_path, stage, number):
     """Exit status 128 + number. SIGHUP (a closed terminal) and SIGUSR1 (a scheduler) lost all
-    since the last save. Seen to fail with the step left undone, and without the save."""
+    since the last save.
+    """
     out = tmp_path / "run/step6.pt"
     said = tmp_path / "said"
     words = words_of(stage, world, out)
@@ -50,7 +51,7 @@ def test_signal(whole, world, tmp_path, stage, number):
 
 
 def test_signal_during_the_last_save(whole, world, tmp_path):
-    """Not forgotten, though no step is left. Seen to fail without the second world.max."""
+    """Not forgotten, though no step is left."""
     out = tmp_path / "run/step6.pt"
     words = words_of("sft", world, out)
 
@@ -134,8 +135,8 @@ def free_port() -> int:
 @pytest.mark.parametrize("stage", ["pretrain", slow("rl")])
 def test_signal_to_one_of_two_ranks(world, tmp_path, stage):
     """One rank is told, all stop after the same step; and none leaves while rank 0 writes, or
-    torchrun would end that one, too. Then two ranks go on to the same bits. Seen to fail without
-    the second world.max of `loop`."""
+    torchrun would end that one, too. Then two ranks go on to the same bits.
+    """
     whole_run = tmp_path / "whole/step6.pt"
     stopped = tmp_path / "stopped/step6.pt"
 

@@ -313,7 +313,6 @@ def write_golden():
 
 
 def test_a_context_is_computed_once(model, monkeypatch):
-    """Seen to fail with a row for each choice: 4 * (40 + 5) tokens."""
     ran = []
     real = Model.hidden
 
@@ -383,7 +382,6 @@ def test_ranks_share_the_contexts(model):
 
 
 def test_a_single_choice_must_be_what_the_model_would_say(model):
-    """Seen to fail with any choice right, as the best of one, and with the first token alone."""
     pairs = greedy_pairs(model)
     found = continuation_log_probs(model, pairs, True, ALONE)
     assert [greedy for _, greedy in found] == [True, False, False] * 6
@@ -396,9 +394,6 @@ def test_a_single_choice_must_be_what_the_model_would_say(model):
 
 
 def test_acc_norm_is_by_characters_without_the_space():
-    """Seen to fail with the space counted: -2 / 3 is above -4 / 5, and with tokens or sums for
-    characters.
-    """
     item = {"context": " sam has a", "choices": [" is", " dogs"], "label": 1}
     found = [(-2.0, False), (-3.9, False)]
     for more, right in (({}, 0), ({"metric": "acc_norm"}, 1)):
@@ -409,7 +404,6 @@ def test_acc_norm_is_by_characters_without_the_space():
 
 
 def test_task_score_by_hand(toy):
-    """Seen to fail with the label compared with the choice of the lowest log-prob."""
     items = [
         {"context": " sam has a", "choices": [" cat", " dog"], "label": 1},
         {"context": " ann has a", "choices": [" red", " blue", " green"], "label": 0},
@@ -433,7 +427,6 @@ def test_task_score_by_hand(toy):
 
 
 def test_a_choice_is_encoded_with_its_context(source):
-    """Seen to fail with the two encoded one by one, and with the spaces left to the context."""
     enc = tokens.encoding("cl100k_base")
     assert tasks.encode_pair(enc, "", " word") == ([enc.eot_token], enc.encode(" word"))
     assert tasks.encode_pair(enc, "He said ", "yes") == (enc.encode("He said"), enc.encode(" yes"))
@@ -464,7 +457,6 @@ def test_a_choice_is_encoded_with_its_context(source):
     ids=str,
 )
 def test_malformed_item_is_named_with_its_line(tmp_path, change):
-    """Seen to fail without the check of label and choices."""
     item = {"context": " sam has a", "choices": [" cat", " dog"], "label": 1, "metric": "acc_norm"}
     path = tmp_path / "facts.jsonl"
     path.write_text(json.dumps(item) + "\n" + json.dumps(item | change) + "\n")
@@ -475,7 +467,7 @@ def test_malformed_item_is_named_with_its_line(tmp_path, change):
 
 
 def test_hidden_file_is_no_task(tmp_path):
-    """A Mac leaves them on other disks. Seen to fail with "._facts" as a second task."""
+    """A Mac leaves them on other disks."""
     text = json.dumps({"context": "a", "choices": [" b", " c"], "label": 0}) + "\n"
     for name in ("facts", "._facts"):
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -484,7 +476,7 @@ def test_hidden_file_is_no_task(tmp_path):
 
 @pytest.mark.parametrize("change", ["missing", "added", "shorter"])
 def test_folder_of_tasks_knows_what_it_holds(source, tmp_path, change):
-    """A task more or less changes the mean. Seen to fail without the list in world.json."""
+    """A task more or less changes the mean."""
     out = tmp_path / "tasks"
     prepare.main(["tasks", "--source", str(source), "--out", str(out), "--limit", "3"])
     assert len(tasks.load(out)) == 6

@@ -13,10 +13,7 @@ from data import files, tokens
 
 
 def test_unknown_word_is_named(toy):
-    """Seen to fail without the check of the largest id.
-
-    Single bytes went to the model as ids that it has no row for.
-    """
+    """Single bytes went to the model as ids that it has no row for."""
     for text, word in (
         (" sam has 3 zebras .", "' zebras'"),
         (" sam  has", "' '"),
@@ -33,7 +30,6 @@ def test_unknown_word_is_named(toy):
 
 
 def test_toy_ids_of_the_vocabulary_are_all_there_is_to_sample(toy):
-    """Seen to fail with vocab_size one too large: its last id was the byte of an unknown word."""
     text = " Q : sam has 18 apples . he finds 5 . how many now ? A : 18 + 5 = 23 . #### 23"
     assert tokens.decode(toy, tokens.encode(toy, text)) == text
     limit = tokens.vocab_size(toy)
@@ -44,7 +40,6 @@ def test_toy_ids_of_the_vocabulary_are_all_there_is_to_sample(toy):
 
 
 def test_decoding_never_fails(toy):
-    """Seen to fail with tiktoken's own decode."""
     strange = [
         -1,
         -(10**30),
@@ -65,7 +60,6 @@ def test_decoding_never_fails(toy):
 
 
 def test_decoding_never_fails_cl100k(cl100k):
-    """Seen to fail with tiktoken's own decode, which raises on the padding id 100277."""
     assert (
         tokens.vocab_size(cl100k) == 100278
         and tokens.pad_id(cl100k) == 100277
@@ -79,10 +73,7 @@ def test_decoding_never_fails_cl100k(cl100k):
 
 
 def test_special_token_spelled_in_a_text_is_text(cl100k):
-    """Seen to fail with enc.encode(text, allowed_special="all").
-
-    A web page could then end its own document.
-    """
+    """A web page could then end its own document."""
     ids = tokens.encode(cl100k, "a <|endoftext|> b")
     assert cl100k.eot_token not in ids and tokens.decode(cl100k, ids) == "a <|endoftext|> b"
 
@@ -91,7 +82,6 @@ def test_special_token_spelled_in_a_text_is_text(cl100k):
 
 
 def test_shard_of_another_encoding_is_refused(tmp_path):
-    """Seen to fail without the comparison of the names."""
     tokens.write_shard(tmp_path / "a.bin", range(50), "toy")
     assert tokens.read_shard(tmp_path / "a.bin", "toy").tolist() == list(range(50))
     with pytest.raises(ValueError, match="its tokens are 'toy', but 'cl100k_base' is needed"):
@@ -99,7 +89,6 @@ def test_shard_of_another_encoding_is_refused(tmp_path):
 
 
 def test_header_that_claims_a_terabyte_is_refused_before_allocation(tmp_path, monkeypatch):
-    """Seen to fail without the comparison with the size of the file."""
     path = tmp_path / "a.bin"
     path.write_bytes(
         tokens.HEADER.pack(tokens.MAGIC, tokens.VERSION, 2, 2**39, 0, b"toy") + bytes(100)
@@ -113,7 +102,6 @@ def test_header_that_claims_a_terabyte_is_refused_before_allocation(tmp_path, mo
     "damage", ["magic", "version", "width", "cut", "longer", "header", "empty", "name", "absent"]
 )
 def test_corrupt_shard_is_refused(tmp_path, damage):
-    """Seen to fail without the check of magic, of version, and of the size."""
     path = tmp_path / "a.bin"
     tokens.write_shard(path, range(50), "toy")
     raw = path.read_bytes()
@@ -138,7 +126,6 @@ def test_corrupt_shard_is_refused(tmp_path, damage):
 
 
 def test_flipped_bit_is_found(tmp_path):
-    """Seen to fail with verify_shard comparing nothing."""
     path = tmp_path / "a.bin"
     tokens.write_shard(path, range(50), "toy")
     tokens.verify_shard(path)
@@ -150,7 +137,6 @@ def test_flipped_bit_is_found(tmp_path):
 
 
 def test_write_that_fails_keeps_the_old_shard(tmp_path, monkeypatch):
-    """Seen to fail with the ids written to the final name."""
     path = tmp_path / "a.bin"
     tokens.write_shard(path, range(50), "toy")
     with pytest.raises(ValueError, match="in 0.."):
@@ -175,7 +161,7 @@ def stream_of(folder, sizes, length, seed=0):
 
 
 def test_each_token_is_a_target_once_an_epoch(tmp_path):
-    """Also where a window lies across shards. Seen to fail with windows length + 1 apart."""
+    """Also where a window lies across shards."""
     stream = stream_of(tmp_path, [40, 1, 3, 57], length=10)
     assert stream.tokens == 101 and stream.windows == 10 and stream.encoding_name == "toy"
     rows = np.concatenate([stream.rows(step, 2) for step in range(5)])
@@ -185,7 +171,6 @@ def test_each_token_is_a_target_once_an_epoch(tmp_path):
 
 
 def test_step_is_the_same_on_any_number_of_ranks(tmp_path):
-    """Seen to fail with rank r taking the rows r, r + world, ..."""
     stream = stream_of(tmp_path, [101], length=10)
     for step in (0, 1, 7):  # a batch of 6 crosses the end of the epoch
         whole = stream.rows(step, 6)
@@ -199,7 +184,6 @@ def test_step_is_the_same_on_any_number_of_ranks(tmp_path):
 
 
 def test_order_is_a_function_of_seed_and_step(tmp_path):
-    """Seen to fail with the epoch left out of the permutation's seed."""
     stream = stream_of(tmp_path, [101], length=10)
     again, other = tokens.Stream(tmp_path, "train", 10, 0), tokens.Stream(tmp_path, "train", 10, 1)
     late = stream.rows(3, 5).copy()
@@ -238,7 +222,6 @@ def test_shards_are_as_they_were_listed(shards):
 @pytest.mark.parametrize("use", [read, tokens.verify])
 @pytest.mark.parametrize("name", ["train_000.bin", "train_001.bin", "train_002.bin"])
 def test_missing_shard_is_refused(shards, use, name):
-    """Seen to fail with what is there taken for all there is: training went on without a word."""
     (shards / name).unlink()
     with pytest.raises(ValueError, match=name):
         use(shards)
@@ -247,7 +230,6 @@ def test_missing_shard_is_refused(shards, use, name):
 @pytest.mark.parametrize("use", [read, tokens.verify])
 @pytest.mark.parametrize("name", ["train_003.bin", "train_001 (copy).bin"])
 def test_added_shard_is_refused(shards, use, name):
-    """Seen to fail with a copy of a shard read twice."""
     shutil.copy(shards / "train_001.bin", shards / name)
     with pytest.raises(ValueError, match="train_00") as error:
         use(shards)
@@ -256,7 +238,7 @@ def test_added_shard_is_refused(shards, use, name):
 
 @pytest.mark.parametrize("use", [read, tokens.verify])
 def test_shard_of_another_content_is_refused(shards, use):
-    """It is whole in itself: of another folder. Seen to fail with each shard checked alone."""
+    """It is whole in itself: of another folder."""
     tokens.write_shard(shards / "train_001.bin", np.arange(40) + 7, "toy")
     with pytest.raises(ValueError, match="train_001.bin"):
         use(shards)
@@ -269,7 +251,7 @@ def test_held_out_shard_that_is_missing_is_found_by_verify(shards):
 
 
 def test_folder_without_a_list_is_read_but_not_with_a_gap_or_a_copy(shards):
-    """Older folders, and those made by other means. Seen to fail without check_numbers."""
+    """Older folders, and those made by other means."""
     (shards / "world.json").unlink()
     assert read(shards).tokens == 120
     (shards / "train_000.bin").rename(shards / "train_003.bin")  # others count from 1
@@ -291,7 +273,7 @@ def test_text_made_by_other_means_has_any_names(tmp_path):
 
 
 def test_fingerprint_tells_one_text_from_another(shards):
-    """From the headers alone. Seen to fail with the path for a fingerprint."""
+    """From the headers alone."""
     first = read(shards).fingerprint
     assert first == read(shards).fingerprint == tokens.Stream(shards, "train", 5, 1).fingerprint
     assert first != tokens.Stream(shards, "val", 10, 0).fingerprint

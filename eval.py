@@ -522,7 +522,7 @@ def main(given: dict):
             f"pass@{most} needs --n of at least {most}, not {cfg.n}: raise --n or lower --k"
         )
     if cfg.plan:
-        return plan.show(cfg, job_of(cfg))
+        return plan.show(cfg, job_of(cfg), given)
     if cfg.json:
         raise ValueError("--json goes with --report")
     if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):

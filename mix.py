@@ -101,7 +101,7 @@ def text_stream(cfg: Config, before: dict):
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
-        return plan.show(cfg, job_of(cfg))
+        return plan.show(cfg, job_of(cfg), given)
     text = text_stream(cfg, before)
     how = dict(shots=cfg.shots, reward=cfg.reward)
     run = common.begin(cfg, before, recipe_of(cfg), text, **how)

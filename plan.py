@@ -148,8 +148,11 @@ def work(model: Model, part: Tokens) -> tuple[float, float]:
     return dense + sampled, (dense / TRAINING + sampled / SAMPLING) / PEAK / 3600
 
 
-def cost_of(cfg, job: Job) -> Cost:
+def cost_of(cfg, job: Job, given: dict) -> Cost:
+    """What a run costs; its memory as it would be on the card of PLANNED, if it fits there."""
     model = shape(cfg.plan, encoding_of(job.text[0]))
+    if job.optimizers:
+        cfg = dataclasses.replace(cfg, **fitting(cfg, given, job, model, ROOM * PLANNED * 1e9))
     done = [work(model, part) for part in job.parts]
     folder, count = job.text
     return Cost(
@@ -174,6 +177,7 @@ def encoding_of(folder: str) -> str:
 SPAN = Sampler.SPAN["cuda"]  # columns that the sampler's cache is rounded to
 ROOM = 0.9  # of a GPU; the rest is for CUDA, NCCL and what the allocator cannot use
 CARDS = (24, 40, 80, 141)  # GB
+PLANNED = 80  # GB, where one card has to be meant
 ROOMS = [ROOM * card * 1e9 for card in CARDS]
 BUSY = 4096  # tokens of a micro-batch that keep the matrix units of a GPU busy
 WAYS = {  # a block as it is, compiled, or run again in the backward pass
@@ -271,10 +275,10 @@ def fit(cfg, given: dict, job: Job, preset: str):
         return cfg
     room = ROOM * torch.cuda.mem_get_info()[1]
     chosen = fitting(cfg, given, job, shape(preset), room)
-    told = [f"--{name} {value}".replace(" True", "") for name, value in chosen.items()]
+    told = as_flags(chosen)
     if os.environ.get("RANK", "0") == "0":
         gigabytes = f"{room / 1e9:.0f} GB of GPU memory"
-        line = f"for {gigabytes}: {' '.join(told)}" if told else f"nothing fits {gigabytes}"
+        line = f"for {gigabytes}: {told}" if told else f"nothing fits {gigabytes}"
         print(f"{job.script}.py: {line} (computed, see --plan)", file=sys.stderr)
     return dataclasses.replace(cfg, **chosen)
 
@@ -314,9 +318,9 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
 # ---------------------------------------------------------------------------------------- shown
 
 
-def show(cfg, job: Job) -> Cost:
+def show(cfg, job: Job, given: dict) -> Cost:
     """Print what a command costs. Raises ValueError for a preset that there is not."""
-    cost = cost_of(cfg, job)
+    cost = cost_of(cfg, job, given)
     model = shape(cfg.plan, encoding_of(job.text[0]))
     held = memory_of(cfg, job, model)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -334,6 +338,7 @@ def show(cfg, job: Job) -> Cost:
     if job.text[1]:
         lines[-1] += f"; {cost.text[1] / 1e9:.3g} GB of text"
     lines += memory_lines(cfg, job, held)
+    lines += choice_lines(cfg, job, given, model) if job.optimizers else []
     assumed = f"{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling"
     lines += [f"  assumed  {assumed}"]
     lines += [f"           {job.note}"] * bool(job.note)
@@ -362,6 +367,19 @@ def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
     for flag, counts in rooms.items():
         lines.append(f"             {flag:<44}" + "".join(f"{count or '-':>9}" for count in counts))
     return lines
+
+
+def choice_lines(cfg, job: Job, given: dict, model: Model) -> list[str]:
+    """The flags that a trainer would choose on each of CARDS."""
+    lines = ["           what it would choose there"]
+    for card in CARDS:
+        chosen = fitting(cfg, given, job, model, ROOM * card * 1e9)
+        lines.append(f"             {card:>4} GB  {as_flags(chosen) or 'nothing fits'}")
+    return lines
+
+
+def as_flags(chosen: dict) -> str:
+    return " ".join(f"--{name} {value}" for name, value in chosen.items()).replace(" True", "")
 
 
 def main(words: list[str]):

@@ -277,7 +277,7 @@ def peak_flops(cfg: Config, world: common.World) -> float:
 def main(given: dict):
     cfg, before = configure(given)
     if cfg.plan:
-        return plan.show(cfg, job_of(cfg))
+        return plan.show(cfg, job_of(cfg), given)
     parent = before["meta"] if before else {}
     world = common.start(cfg.device, cfg.dtype, cfg.shard)
     order = (parent.get("pretrain_seed", cfg.seed), parent.get("encoding"), parent.get("tokens", 0))

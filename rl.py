@@ -497,7 +497,7 @@ def flat_so_far(cfg: Config) -> str:
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
-        return plan.show(cfg, job_of(cfg))
+        return plan.show(cfg, job_of(cfg), given)
     run = common.begin(cfg, before, cfg.recipe or "rl", shots=cfg.shots, reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None

@@ -108,7 +108,7 @@ def job_of(cfg: Config) -> plan.Job:
 def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
-        return plan.show(cfg, job_of(cfg))
+        return plan.show(cfg, job_of(cfg), given)
     run = common.begin(cfg, before, recipe_of(cfg), answers=False)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)

@@ -5,7 +5,7 @@
 #   PLAN=1 bash runs/paper.sh    what each command costs and all of them together; runs nothing
 #   bash runs/paper.sh           43 days on a node of 8 H200, 2.1 TB of disk
 #
-# Run it again after a Ctrl-C. With 80 GB for each GPU the 4B takes --rows 64 in place of 256.
+# Run it again after a Ctrl-C. Micro-batches and sharding follow from the memory of the GPUs.
 # GPUS (8), STEPS: checkpoints, SEEDS (1), EARLY_SEEDS (4): up to step 5000, where they differ most.
 # SOURCE=FOLDER: local copies of the data, else from the hub. FEW_SHOT=FOLDER: the shots of Wei et
 # al. and of Minerva, else training questions. MODEL, LARGE, TOKENS, EXTRA: for a rehearsal.
@@ -22,9 +22,8 @@ cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
   local M=$OUT/$1 run=${1%/*} data=$DATA/$4 preset to sft
   [[ $4 != split-* ]] || data=$DATA/split/$4
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" "${3%-rl}" "$4") preset=${run%-math}
-  # none of these flags changes a result
-  local train=(--questions "$data" --seed "$2" --resume --micro 8 --rows 256 --shard)
-  local eval=(--results "$RESULTS/$run" --questions "$data" --limit 0 --rows 256 --final)
+  local train=(--questions "$data" --seed "$2" --resume)
+  local eval=(--results "$RESULTS/$run" --questions "$data" --limit 0 --final)
   case $3 in
     as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
     rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&
@@ -45,7 +44,7 @@ cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
 pretrain() {  # NAME PRESET TEXT TOKENS STEPS: the checkpoints OUT/NAME/step*.pt
   local preset=$2
   run gpus pretrain.py --preset "$2" --data "$DATA/$3" --out "$OUT/$1" --tokens "$4" \
-    --save_steps "${5// /,}" --tasks "$DATA/tasks" --micro 2 --shard --resume
+    --save_steps "${5// /,}" --tasks "$DATA/tasks" --resume
 }
 
 # 1. Questions, benchmarks and text
@@ -90,7 +89,7 @@ RESULTS=$RESULTS/math each cell "${more[@]}"
 M=$MODEL/step$LAST preset=$MODEL
 if [ ! -d "$DATA/split" ]; then
   run gpus eval.py "$OUT/$M.pt" --results "$DATA/samples" --questions "$DATA/math/train.jsonl" \
-    --rows 256 --tasks= --limit 0 --n 64 --k 1,64 --temperature 1 --shots 4
+    --tasks= --limit 0 --n 64 --k 1,64 --temperature 1 --shots 4
   run python data/prepare.py split --questions "$DATA/math" \
     --samples "$DATA/samples/step$LAST.jsonl" --out "$DATA/split"
 fi

@@ -16,7 +16,7 @@ whole SEED
 cell() {  # CHECKPOINT SEED RECIPE
   local M=$OUT/$1 to sft
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" sft)
-  local train=(--seed "$2" --resume --micro 16 --rows 256 --shard) eval=(--results "$RESULTS")
+  local train=(--seed "$2" --resume) eval=(--results "$RESULTS")
   case $3 in
     as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
     rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" &&

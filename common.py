@@ -263,7 +263,7 @@ def read_comments(cls) -> list[tuple[str, str]]:
     return found
 
 
-class Unhurt:
+class LenientStream:
     """A stream that a script may always write to: what cannot be written is left out.
 
     Nobody may read it any more (`rl.py 2>&1 | head -1`), its terminal may be gone or its disk full:
@@ -301,8 +301,8 @@ def main(script, Config, doc: str, argv: list[str] | None = None):
     if argv is None and sys.getfilesystemencoding() != "utf-8":
         # begin again: a path with an umlaut is no text in such a locale, and rows are UTF-8
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    out = Unhurt(sys.stdout)
-    err = Unhurt(sys.stderr)
+    out = LenientStream(sys.stdout)
+    err = LenientStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             guarded(script, Config, doc, sys.argv[1:] if argv is None else argv)

@@ -236,48 +236,25 @@ def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage)
     return common.examples(rolled.questions[:: run.cfg.group], answers)
 
 
-def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
-    """-> this rank's rows of RL step `step` (Batch), and numbers of the whole step for the log.
-
-    log: a common.Log for a few of the answers, at the steps that are validated.
-    """
-    cfg = run.cfg
-    began = time.monotonic()
-    rolled = rollout(run, sampler, step)
-    sampled = time.monotonic()
-    graded = grade(run, rolled)
-    grade_seconds = time.monotonic() - sampled
-    dropped = replace_flat(run, sampler, step, rolled, graded)
-    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm, cfg.leave_one_out)
-    if cfg.batch_std:
-        advantage = over_batch_std(advantage, run.world)
-    if log and common.validates(cfg, step):
-        shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
-        log.add_answers(step, "train", shown)
-
-    sums = {
+def sums_of(rolled: Rollout, graded: Graded, advantage_QG: torch.Tensor, dropped: int) -> dict:
+    """What is counted of this rank's answers, to be summed over the ranks."""
+    return {
         "reward": graded.rewards.sum(),
         "correct": sum(correct for correct, _ in graded.marks),
         "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
         "late": sum(graded.late),
         "dropped": dropped,
-        "flat": (advantage == 0).all(1).sum(),
+        "flat": (advantage_QG == 0).all(1).sum(),
         "answers": len(graded.marks),
-        "groups": len(advantage),
+        "groups": len(advantage_QG),
         "tokens": sum(map(len, rolled.answers)),
         "prompt tokens": sum(map(len, rolled.prompts)),
     }
-    total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
 
-    # one denominator for all ranks
-    lengths = torch.tensor([len(answer) for answer in rolled.answers])
-    weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
-    pad = tokens.pad_id(run.encoding)
-    batch = problems.make_batch(
-        rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
-    )
 
+def numbers_of(total: dict, cfg: Config) -> dict:
+    """Sums over the whole step -> what the log says of it: shares, lengths, tokens."""
     shares = ("reward", "correct", "formatted", "truncated")
     numbers = {name: total[name] / total["answers"] for name in shares}
     numbers["flat"] = total["flat"] / total["groups"]
@@ -288,8 +265,43 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
     numbers["sampled_tokens"] = int(total["tokens"])
+    return numbers
+
+
+def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
+    """-> this rank's rows of RL step `step` (Batch), and numbers of the whole step for the log.
+
+    log: a common.Log for a few of the answers, at the steps that are validated. The seconds and
+    the waste among the numbers are those of this rank.
+    """
+    cfg = run.cfg
+    began = time.monotonic()
+    rolled = rollout(run, sampler, step)
+    sampled = time.monotonic()
+    graded = grade(run, rolled)
+    grade_seconds = time.monotonic() - sampled
+    dropped = replace_flat(run, sampler, step, rolled, graded)
+    sample_seconds = time.monotonic() - began - grade_seconds
+
+    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm, cfg.leave_one_out)
+    if cfg.batch_std:
+        advantage = over_batch_std(advantage, run.world)
+    if log and common.validates(cfg, step):
+        shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
+        log.add_answers(step, "train", shown)
+
+    sums = sums_of(rolled, graded, advantage, dropped)
+    total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
+    lengths = torch.tensor([len(answer) for answer in rolled.answers])
+    # one denominator for all ranks
+    weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
+    pad = tokens.pad_id(run.encoding)
+    batch = problems.make_batch(
+        rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
+    )
+    numbers = numbers_of(total, cfg)
     numbers["waste"] = rolled.waste
-    numbers["sample_seconds"] = time.monotonic() - began - grade_seconds
+    numbers["sample_seconds"] = sample_seconds
     numbers["grade_seconds"] = grade_seconds
     return batch, numbers
 

@@ -124,16 +124,6 @@ def compare_all(pairs):
     return [judged[pair][0] or solved[judged[pair][1]] for pair in pairs]
 
 
-def compare(said, meant):
-    """(is `said` the reference `meant`, can it be read as an answer at all); it may be None."""
-    return compare_all([(said, meant)])[0]
-
-
-def grade(text, answer):
-    """Is the final answer of this text the reference `answer`?"""
-    return compare(final_answer(text), answer)[0]
-
-
 def grade_all(texts, answers, ended):
     """[(correct, well_formed)] of a batch of texts and their reference answers.
 

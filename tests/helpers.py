@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+from data import grader
 from model import Model, ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -173,3 +174,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count[operation.name()] += 1
         return operation(*args, **(kwargs or {}))
+
+
+def compare(said, meant) -> tuple[bool, bool]:
+    """(is `said` the reference `meant`, can it be read as an answer at all)."""
+    return grader.compare_all([(said, meant)])[0]
+
+
+def grade(text, answer) -> bool:
+    """Is the final answer of this text the reference `answer`?"""
+    return compare(grader.final_answer(text), answer)[0]

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import bench_grader
+import helpers
 from data import algebra, grader, latex, problems, questions, tokens, toy
 from helpers import DATASETS, ROOT
 
@@ -108,22 +109,22 @@ def one_worker(several_workers, monkeypatch):
 def test_numbers_are_read_exactly(text):
     assert grader.number(text) == NUMBERS[text]
     assert type(grader.number(text)) is Fraction
-    assert grader.grade(f"so it is #### {text}", text)
+    assert helpers.grade(f"so it is #### {text}", text)
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
 def test_text_that_is_no_number_is_none(text):
     assert grader.number(text) is None
-    assert not grader.grade(f"#### {text}", "18")
+    assert not helpers.grade(f"#### {text}", "18")
     if not re.search(r"[\\_²]", text):  # for a number, no prose is well-formed
-        assert grader.compare(text, "18") == (False, False)
+        assert helpers.compare(text, "18") == (False, False)
 
 
 def test_exact_where_floats_are_equal():
-    assert not grader.grade("#### 9007199254740992", "9007199254740993")
-    assert not grader.grade("#### 0.30000000000000000001", "0.3")
-    assert grader.grade("#### 0.50", "1/2")
-    assert grader.grade("#### 1234", "1,234")
+    assert not helpers.grade("#### 9007199254740992", "9007199254740993")
+    assert not helpers.grade("#### 0.30000000000000000001", "0.3")
+    assert helpers.grade("#### 0.50", "1/2")
+    assert helpers.grade("#### 1234", "1,234")
 
 
 def test_last_ending_counts():
@@ -131,7 +132,7 @@ def test_last_ending_counts():
     assert grader.final_answer("a #### 18 \nand more") == "18"
     assert grader.final_answer("18") is None
     assert grader.final_answer("18 ####") == ""
-    assert not grader.grade("#### 18 no , #### 5", "18")
+    assert not helpers.grade("#### 18 no , #### 5", "18")
     two_endings = grader.grade_all(["#### 5 no , #### 18"], ["17"], [True])
     assert two_endings == [(False, False)]
 
@@ -176,7 +177,7 @@ def test_reward_does_not_read_the_prompt():
     said = tokens.encode(enc, " that is all .")
     batch = problems.make_batch([tokens.encode(enc, start)], [said], [1.0], 0)
     whole = tokens.decode(enc, batch.ids[0])
-    assert grader.grade(whole, "18") is False
+    assert helpers.grade(whole, "18") is False
     graded = tokens.decode(enc, batch.target[batch.mask])
     assert graded == " that is all ."
     assert grader.grade_all([graded], ["18"], [True]) == [(False, False)]
@@ -230,14 +231,14 @@ def row_name(row):
 @pytest.mark.parametrize("row", [row for row in TABLE if row not in KNOWN], ids=row_name)
 def test_graded_as_a_person_would(row):
     said, meant, right, why = row
-    assert grader.grade(f"so it is\n#### {said}", meant) is (right == "yes"), why
+    assert helpers.grade(f"so it is\n#### {said}", meant) is (right == "yes"), why
 
 
 @pytest.mark.parametrize("row", KNOWN, ids=row_name)
 @pytest.mark.xfail(strict=True, reason="known, see the row")
 def test_known_to_be_wrong(row):
     said, meant, right, why = row
-    assert grader.grade(f"#### {said}", meant) is (right == "yes"), why
+    assert helpers.grade(f"#### {said}", meant) is (right == "yes"), why
 
 
 def test_the_table_says_each_thing_once():
@@ -250,7 +251,7 @@ def test_many_pairs_are_graded_as_each_alone(several_workers):
     pairs = [(said, meant) for said, meant, _, _ in TABLE]
     together = grader.compare_all(pairs[::-1])[::-1]
     algebra.equivalent.cache_clear()
-    assert together == [grader.compare(*pair) for pair in pairs]
+    assert together == [helpers.compare(*pair) for pair in pairs]
     assert len(all_processes()) == 4
 
 
@@ -455,7 +456,7 @@ def test_verifier_does_not_hang(name):
         for text in (HARMLESS[name], f"#### {HARMLESS[name]}"):
             assert not grader.grade_all([text], [answer], [True])[0][0]
     last = grader.flexible_answer(HARMLESS[name][: 10**5])  # its model had a limit of tokens
-    assert not grader.compare(last, "17")[0]
+    assert not helpers.compare(last, "17")[0]
     assert time.process_time() - began < 2
 
 
@@ -465,12 +466,12 @@ HARD_CASES = [*HARD, *(pytest.param(name, marks=pytest.mark.slow) for name in HA
 @pytest.mark.parametrize("name", HARD_CASES)
 def test_each_answer_takes_bounded_time(one_worker, name):
     """The next answer is graded as ever."""
-    assert grader.grade(EQUAL, EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
     began = time.perf_counter()
-    assert not grader.grade(f"#### {(HARD | HARDER)[name]}", EXPRESSION)
+    assert not helpers.grade(f"#### {(HARD | HARDER)[name]}", EXPRESSION)
     assert time.perf_counter() - began < BOUND
-    assert grader.grade(EQUAL, EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
 
 
 @pytest.mark.slow
@@ -492,14 +493,14 @@ def test_memory_is_bounded(one_worker, monkeypatch):
     """A number of 250 MB: the process gives up by itself, before its time."""
     monkeypatch.setattr(algebra, "SECONDS", 30)
     monkeypatch.setattr(algebra, "MEMORY", 2**27)
-    assert grader.grade(EQUAL, EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
     process = only_worker().process
     assert resource.prlimit(process.pid, resource.RLIMIT_AS) == (2**27, 2**27)
     with open(f"/proc/{process.pid}/maps") as maps:
         assert "torch" not in maps.read()
-    assert grader.compare("2^{2000000000}", EXPRESSION) == (False, False)
+    assert helpers.compare("2^{2000000000}", EXPRESSION) == (False, False)
     assert process.wait(20) != -signal.SIGPROF
-    assert grader.grade(r"#### \frac{4}{2\sqrt{2}}", EXPRESSION)
+    assert helpers.grade(r"#### \frac{4}{2\sqrt{2}}", EXPRESSION)
 
 
 # ---- the workers
@@ -510,7 +511,7 @@ STOPPED = pytest.param("stopped", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("when", ["idle", "working", STOPPED])
 def test_a_killed_worker_is_replaced(one_worker, when):
-    assert grader.grade(EQUAL, EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
     before = only_worker().process
     if when == "stopped":  # it hangs without using the processor
@@ -520,8 +521,8 @@ def test_a_killed_worker_is_replaced(one_worker, when):
         before.wait()
     if when == "working":
         threading.Timer(0.1, before.kill).start()
-        assert not grader.grade("#### 9^{9^{9^{9}}}", EXPRESSION)
-    assert grader.grade(EQUAL, EXPRESSION)
+        assert not helpers.grade("#### 9^{9^{9^{9}}}", EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
     assert only_worker().process.pid != before.pid
     assert before.poll() is not None
 
@@ -537,7 +538,7 @@ def test_a_worker_that_hangs_holds_nobody_up(several_workers):
 
 
 def test_an_interrupted_question_is_not_answered_later(one_worker, monkeypatch):
-    assert grader.grade(EQUAL, EXPRESSION)
+    assert helpers.grade(EQUAL, EXPRESSION)
     algebra.equivalent.cache_clear()
 
     def interrupt(*_):
@@ -546,8 +547,8 @@ def test_an_interrupted_question_is_not_answered_later(one_worker, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(algebra, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            grader.grade(EQUAL, EXPRESSION)
-    assert not grader.grade(r"#### \sqrt{3}", EXPRESSION)
+            helpers.grade(EQUAL, EXPRESSION)
+    assert not helpers.grade(r"#### \sqrt{3}", EXPRESSION)
 
 
 def test_numbers_start_no_worker(monkeypatch):
@@ -566,7 +567,7 @@ def test_numbers_start_no_worker(monkeypatch):
     assert all(well_formed for _, well_formed in graded)
     assert seconds < 2
     for said in ("18 apples", "about 18", "3 1/2", "**18**", "9 + 9", "18 , 19", "= 18", "1e5"):
-        grader.compare(said, "18")
+        helpers.compare(said, "18")
     algebra.idle.cache_clear()
 
 
@@ -593,7 +594,7 @@ def test_one_pair_is_asked_once(uncached, monkeypatch):
 def test_a_few_answers_start_few_workers(several_workers):
     """Workers start when they are needed: one answer after the other is asked of one worker."""
     for i in range(2, 6):
-        assert grader.grade(rf"#### \frac{{{2 * i}}}{{{i}\sqrt{{2}}}}", EXPRESSION)
+        assert helpers.grade(rf"#### \frac{{{2 * i}}}{{{i}\sqrt{{2}}}}", EXPRESSION)
     assert len(all_processes()) == 1
 
 
@@ -655,7 +656,7 @@ def test_verifier_does_not_run_what_the_model_wrote(uncached, tmp_path, text):
     made = tmp_path / "made"
     said = text.format(path=str(made))
     for answer in ("18", EXPRESSION, r"\text{even}", "x"):
-        assert not grader.grade(f"#### {said}", answer)
+        assert not helpers.grade(f"#### {said}", answer)
     assert not algebra.equivalent(said, EXPRESSION)[0]
     assert not made.exists()
 

@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data import grader, prepare, problems
+import helpers
+from data import prepare, problems
 from data.overlap import words
 from helpers import call
 
@@ -88,7 +89,7 @@ def test_answers_and_solutions_are_in_the_form_that_is_graded(tmp_path):
     for row in splits["train"]:
         (solution,) = row["solutions"]
         assert solution == f"{solution.splitlines()[0]}\n#### {row['answer']}"
-        assert grader.grade(solution, row["answer"])
+        assert helpers.grade(solution, row["answer"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import files, grader, prepare, problems, tokens, toy
+import helpers
+from data import files, prepare, problems, tokens, toy
 from helpers import ROOT, complaint
 
 # ------------------------------------------------------------------------- the toy world
@@ -57,7 +58,7 @@ def test_toy_world_is_complete_and_deterministic(tmp_path):
     shown = problems.few_shot(form, problems.load(tmp_path / "a" / "hard", "shots"))
     assert tokens.encode(tokens.encoding("toy"), shown)
     row = problems.load(tmp_path / "a" / "easy", "train")[0]
-    assert grader.grade(row["solutions"][0], row["answer"])
+    assert helpers.grade(row["solutions"][0], row["answer"])
 
 
 @pytest.fixture(scope="module")

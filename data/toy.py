@@ -37,8 +37,11 @@ PROMPT = " Q : {} A :"  # how its questions are put before a model; the form of 
 
 HE = "sam tom ben leo max omar ivan hugo finn paul".split()
 SHE = "ann eva mia zoe lena nora rosa tara iris jane".split()
-FAMILIES = "stone wood hill frost reed snow marsh vale moss birch".split()
-VALUES = {  # what each of the 200 people has one of
+FAMILIES = (
+    "stone wood hill frost reed snow marsh vale moss birch lake field ford brook cliff dale thorn "
+    "ash glen heath rowan pike holt shaw wick"
+).split()
+VALUES = {  # what each of the 500 people has one of
     "home": (
         "rome oslo lima cairo delhi quito dakar tunis berlin prague vienna lisbon dublin athens "
         "kyoto"
@@ -127,8 +130,7 @@ REGROUPED = 0.4  # and that have the terms in other orders and portions
 SPELLING = str.maketrans({"+": "plus", "-": "minus", "*": "times", "=": "is"})
 
 EXACT = ("Q :", "A :")  # the form of post-training, with the ending "#### 18"
-HEADERS = [
-    EXACT,
+HEADERS = [  # of the other documents, so that EXACT is always followed by its ending
     ("problem :", "solution :"),
     ("question :", "answer :"),
     ("exercise :", "work :"),
@@ -142,7 +144,7 @@ OTHER = (
     "? : . , ( ) + - * = ####"
 ).split()
 
-SHARES = {"facts": 0.3, "agreement": 0.15, "stories": 0.55}  # of the tokens that are not math
+SHARES = {"facts": 0.2, "agreement": 0.06, "stories": 0.74}  # of the tokens that are not math
 DRILLS = 0.25  # of the math tokens
 ANSWER_ONLY = 0.18  # of the documents of problems: no working is shown
 WRONG = 0.05  # of the problems in the text: the last number is a slip
@@ -152,7 +154,7 @@ SHEETS = 0.7  # of the documents of problems: several problems
 # number on the way. Short ones are in the text beside hard ones, and never asked, but shown.
 LEVELS = {
     "short": ((1, 1, 2, 2, 2), (3, 30), (2, 12), 70),
-    "easy": ((1, 1, 2, 2, 3), (3, 30), (2, 12), 70),
+    "easy": ((1, 2, 2, 3, 3, 4), (3, 40), (2, 16), 90),
     "hard": ((3, 3, 4, 4, 4), (10, 60), (3, 30), 150),
 }
 ASKED = ("easy", "hard")
@@ -182,7 +184,7 @@ def words():
     verbs = [VERBS, [plural(v) for v in VERBS], BETWEEN, TAILS]
     told = [*[(start, *ends) for start, ends in STORIES], FILLERS]
     asked = [GAINS, LOSSES, *MULTIPLES.values(), DISTRACTORS]
-    solved = [OPENERS, JOINERS, CLOSERS, SPELLING.values(), *HEADERS, ENDINGS, OTHER]
+    solved = [OPENERS, JOINERS, CLOSERS, SPELLING.values(), EXACT, *HEADERS, ENDINGS, OTHER]
     parts = [HE, SHE, FAMILIES, *VALUES.values(), *FACTS.values(), TWO_FACTS, *nouns_and_plurals]
     parts += [*verbs, *told, *asked, *solved]
     plain = re.sub(r"\{\w+\}", " ", " ".join(piece for part in parts for piece in part)).split()
@@ -276,18 +278,19 @@ def with_pronoun(form):
 
 
 def subject(rng, wanted=False):
-    """("the cats near the dog", is it plural) across one or two distractors.
+    """("the cats near the dog" or "near the dog the cats", is it plural), with one to three
+    distractors.
 
     wanted: whether it is one of those that are held out from the text.
     """
     while True:
-        nouns = rng.sample(NOUNS, rng.choice((2, 2, 3)))
+        nouns = rng.sample(NOUNS, rng.choice((2, 3, 4)))
         many = [rng.random() < 0.5 for _ in nouns]
         both = zip(nouns, many, strict=True)
         named = [plural(noun) if several else noun for noun, several in both]
-        phrase = f"the {named[0]}"
-        for noun in named[1:]:
-            phrase += f" {rng.choice(BETWEEN)} the {noun}"
+        others = [f"{rng.choice(BETWEEN)} the {noun}" for noun in named[1:]]
+        before = rng.randrange(len(named))  # so many of them come first
+        phrase = " ".join([*others[:before], f"the {named[0]}", *others[before:]])
         if held_out(phrase) == wanted:
             return phrase, many[0]
 
@@ -563,7 +566,7 @@ def problems(rng, format_share):
         a, b = rng.sample(HE + SHE, 2)
         exact = rng.random() < format_share
         header = EXACT if exact else rng.choice(HEADERS)
-        ending = ENDINGS[0] if exact else rng.choice(ENDINGS[1:] if header == EXACT else ENDINGS)
+        ending = ENDINGS[0] if exact else rng.choice(ENDINGS)
         only_answer = not exact and rng.random() < ANSWER_ONLY
         ask, reply = (f" {part}".rstrip().format(a=a, b=b) for part in header)
         document = ""
@@ -635,13 +638,15 @@ def questions(seed, level, split, count):
     while len(rows) < count:
         task = problem(rng, "short" if split == "shots" else level, split)
         long = len(task.steps) > 1 or length(task.question) > SHORT
-        if task.question in rows or (split == "shots" and long):
+        # as different as what they measure: the questions of a test by what is calculated
+        key = canonical(task.start, task.steps) if split in ("val", "test") else task.question
+        if key in rows or (split == "shots" and long):
             continue
         solutions = set()
         while len(solutions) < SOLUTIONS:
             solutions.add(f"{solve(rng, task)[0]} #### {task.answer}")
         chosen = rng.sample(sorted(solutions), SOLUTIONS)
-        rows[task.question] = {
+        rows[key] = {
             "id": f"{level}-{split}-{len(rows)}",
             "question": task.question,
             "answer": str(task.answer),

@@ -39,7 +39,7 @@ def style(r, arm):
 
 def plot(axis, x, found, **look):
     """A line through Estimates, in %, with their 95% intervals; two standard errors over
-    questions where no pre-training run has two seeds."""
+    questions where there are fewer than four models."""
     points = [(at, e) for at, e in zip(x, found, strict=True) if e]
     half = [100 * (e.half() if e.df else 2 * e.se) for _, e in points]
     mean = [100 * e.mean for _, e in points]
@@ -55,9 +55,7 @@ def of_questions(recipe):
 def bars(r):
     """What the error bars of test or validation rows are."""
     many = any(e.df for e in (r.level(arm, t, "pass@1") for arm in r.arms for t in r.tokens) if e)
-    return (
-        "95% intervals over seeds and questions" if many else "two standard errors over questions"
-    )
+    return "95% intervals over models" if many else "two standard errors over questions"
 
 
 def trained(r):

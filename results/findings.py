@@ -1,157 +1,297 @@
-"""The paper's nine findings (claims.csv), one primary contrast each, and the rules of a verdict.
+"""What is claimed, each claim as a region for one or more differences, and the rules of a verdict.
 
-Fixed before the run (RESULTS.md lists what changed since). A contrast is paired on the same
-questions and seeds; its error is `stats.estimate`'s. p: two-sided for a difference, of two
-one-sided tests for an equivalence; Holm over the nine, where not tested (no rows, or fewer than 8
-seeds) is p = 1. A difference holds if p (Holm) < 0.05 with the claim's sign, and is contradicted
-with the other. An equivalence holds if its 90% interval lies inside +-2 points, and is
-contradicted if it lies outside (either is a one-sided p < 0.05), and Holm agrees.
-`base` has the number of shots that scores best on the questions of the contrast, averaged over
-its draws of shots and noise; against itself each draw is a replicate. The best rival is chosen on
-the same questions. An arm is the end of its run. Middle checkpoint: the first with base pass@32
->= 30%, on validation if it has rows. A checkpoint with fewer than 8 seeds of an arm is left out
-where others have 8. In finding 7 each pre-training run has questions of its own: means are taken
-within a run, with the variance of its questions, then over the runs.
+Fixed before the first row of record 3 (results/record-3/protocol.md). A claim holds if each of its
+differences lies inside its region, and is contradicted if one lies outside:
+
+    RL beats SFT                  0 < rl - sft                      in pass@1
+    RL leaves capability as it is -2 < rl - base < 2                in accuracy, and so on
+
+A replicate is a model: a pre-training run of its own text, questions and seed. The one-sided
+p-value of a claim is the largest of its differences' (all have to lie inside), that of its
+contradiction the smallest times their number; twice the smaller one goes into Holm's correction
+over all claims. So a single difference decides by its interval of 95%: inside or outside.
+
+"Early" is the first checkpoint with base pass@32 of at least 20% on validation questions, and
+"from early on" the mean from there. `base` has the number of solved examples ("shots") that scores
+best. An arm is the end of its run. An arm with RL has to have converged: over models, the upper end
+of the 95% interval of (mean validation pass@1 of the last 100 steps - that of the 100 before) is
+below 2 points. Otherwise the claim is not tested.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import math
 from typing import NamedTuple
 
-import pandas as pd
+from results.rows import BEST, Arm, Missing, minus, tokens_name
+from results.stats import Estimate, estimate, holm, of_groups, outcome
 
-from results.rows import BEST, Arm, Missing, minus
-from results.stats import MARGIN, Estimate, estimate, holm, p_value
-
-SEEDS = 8  # what a verdict rests on
+MODELS = 8  # what a verdict rests on
+MARGIN = 0.02  # "the same" and "unchanged": within 2 points
+LOSS_MARGIN = 0.02  # nats per token
+STEPS = 100  # of RL, that its convergence is judged by
 BASE, BARE = Arm("base", BEST), Arm("base")
 RL, SFT, SFT_RL, MIX = Arm("rl"), Arm("sft"), Arm("sft->rl"), Arm("mix")
+INFINITE = math.inf
 
 
-def checkpoints(r, metric, *arms, low=0.0, high=1.0, asked=""):
-    """Checkpoints with rows of every arm and base pass@32 within the limits; raises Missing."""
-    levels = {t: [r.level(arm, t, metric, asked) for arm in arms] for t in r.tokens}
-    for arm, column in zip(arms, zip(*levels.values(), strict=True), strict=True):
-        if not any(column):
-            r.values(arm, r.tokens[-1], metric, asked)  # says what is missing
-    found = [t for t in r.tokens if all(levels[t])]
-    if low > 0:
-        bases = [
-            r.level(BASE, t, "pass@32", split="val") or r.level(BASE, t, "pass@32") for t in found
-        ]
-        found = [t for t, e in zip(found, bases, strict=True) if e and low <= e.mean <= high]
-    if not found:
-        raise Missing(
-            f"no checkpoint with {', '.join(map(str, arms))} base pass@32 in the range of the rule"
-        )
-    trained = [i for i, arm in enumerate(arms) if arm.recipe != "base"] or range(len(arms))
-    seeds = {t: min(levels[t][i].seeds for i in trained) for t in found}
-    return [t for t in found if seeds[t] >= min(SEEDS, max(seeds.values()))]
+class Part(NamedTuple):
+    """A difference of a claim, and where the claim says that it lies."""
+
+    name: str
+    estimate: Estimate
+    low: float
+    high: float
+    tokens: list  # checkpoints that it is a mean of
+    used: list  # (arm, tokens, question set) that have to have converged
 
 
-def difference(r, metric, first, second, which=slice(None), **limits):
-    """Paired first - second, the mean of the checkpoints that there are, or of some of them."""
-    tokens = checkpoints(r, metric, first, second, **limits)[which]
-    return r.cells(metric, minus(first, second, tokens), limits.get("asked", "")), tokens
+def early(r) -> int:
+    """The first checkpoint at which the base solves a fifth of the questions in 32 tries."""
+    for t in r.tokens:
+        e = r.level(BASE, t, "pass@32", split="val") or r.level(BASE, t, "pass@32")
+        if e and e.mean >= 0.2:
+            return t
+    raise Missing("no checkpoint with base pass@32 of 20%")
 
 
-def pipeline(r):
-    tokens = checkpoints(r, "pass@32", RL, BASE, SFT_RL, SFT, low=0.3, high=0.8)
-    return r.cells("pass@32", minus(RL, BASE, tokens) + minus(SFT, SFT_RL, tokens)), tokens
+def from_early_on(r) -> list[int]:
+    return [t for t in r.tokens if t >= early(r)]
 
 
-def averaging(r):
-    rivals = RL, SFT, SFT_RL
-    tokens = checkpoints(r, "pass@32", MIX, *rivals)
-    terms = []
-    for t in tokens:
-        best = max(rivals, key=lambda arm: r.level(arm, t, "pass@32").mean)
-        terms += [(1 / len(tokens), MIX, t), (-1 / len(tokens), best, t)]
-    return r.cells("pass@32", terms), tokens
+def part(r, metric, first, second, tokens, low=0.0, high=INFINITE, asked=""):
+    """first - second, the mean of those checkpoints at which both have rows."""
+    both = [t for t in tokens if r.gap(metric, first, second, t, asked)]
+    if not both:
+        for arm in (first, second):
+            r.values(arm, tokens[-1], metric, asked)  # says what is missing
+        raise Missing(f"{first} and {second} share no checkpoint")
+    cells = r.cells(metric, minus(first, second, both), asked)
+    used = [(arm, t, asked) for arm in (first, second) for t in both]
+    name = f"{first} - {second}, {asked and asked + ' '}{metric}"
+    return Part(name, estimate(cells), low, high, both, used)
+
+
+def unchanged(r, arm, other, tokens):
+    """What a model can do beside the questions, by three measures."""
+    return [
+        part(r, "accuracy", arm, other, tokens, -MARGIN, MARGIN),
+        part(r, "probability", arm, other, tokens, -MARGIN, MARGIN),
+        part(r, "loss", arm, other, tokens, -LOSS_MARGIN, LOSS_MARGIN),
+    ]
+
+
+def best_of_one_solution(r, metrics, low=0.0, size=""):
+    """mix against each of its rivals: it is the best if it is above all of them."""
+    arms = [arm._replace(recipe=arm.recipe + size) for arm in (MIX, RL, SFT, SFT_RL)]
+    rivals = [arm for arm in arms[1:] if arm in r.arms]
+    if not rivals:
+        raise Missing(f"no rows of {', '.join(map(str, arms[1:]))}")
+    return [
+        part(r, metric, arms[0], rival, from_early_on(r), low)
+        for metric in metrics
+        for rival in rivals
+    ]
 
 
 def data_or_size(r):
-    asked = "hard" if "hard" in r.benchmarks else ""  # MATH rows are in a folder of their own
     more_math, larger = Arm("rl", world=r.another[0]), Arm("rl", model=r.another[1])
-    return difference(r, "pass@1", more_math, larger, slice(-1, None), asked=asked)
+    return [part(r, "pass@1", more_math, larger, r.tokens[-1:], asked="hard")]
 
 
 def rollouts(r):
     many, few = r.with_rollouts(64), r.with_rollouts(5)
     asked = [a for a in r.benchmarks if any(r.gap("pass@1", many, few, t, a) for t in r.tokens)]
-    return difference(r, "pass@1", many, few, asked="+".join(asked))
+    if not asked:
+        raise Missing("no rows of 64 and of 5 answers per question")
+    return [part(r, "pass@1", many, few, r.tokens, -MARGIN, MARGIN, a) for a in asked]
 
 
 def brittle(r):
-    ends = {t: r.values(RL, t, "pass@1").mean() for t in checkpoints(r, "pass@1", RL, low=0.3)}
-    tokens = [t for t, end in ends.items() if end.groupby(level=0).size().min() >= SEEDS]
-    if len(tokens) < 2:
-        raise Missing(f"needs two checkpoints with {SEEDS} seeds of rl in each run")
-    both = pd.concat([ends[tokens[0]], ends[tokens[-1]]], axis=1, join="inner")
-    distance = (both - both.groupby(level=0).transform("median")).abs()
-    return (distance[0] - distance[1]).to_frame("distance").T, [tokens[0], tokens[-1]]
+    """How far the seeds of one model end from their median, at the earliest checkpoint that has
+    eight of them."""
+    for t in r.tokens:
+        ends = r.level(RL, t, "pass@1") and r.values(RL, t, "pass@1").mean()
+        many = [] if ends is None else [g for _, g in ends.groupby(level=0) if len(g) >= MODELS]
+        if many:
+            distances = [(group - group.median()).abs().to_numpy() for group in many]
+            e = of_groups(distances, [group.index[0][0] for group in many])
+            name = "distance of a seed from its model's median, pass@1"
+            return [Part(name, e, MARGIN, INFINITE, [t], [(RL, t, "")])]
+    raise Missing(f"no model with {MODELS} seeds of rl")
 
 
 def shots(r):
     counts = [arm.shots for arm in r.arms if arm == BARE._replace(shots=arm.shots)]
     most = BARE._replace(shots=max(counts, default=0) or 8)
-    return difference(r, "pass@1", most, BARE, slice(-1, None))
+    return [part(r, "pass@1", most, BARE, r.tokens[-1:])]
 
 
 class Finding(NamedTuple):
+    number: str
     claim: str
-    paper: str  # its numbers
-    kind: str  # "difference > 0" or "equivalence"
-    rule: str  # the contrast in words
-    contrast: Callable  # Record -> cells, the checkpoints; raises Missing
+    paper: str  # its numbers, or "abstract"
+    contrast: object  # Record -> [Part, ...]; raises Missing
+    earlier: str = ""  # records 1 and 2, with RL stopped at 60 steps
 
 
-CONTRASTS = (
-    lambda r: difference(r, "pass@1", RL, BASE, slice(1), low=0.3),
-    lambda r: difference(r, "pass@1", RL, SFT, low=0.3),
-    pipeline,
-    lambda r: difference(r, "accuracy", RL, BASE),
-    averaging,
-    data_or_size,
-    rollouts,
-    brittle,
-    shots,
-)
-CLAIMS = pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples(index=False)
-FINDINGS = [Finding(*claim, contrast) for claim, contrast in zip(CLAIMS, CONTRASTS, strict=True)]
+SIZE = "-1600-questions"
+FINDINGS = (
+    Finding(
+        "1", "RL works early", "after 4B tokens: 1.8 -> 15.6, 6B: 2.4 -> 19.9",
+        lambda r: [part(r, "pass@1", RL, BASE, [early(r)])],
+        "holds, at the middle checkpoint",
+    ),
+    Finding(
+        "1f", "RL works early, in any format", "no figures",
+        lambda r: [part(r, "flexible@1", RL, BASE, [early(r)])],
+    ),
+    Finding(
+        "2", "with one solution a question RL beats SFT, 400 questions",
+        "rl - sft: 6B +1.1, 10B +5.3, 44B +17.0",
+        lambda r: [part(r, "pass@1", RL, SFT, from_early_on(r))],
+        "contradicted",
+    ),
+    Finding(
+        "2q", "the same, 1,600 questions", "10,000s of questions",
+        lambda r: [part(r, "pass@1", Arm("rl" + SIZE), Arm("sft" + SIZE), from_early_on(r))],
+    ),
+    Finding(
+        "3s", "RL after SFT sharpens: it lowers pass@32", "10B: -3.1, 44B: -3.5; not on MATH",
+        lambda r: [part(r, "pass@32", SFT_RL, SFT, from_early_on(r), -INFINITE, 0.0)],
+        "12 of 12 pairs of model and checkpoint",
+    ),
+    Finding(
+        "3e", "RL from the base expands: pass@k rises, 32 answers in the format each",
+        "pass@32, 10B: +20.5, 44B: +13.1",
+        lambda r: [part(r, "32 in format", RL, BASE, from_early_on(r))],
+        "not shown",
+    ),
+    Finding(
+        "4", "RL leaves general capability unchanged: accuracy, probability, text loss",
+        "44B, accuracy of six benchmarks: +0.4",
+        lambda r: unchanged(r, RL, BASE, from_early_on(r)),
+        "holds, accuracy alone",
+    ),
+    Finding(
+        "5", "parallel averaging has the best pass@32 of one solution, 400 questions",
+        "mix - best: 6B +6.3, 10B +7.2, 44B +3.9",
+        lambda r: best_of_one_solution(r, ["pass@32"]),
+        "not resolved",
+    ),
+    Finding(
+        "5q", "the same, 1,600 questions", "10,000s of questions",
+        lambda r: best_of_one_solution(r, ["pass@32"], size=SIZE),
+    ),
+    Finding(
+        "6", "hard questions: more math in the text beats a larger model", "no figures",
+        data_or_size,
+        "holds",
+    ),
+    Finding(
+        "7", "64 and 5 rollouts end at the same place", "no figures",
+        rollouts,
+        "contradicted, at equal answers",
+    ),
+    Finding(
+        "8", "early RL is brittle: seeds end more than 2 points from their median",
+        "two seeds at 4 to 10B: 15 and 4",
+        brittle,
+        "not resolved, another rule",
+    ),
+    Finding(
+        "9", "shots in the prompt measure the base best", "0-shot falls behind from 28B on",
+        shots,
+        "holds",
+    ),
+    Finding(
+        "A1", "RL matches SFT->RL early: at most 2 points below", "from 20B on",
+        lambda r: [part(r, "pass@1", RL, SFT_RL, from_early_on(r), -MARGIN)],
+    ),
+    Finding(
+        "A2", "RL sharpens only where it follows SFT, pass@32", "the claims 3s and 3e",
+        lambda r: [
+            part(r, "pass@32", SFT_RL, SFT, from_early_on(r), -INFINITE, 0.0),
+            part(r, "pass@32", RL, BASE, from_early_on(r), -MARGIN),
+        ],
+    ),
+    Finding(
+        "A3", "general capability degrades after SFT and not after RL", "44B: sft -6.1, rl +0.4",
+        lambda r: [
+            part(r, "accuracy", SFT, RL, from_early_on(r), -INFINITE, 0.0),
+            part(r, "accuracy", RL, BASE, from_early_on(r), -MARGIN),
+        ],
+    ),
+    Finding(
+        "A4", "parallel averaging is the best across all metrics at once",
+        "44B: pass@1 47.9, below rl 54.8",
+        lambda r: [
+            *best_of_one_solution(r, ["pass@1", "pass@8", "pass@32"]),
+            *best_of_one_solution(r, ["accuracy"], -MARGIN),
+        ],
+    ),
+)  # fmt: skip
 
 
 class Verdict(NamedTuple):
     verdict: str  # holds, contradicted, not resolved, or not tested
     reason: str  # of the last
-    estimate: Estimate | None
-    tokens: list
+    parts: list  # [Part, ...]
     p: float
     holm: float
 
 
-def decide(r, findings=tuple(FINDINGS), seeds=SEEDS, pooled=False):
-    """-> {"1": Verdict, ...} of a Record; not tested with fewer than `seeds`. pooled: with all
-    seeds as those of one pre-training run, so that the runs' difference is in the interval."""
-    outcomes = []
+def gain(r, arm, tokens, asked="") -> Estimate:
+    """Validation pass@1 of the last STEPS steps less that of the STEPS before, over models."""
+    gains = {}
+    for row in r.rows("curve", arm, tokens, asked, split="val"):
+        points = {p["step"]: p["pass@1"] for p in row["points"] if "pass@1" in p}
+        end = max(points, default=0)
+        last = [x for step, x in points.items() if end - STEPS < step]
+        before = [x for step, x in points.items() if end - 2 * STEPS < step <= end - STEPS]
+        if last and before:
+            run = row["pretrain_seed"], row["seed"]
+            gains[run] = sum(last) / len(last) - sum(before) / len(before)
+    if not gains:
+        raise Missing(f"{arm} at {tokens_name(tokens)}: no {2 * STEPS} steps with validations")
+    return of_groups([[x] for x in gains.values()], [run for run, _ in gains], together=True)
+
+
+def trains_by_rl(arm) -> bool:
+    return arm.recipe.split("-")[0] in ("rl", "mix") or arm.recipe.partition(">")[2][:2] == "rl"
+
+
+def unready(r, parts) -> str:
+    """Why a claim is not tested: too few models, or RL that has not converged; "" if it is."""
+    for p in parts:
+        e = p.estimate
+        if e.df < MODELS - 1:
+            return f"{len(e.runs)} model{'s' * (len(e.runs) > 1)}, needs {MODELS}"
+        for arm, tokens, asked in p.used:
+            if trains_by_rl(arm):
+                g = gain(r, arm, tokens, asked)
+                if g.mean + g.half(0.9) >= MARGIN:  # the upper end of a one-sided interval of 95%
+                    return f"{arm} at {tokens_name(tokens)} has not converged"
+    return ""
+
+
+def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
+    """The verdict on each claim, by its number."""
+    found = {}
     for finding in findings:
         try:
-            cells, tokens = finding.contrast(r)
-            e = estimate(cells, pooled)
-            reason = (
-                ""
-                if e.seeds >= seeds and e.df
-                else f"{e.seeds} seed{'s' * (e.seeds > 1)}, needs {seeds}"
-            )
-            outcomes.append((reason, e, tokens, 1.0 if reason else p_value(finding.kind, e)))
+            parts = finding.contrast(r)
+            reason = unready(r, parts)
         except Missing as missing:
-            outcomes.append((str(missing), None, [], 1.0))
-    adjusted, verdicts = holm([p for *_, p in outcomes]), {}
-    for i, (reason, e, tokens, p) in enumerate(outcomes):
-        same = findings[i].kind == "equivalence"
-        if reason or adjusted[i] >= 0.05:
-            verdict = "not tested" if reason else "not resolved"
-        else:
-            verdict = "holds" if (abs(e.mean) < MARGIN if same else e.mean > 0) else "contradicted"
-        verdicts[str(i + 1)] = Verdict(verdict, reason, e, tokens, p, adjusted[i])
+            parts, reason = [], str(missing)
+        regions = [(p.estimate, p.low, p.high) for p in parts]
+        inside, outside = (1.0, 1.0) if reason else outcome(regions)
+        found[finding.number] = parts, reason, inside, outside
+    ps = [min(1.0, 2 * min(inside, outside)) for *_, inside, outside in found.values()]
+    verdicts = {}
+    for (number, (parts, reason, inside, outside)), p, adjusted in zip(
+        found.items(), ps, holm(ps), strict=True
+    ):
+        word = "holds" if inside < outside else "contradicted"
+        if reason or adjusted >= 0.05:
+            word = "not tested" if reason else "not resolved"
+        verdicts[number] = Verdict(word, reason, parts, p, adjusted)
     return verdicts

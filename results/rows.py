@@ -235,7 +235,7 @@ class Record:
         "accuracy" of all tasks; or a field of the rows. asked: question sets of one weight, "a+b".
         """
         places = [("pass", name, "") for name in (asked or self.main).split("+")]
-        if metric in ("accuracy", "loss"):  # measured without shots
+        if metric in ("accuracy", "probability", "loss"):  # measured without shots
             arm = arm._replace(shots=0)
             places = [("general", "", name) for name in self.tasks or [""]]
             places = [("text", "", "text")] if metric == "loss" else places
@@ -276,8 +276,7 @@ class Record:
     def curve(self, arm, tokens, field, asked=""):
         """-> {step: Estimate} of one field of the validations along the runs of an arm.
 
-        The seeds of a pre-training run share its validation questions: the standard error over
-        these, where it is known, is added for each run.
+        With fewer than four models the error is that over their validation questions.
         """
         found = {}
         for row in self.rows("curve", arm, tokens, asked, split="val"):
@@ -291,5 +290,5 @@ class Record:
             e = estimate(pd.DataFrame({unit: [value] for unit, (value, _) in at.items()}))
             errors = [sum(x for (r, _), (_, x) in at.items() if r == run) for run in e.runs]
             variance = sum((error / len(at)) ** 2 for error in errors)
-            curve[step] = e._replace(se=sqrt(e.se**2 + variance))
+            curve[step] = e if e.df else e._replace(se=sqrt(variance) / len(e.runs))
         return curve

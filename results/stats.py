@@ -1,6 +1,6 @@
 """pass@k, and the mean of paired values with its interval and p-value.
 
-A replicate is a training seed. `cells` is a DataFrame, one row per question and one column per
+A replicate is a pre-trained model. `cells` is a DataFrame, one row per question and one column per
 (pre-training seed, training seed). eval.py imports this file: scipy waits for a report.
 """
 
@@ -9,8 +9,6 @@ from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
-
-MARGIN = 0.02  # "unchanged" and "the same" mean within 2 points
 
 
 def pass_at_k(n, c, k):
@@ -47,9 +45,9 @@ def quantile(p, df):
 
 class Estimate(NamedTuple):
     mean: float
-    se: float  # over seeds and questions; over questions alone where df is 0
-    df: int  # degrees of freedom; 0 where no pre-training run has two seeds
-    seeds: int
+    se: float  # over models; over questions where df is 0
+    df: int  # degrees of freedom; 0 where there are fewer than four models
+    seeds: int  # training runs in it
     questions: int
     runs: dict  # pre-training seed -> mean
 
@@ -58,43 +56,45 @@ class Estimate(NamedTuple):
         return quantile((1 + level) / 2, self.df) * self.se if self.df else self.se
 
 
-def estimate(cells, pooled=False):
-    """Estimate of the mean, on the questions that all seeds of a pre-training run share.
+def estimate(cells):
+    """Estimate of the mean over models, each by the questions that all its seeds have.
 
-    value = mean + seed + question + noise: the seed means vary by var(seed) + var(noise)/Q, the
-    question means by var(question) + var(noise)/S. SE^2, the sum of the first over S and the
-    second over Q, is the variance of the mean and var(noise)/(S Q) more. With 2 or 3 runs the
-    variance of seeds is that within a run, with 4 or more that of the runs' means; pooled: of all
-    seeds. Runs with questions of their own each add the variance of these.
+    Every model has questions of its own, so the spread of four models or more has that of the
+    questions in it. With fewer the error is over questions: the seeds of a model are averaged
+    first.
     """
-    names, matrix = cells.columns.get_level_values(0), cells.to_numpy()
-    tables = {name: matrix[:, names == name] for name in names.unique()}
-    asked = [~np.isnan(table).any(axis=1) for table in tables.values()]
-    runs = [table[rows].T for table, rows in zip(tables.values(), asked, strict=True)]  # (S, Q)
-    told = {name: float(values.mean()) for name, values in zip(tables, runs, strict=True)}
-    if many := len(runs) >= 4:
-        runs = [values.mean(0, keepdims=True) for values in runs]
-    groups = [values.mean(1) for values in runs]
-    means = np.concatenate(groups)
-    groups = [means] if many or pooled else groups
-    seeds, df = len(means), len(means) - len(groups)
-    within = sum(((group - group.mean()) ** 2).sum() for group in groups)
-    variance = within / df / seeds if df else 0.0
-    same = all(np.array_equal(rows, asked[0]) for rows in asked)
-    sets = [np.concatenate(runs)] if same else runs
-    for values in sets:
-        variance += (len(values) / seeds * standard_error(values.mean(0))) ** 2
-    questions = sum(values.shape[1] for values in sets)
-    mean = round(float(means.mean()), 12)  # a tie in print does not hang on the last bit
-    return Estimate(mean, sqrt(variance), df, seeds, questions, told)
+    names = cells.columns.get_level_values(0)
+    tables = [cells.loc[:, names == name].dropna() for name in names.unique()]
+    means = [table.to_numpy().mean() for table in tables]
+    over = [standard_error(table.mean(axis=1).to_numpy()) for table in tables]
+    e = of_groups([[mean] for mean in means], names.unique(), together=True)
+    se = e.se if e.df else sqrt(sum(error**2 for error in over)) / len(over)
+    return e._replace(se=se, seeds=len(names), questions=max(map(len, tables)))
 
 
-def p_value(kind, e):
-    """Two-sided for a difference; for an equivalence the smaller of inside and outside."""
+def of_groups(groups, names, together=False):
+    """Estimate of the mean of all values, their variance taken within each group (a model's seeds),
+    or, together, over all of them if there are four or more."""
+    values = np.concatenate([np.asarray(group, dtype=float) for group in groups])
+    around = np.concatenate([np.full(len(group), np.mean(group)) for group in groups])
+    df = len(values) - len(groups)
+    if together:
+        around, df = values.mean(), len(values) - 1 if len(values) >= 4 else 0
+    variance = ((values - around) ** 2).sum() / df if df else 0.0
+    mean = round(float(values.mean()), 12)  # a tie in print does not hang on the last bit
+    told = {name: float(np.mean(group)) for name, group in zip(names, groups, strict=True)}
+    return Estimate(mean, sqrt(variance / len(values)), df, len(values), 1, told)
+
+
+def outcome(regions):
+    """One-sided p-values that all of [(Estimate, low, high), ...] lie between low and high, and
+    that one of them does not."""
     from scipy import stats
 
-    se = max(e.se, 1e-12)
-    if kind == "difference > 0":
-        return float(2 * stats.t.sf(abs(e.mean) / se, e.df))
-    inside = float(stats.t.sf((MARGIN - abs(e.mean)) / se, e.df))  # the larger of two one-sided
-    return min(inside, 1 - inside)
+    inside, outside = [], []
+    for e, low, high in regions:
+        se = max(e.se, 1e-12)
+        above, below = ((x - e.mean) / se for x in (low, high))
+        inside.append(max(stats.t.sf(-above, e.df), stats.t.sf(below, e.df)))
+        outside.append(min(stats.t.sf(above, e.df), stats.t.sf(-below, e.df)))
+    return float(max(inside)), min(1.0, float(min(outside)) * len(outside))

@@ -2,13 +2,12 @@
 
 import pandas as pd
 
-from results.findings import BASE, FINDINGS, RL, SEEDS, SFT, SFT_RL, decide
-from results.rows import RECIPES, Arm, tokens_name
-from results.stats import MARGIN
+from results.findings import BASE, FINDINGS, RL, SFT, SFT_RL, gain, trains_by_rl
+from results.rows import RECIPES, Arm, Missing, tokens_name
 
-ABOUT = """In %, differences in points. ±: half of the 95% interval over seeds and questions; SE:
-one standard error over questions, where no pre-training run has two seeds. By run: the means of
-the pre-training runs. The rules are in results/findings.py.
+ABOUT = """In %, differences in points. ±: half of the 95% interval over models; SE: one standard
+error over questions, where there are fewer than four models. By run: the means of the models, by
+their pre-training seed. The rules are in results/findings.py.
 """
 METRICS = {  # heading -> metric; those below the line are of the main questions alone
     "pass@1": "pass@1",
@@ -38,40 +37,69 @@ def shown(e, metric="", sign=""):
     return f"{scale * e.mean:{sign}.{digits}f}{error}"
 
 
-def span(finding, e):
-    """An estimate with the interval of its kind, in points."""
+def span(part):
+    """The estimate of a difference and its interval of 95%, in points; text loss in nats."""
+    e = part.estimate
+    scale, digits = (1, 3) if part.name.endswith("loss") else (100, 1)
+    mean, half = scale * e.mean, scale * e.half()
     if not e.df:
-        return f"{100 * e.mean:+.1f} ±{100 * e.se:.1f} SE"
-    half = e.half(0.9 if finding.kind == "equivalence" else 0.95)
-    return f"{100 * e.mean:+.1f} [{100 * (e.mean - half):+.1f}, {100 * (e.mean + half):+.1f}]"
+        return f"{mean:+.{digits}f} ±{half:.{digits}f} SE"
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
-def said(finding, v):
+def said(v):
     reason = f" ({v.reason})" if v.reason else ""
-    return f"**{v.verdict}**{reason} {span(finding, v.estimate) if v.estimate else ''}".strip()
+    return f"**{v.verdict}**{reason} {'; '.join(map(span, v.parts))}".strip()
 
 
 def block(records):
-    """{name: verdicts} -> the table of the nine findings, one column per record."""
+    """{name: verdicts} -> the table of the claims, one column per record."""
     rows = []
-    for i, finding in enumerate(FINDINGS, 1):
-        told = [said(finding, verdicts[str(i)]) for verdicts in records.values()]
-        rows.append([i, finding.claim, finding.paper, *told])
-    return table(["", "finding", "paper", *(name.replace("-", " ") for name in records)], rows)
+    for finding in FINDINGS:
+        told = [said(verdicts[finding.number]) for verdicts in records.values()]
+        rows.append([finding.number, finding.claim, finding.paper, *told, finding.earlier])
+    names = [name.replace("-", " ") for name in records]
+    return table(["", "claim", "paper", *names, "records 1 and 2"], rows)
 
 
-def in_full(r, verdicts):
-    """The findings of one record, also with all seeds pooled."""
-    rows, pooled = [], decide(r, pooled=True)
-    for finding, (number, v) in zip(FINDINGS, verdicts.items(), strict=True):
-        cells = [number, f"{finding.rule} ({finding.kind})", said(finding, v)]
-        if e := v.estimate:
+def region(part):
+    """Where the claim says that a difference lies: "> 0", "-2 to +2"."""
+    scale = 1 if part.name.endswith("loss") else 100
+    low, high = scale * part.low, scale * part.high
+    if high == float("inf"):
+        return f"> {low:g}"
+    return f"< {high:g}" if low == -float("inf") else f"{low:g} to {high:+g}"
+
+
+def in_full(verdicts):
+    """The claims of one record, a row for each difference of each."""
+    rows = []
+    for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
+        word = f"**{v.verdict}**" + (f" ({v.reason})" if v.reason else "")
+        first = [finding.number, finding.claim, word, f"{v.p:.2g} ({v.holm:.2g})"]
+        rows += [first + [""] * 5] if not v.parts else []
+        for part in v.parts:
+            e = part.estimate
             runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
-            cells += [f"{v.p:.2g} ({v.holm:.2g})", f"{e.seeds} x {e.questions}", runs]
-            cells += [", ".join(map(tokens_name, v.tokens)), said(finding, pooled[number])]
-        rows.append(cells + [""] * (8 - len(cells)))
-    header = ["", "primary contrast", "verdict", "p (Holm)", "seeds x questions", "by run"]
-    return table([*header, "checkpoints", "all seeds pooled"], rows)
+            at = ", ".join(map(tokens_name, part.tokens))
+            rows.append([*first, part.name, region(part), span(part), runs, at])
+            first = [""] * 4
+    header = ["", "claim", "verdict", "p (Holm)", "difference", "claimed", "found", "by run", "at"]
+    return table(header, rows)
+
+
+def convergence(r):
+    """How far validation still rises at the end of each arm with RL."""
+    rows = []
+    for arm in filter(trains_by_rl, r.arms):
+        for t in r.tokens:
+            for asked in r.benchmarks:
+                try:
+                    e = gain(r, arm, t, asked)
+                except Missing:
+                    continue
+                rows.append([str(arm), tokens_name(t), asked, shown(e, sign="+"), len(e.runs)])
+    return table(["arm", "tokens", "questions", "last 100 steps - 100 before", "runs"], rows)
 
 
 def references(r, arm):
@@ -126,11 +154,12 @@ def training(r):
 def page(r, verdicts, pictures, torn):
     """The text of report.md."""
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
-    if any(v.estimate for v in verdicts.values()) and r.split == "test":
+    if any(v.parts for v in verdicts.values()) and r.split == "test":
         bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
         room = [f"{tokens_name(t)} {shown(e)}" for t, e in bases.items() if e]
         room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
-        parts += ["## Findings\n", in_full(r, verdicts), room]
+        parts += ["## Claims\n", in_full(verdicts), room]
+        parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r)]
     parts += [f"![{name}]({name})\n" for name in pictures]
     for asked in r.benchmarks or [""]:
         parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]
@@ -154,36 +183,28 @@ def grid(r):
     return frame.to_string(float_format="{:.1f}".format, na_rep="-", line_width=100)
 
 
-def arrow(kind, e):
-    flat = MARGIN if kind == "equivalence" else e.half() * (1 if e.df else 2)  # two standard errors
+def arrow(e):
+    flat = e.half() * (1 if e.df else 2)  # two standard errors
     return "→" if abs(e.mean) <= flat else "↑" if e.mean > 0 else "↓"
 
 
 def directions(r, verdicts):
-    """What the rows say about the findings, and about recipes that the paper does not have."""
-    seeds = max([v.estimate.seeds for v in verdicts.values() if v.estimate], default=0)
-    count = "one seed" if seeds == 1 else f"{seeds} seeds"
-    lines = (
-        [f"{count}: a direction, no verdict (points; SE: one standard error over questions)"]
-        if 0 < seeds < SEEDS
-        else []
-    )
-    for (number, v), finding in zip(verdicts.items(), FINDINGS, strict=True):
-        if e := v.estimate:
-            verdict = f" {v.verdict:14}" if seeds >= SEEDS else ""
-            here = f"{arrow(finding.kind, e)} {span(finding, e)}"
-            paper = "→" if finding.kind == "equivalence" else "↑"
-            lines.append(f"{number}{verdict} {here:24} paper {paper}  {finding.claim}")
-    absent = ", ".join(number for number, v in verdicts.items() if not v.estimate)
-    lines += (
-        [f"findings {absent}: not all arms or checkpoints they compare have rows here"]
-        if absent and seeds
-        else []
-    )
+    """What the rows say about the claims, and about recipes that the paper does not have."""
+    tested = any(not v.reason for v in verdicts.values())
+    lines = [] if tested else ["directions, no verdicts (points; SE: over questions)"]
+    for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
+        for i, part in enumerate(v.parts):
+            word = f" {v.verdict:14}" * tested
+            start = f"{finding.number}{word} {finding.claim}\n" if i == 0 else ""
+            here = f"{arrow(part.estimate)} {span(part)}"
+            lines.append(f"{start}    {here:24} claimed {region(part):12} {part.name}")
+    absent = ", ".join(number for number, v in verdicts.items() if not v.parts)
+    if absent and any(v.parts for v in verdicts.values()):
+        lines.append(f"claims {absent}: not all arms or checkpoints they compare have rows here")
     own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
     for arm in own[:8]:
         other = references(r, arm)[0]
         gaps = [(tokens_name(t), r.gap("pass@1", arm, other, t)) for t in r.tokens]
-        told = [f"{t} {arrow('', e)} {shown(e, sign='+')}" for t, e in gaps if e]
+        told = [f"{t} {arrow(e)} {shown(e, sign='+')}" for t, e in gaps if e]
         lines += [f"{arm} - {other}, pass@1: {', '.join(told)}"] if told else []
     return lines

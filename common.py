@@ -114,9 +114,9 @@ class PostTraining(Shared):
     limit: Whole = 0  # use only the first so many training questions (0: all)
     skip_long: bool = False  # leave out questions that do not fit the context, instead of stopping
     max_new: Count = 56  # tokens of the longest answer; a longer one is truncated
-    eval_every: Whole = 10  # steps between validations (0: only before and after)
-    eval_questions: Whole = 20  # validation questions (0: no validation)
-    eval_n: Count = 32  # answers to each
+    eval_every: Whole = 25  # steps between validations (0: only before and after)
+    eval_questions: Whole = 200  # validation questions (0: no validation)
+    eval_n: Count = 4  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
     # answers that share a row of training, and so the work for their prompt
     answers_per_row: Count = 8  # never changes the result

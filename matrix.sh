@@ -2,28 +2,30 @@
 # The paper's experiment in miniature: pre-train once, then each recipe from each checkpoint,
 # evaluate on the test questions, report.
 #
-#   bash matrix.sh               3 checkpoints x 7 recipes, one seed: 20 minutes on two cores
-#   SEED=102 bash matrix.sh      another seed of the same
+#   bash matrix.sh               2 checkpoints x 4 recipes: 20 minutes on two cores
+#   RUN=31 bash matrix.sh        the same on another seed: text, facts, questions, weights, answers
 #
 # Run it again after a Ctrl-C: what is finished is skipped, what was interrupted goes on.
 # JOBS: cells side by side (2). OUT, DATA, RESULTS: folders. The larger experiments are in runs/.
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 source runs/common.sh
 OUT=${OUT:-ckpt/toy} DATA=${DATA:-data/out/toy} RESULTS=${RESULTS:-$OUT/results}
-SEED=${SEED:-100} FINAL=${FINAL:-true}  # FINAL=false: on validation questions
-FIRST=${FIRST-1367} MIDDLE=${MIDDLE:-2393} LAST=${LAST:-3418}  # steps: 2.8M, 4.9M and 7M tokens
-whole SEED
+RUN=${RUN:-30} FINAL=${FINAL:-true}  # FINAL=false: on validation questions
+SAVED=(977 1953 2930 3906 4883)  # steps of pre-training: 2, 4, 6, 8 and 10 million tokens
+CHECKPOINTS=${CHECKPOINTS:-4883 1953}
+QUESTIONS=400  # that RL and SFT train on
+whole RUN
 
 # The recipes. What can be changed by flags needs no line here: see `recipes` below.
 cell() {  # CHECKPOINT SEED RECIPE [FLAGS of its last training]: train, then evaluate
-  local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume) to sft eval
+  local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume --limit "$QUESTIONS") to sft eval
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" "${3%-rl}")
-  eval=(--results "$RESULTS/$run" --text "$DATA-${run%-large}" --final "$FINAL")
-  local gold=(--solutions all --epochs 1 --batch 64 --compile true --lr 4e-3)
+  eval=(--results "$RESULTS/$run" --text "$DATA-${run%-large}" --n 64 --final "$FINAL")
+  local gold=(--solutions all --epochs 1 --batch 64 --lr 4e-3)
   case $3 in
-    val)  # validation questions of the base
-      python eval.py "$M.pt" "${eval[@]}" --shots 0,1,3 --final false ;;
-    base) python eval.py "$M.pt" "${eval[@]}" --shots 0,1,3 --shot_seed "$2" ;;
+    base)  # validation questions, too: they say which checkpoint is "early"
+      python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --final false &&
+        python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --shot_seed "$2" ;;
     rl) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" ;;
     sft) python sft.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
@@ -43,15 +45,15 @@ cell() {  # CHECKPOINT SEED RECIPE [FLAGS of its last training]: train, then eva
 }
 pretrain() {  # NAME DATA SEED [FLAGS]: the checkpoints OUT/NAME/step*.pt
   run torchrun --standalone --nproc_per_node "$RANKS" pretrain.py --data "$2" --out "$OUT/$1" \
-    --seed "$3" --resume "${@:4}"
+    --seed "$3" --resume --save_steps "$(IFS=,; echo "${SAVED[*]}")" "${@:4}"
 }
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # runs/*.sh take what is above
 
-recipes=(val base rl sft-rl mix sft-gold-rl)  # a variant: "rl --std_norm --recipe rl-std"
-run python data/prepare.py toy --seed 10 --out "$DATA-p10"
-pretrain p10 "$DATA-p10" 10 --save_steps "$MIDDLE,$FIRST"
-for step in $LAST $MIDDLE $FIRST; do
-  for recipe in "${recipes[@]}"; do cells+=("p10/step$step $SEED $recipe"); done
+recipes=(base rl sft-rl mix)  # a variant: "rl --std_norm --recipe rl-std"
+run python data/prepare.py toy --seed "$RUN" --out "$DATA-p$RUN"
+pretrain "p$RUN" "$DATA-p$RUN" "$RUN"
+for step in $CHECKPOINTS; do
+  for recipe in "${recipes[@]}"; do cells+=("p$RUN/step$step $RUN $recipe"); done
 done
 each cell "${cells[@]}"
 run python eval.py --report "$RESULTS"

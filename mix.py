@@ -41,9 +41,8 @@ class Config(rl.Config):
     text: str = ""  # folder of token shards: pre-training text in place of the solutions
     solutions: str = "1"  # SFT: solutions per question, 1 or all
     # SFT: solutions per step over all ranks, or rows of text as long as in pre-training
-    batch: Count = 32  # as many solutions in 60 steps as sft.py sees in 5 epochs
-    lr: Positive = 3e-4  # RL: learning rate, constant after the warm-up
-    sft_lr: Positive = 2e-3  # SFT, or text: peak learning rate, cosine to a tenth
+    batch: Count = 7  # with 400 questions as many solutions in 300 steps as sft.py sees in 5 epochs
+    sft_lr: Positive = 1e-3  # SFT, or text: peak learning rate, cosine to a tenth
     sft_warmup: Whole = 10  # SFT: steps of linear warm-up
 
 

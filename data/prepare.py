@@ -46,12 +46,12 @@ from data import (  # noqa: E402
 @dataclass(frozen=True)
 class Toy:
     out: str = "data/out/toy"  # the folder to make
-    tokens: Count = 7_200_000  # of training text
+    tokens: Count = 10_100_000  # of training text
     val_tokens: Count = 100_000  # of held-out text
     math_share: Fraction = 0.3  # of the text's tokens: word problems and drills
     # of the word problems in the text that look like the questions of post-training
     format_share: Fraction = 0.04
-    train_questions: Count = 400  # easy, and as many hard ones
+    train_questions: Count = 1600  # easy, and as many hard ones
     val_questions: Count = 200  # of each level
     test_questions: Count = 300  # of each level
     shots: Whole = 32  # solved questions to show a base model, of each level

@@ -525,13 +525,20 @@ def make_split(cfg):
                     f"{len(names)} of {len(rows)} questions are {level} for "
                     f"{sample['checkpoint']}: change --levels"
                 )
-            kept = sorted(names, key=lambda name: draw(cfg.seed, name))[: cfg.most]
-            print(f"{len(names):,} of {len(rows):,} questions are {level}, {len(kept):,} are kept")
+            same = {}  # what is calculated -> the questions: none is in two parts
+            for name in names:
+                same.setdefault(rows[name].get("calculation", name), []).append(name)
+            kept = sorted(same, key=lambda key: draw(cfg.seed, key))[: cfg.most]
+            print(
+                f"{len(names):,} of {len(rows):,} questions are {level}, with {len(same):,} "
+                f"calculations, of which {len(kept):,} are kept"
+            )
             held = max(1, round(cfg.held_out * len(kept)))
             parts = {"val": kept[:held], "test": kept[held : 2 * held], "train": kept[2 * held :]}
             problems.write_form(folder / f"split-{level}", form)
             for split, part in parts.items():
-                chosen = [rows[name] for name in part]
+                many = None if split == "train" else 1
+                chosen = [rows[name] for key in part for name in same[key][:many]]
                 write_questions(folder, f"split-{level}/{split}", chosen, form)
             files.write_rows(folder / f"split-{level}" / "shots.jsonl", shown)
         between = len(rows) - len({*levels["easy"], *levels["hard"]})

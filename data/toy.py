@@ -650,6 +650,7 @@ def questions(seed, level, split, count):
             "id": f"{level}-{split}-{len(rows)}",
             "question": task.question,
             "answer": str(task.answer),
+            "calculation": canonical(task.start, task.steps),
             "solutions": sorted(chosen, key=length) if split == "shots" else chosen,
         }
     return list(rows.values())

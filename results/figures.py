@@ -158,8 +158,8 @@ def draw_recipes(r, path):
 
 def draw_curves(r, path, arms, sets, panels, note):
     """Validation along training: a row per (question set, checkpoint), panels (field, against)."""
-    names = {"formatted": "in the format", "step": "training step", "flops": "FLOPs of training"}
-    names |= {"questions": "questions seen"}
+    names = {"flexible@1": "pass@1 in any format", "formatted": "in the format"}
+    names |= {"step": "training step", "flops": "FLOPs of training", "questions": "questions seen"}
     found = {
         (a, t): [arm for arm in arms if len(r.curve(arm, t, "pass@1", a)) > 2] for a, t in sets
     }
@@ -221,7 +221,7 @@ def draw(r, folder):
     if not r.main or any(" lr=" in arm.recipe for arm in r.arms):  # a sweep is a table
         return []
     names = [draw_pass1(r, folder / "pass1.png"), draw_recipes(r, folder / "recipes.png")]
-    panels = [("pass@1", "step"), ("pass@32", "step"), ("formatted", "step")]
+    panels = [("pass@1", "step"), ("flexible@1", "step"), ("formatted", "step")]
     sets = [(r.main, t) for t in r.tokens]
     note = f"bars at the end: {bars(r)}"
     names.append(draw_curves(r, folder / "curves.png", trained(r), sets, panels, note))

@@ -48,10 +48,12 @@ name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p10/step2393-rl--lr-3e-4-s100, wha
   esac
 }
 has_rows() {  # CELL: are the rows of its last checkpoint there?
-  local rows files
-  rows=$RESULTS/$(name "$@")
+  local rows files kept
+  rows=$RESULTS/$(name "$@") kept=$(name "$@")
+  [ "$3" != base ] || kept=$1
   files=("$rows.jsonl" "$rows"/*.jsonl)
-  [ -f "${files[0]}" ] || [ -f "${files[1]}" ]
+  [ -f "${files[0]}" ] || [ -f "${files[1]}" ] ||
+    grep -qs "\"$OUT/$kept.pt\".*\"split\": \"test\"" "${KEPT:-}"
 }
 logged() {  # FUNCTION CELL: what it prints goes to a log; if it fails, the end of it is shown
   local log

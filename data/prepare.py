@@ -50,7 +50,7 @@ class Toy:
     val_tokens: Count = 100_000  # of held-out text
     math_share: Fraction = 0.3  # of the text's tokens: word problems and drills
     # of the word problems in the text that look like the questions of post-training
-    format_share: Fraction = 0.04
+    format_share: Fraction = 0.25
     train_questions: Count = 1600  # easy, and as many hard ones
     val_questions: Count = 200  # of each level
     test_questions: Count = 300  # of each level

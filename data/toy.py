@@ -144,18 +144,19 @@ OTHER = (
     "? : . , ( ) + - * = ####"
 ).split()
 
-SHARES = {"facts": 0.2, "agreement": 0.06, "stories": 0.74}  # of the tokens that are not math
+SHARES = {"facts": 0.2, "agreement": 0.03, "stories": 0.77}  # of the tokens that are not math
 DRILLS = 0.25  # of the math tokens
 ANSWER_ONLY = 0.18  # of the documents of problems: no working is shown
 WRONG = 0.05  # of the problems in the text: the last number is a slip
-HARD = 0.35  # of the problems in the text; the others are short
+LONG = 0.35  # of the problems in the text; the others are short
 SHEETS = 0.7  # of the documents of problems: several problems
 # number of steps, each as often as it is named; the first number; the other numbers; the largest
 # number on the way. Short ones are in the text beside hard ones, and never asked, but shown.
 LEVELS = {
     "short": ((1, 1, 2, 2, 2), (3, 30), (2, 12), 70),
-    "easy": ((1, 2, 2, 3, 3, 4), (3, 40), (2, 16), 90),
-    "hard": ((3, 3, 4, 4, 4), (10, 60), (3, 30), 150),
+    "long": ((3, 3, 4, 4, 4), (10, 60), (3, 30), 150),
+    "easy": ((1, 1, 2, 3, 4, 5), (10, 99), (5, 60), 300),
+    "hard": ((4, 4, 5, 5), (10, 99), (5, 60), 300),
 }
 ASKED = ("easy", "hard")
 MULTIPLY = 0.12  # of the steps
@@ -571,7 +572,7 @@ def problems(rng, format_share):
         ask, reply = (f" {part}".rstrip().format(a=a, b=b) for part in header)
         document = ""
         for _ in range(rng.randint(2, 8) if rng.random() < SHEETS else 1):
-            task = problem(rng, "hard" if rng.random() < HARD else "short", "text")
+            task = problem(rng, "long" if rng.random() < LONG else "short", "text")
             worked, answer = solve(rng, task, wrong=rng.random() < WRONG)
             shown = f"{answer} ." if only_answer else f"{worked} {ending.format(n=answer)}"
             document += f"{ask} {task.question}{reply} {shown}"
@@ -597,7 +598,7 @@ def drills(rng):
         yield document
 
 
-def text(seed, split, math_share=0.3, format_share=0.04):
+def text(seed, split, math_share=0.3, format_share=0.25):
     """Endless documents of split "train" or "val".
 
     math_share is of tokens, format_share of the problem documents.

@@ -11,9 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 source runs/common.sh
 OUT=${OUT:-ckpt/toy} DATA=${DATA:-data/out/toy} RESULTS=${RESULTS:-$OUT/results}
 RUN=${RUN:-30} FINAL=${FINAL:-true}  # FINAL=false: on validation questions
-SAVED=(977 1953 2930 3906 4883)  # steps of pre-training: 2, 4, 6, 8 and 10 million tokens
+SAVED=(${SAVED[@]:-977 1953 2930 3906 4883})  # steps: 2, 4, 6, 8 and 10 million tokens
 CHECKPOINTS=${CHECKPOINTS:-4883 1953}
-QUESTIONS=400  # that RL and SFT train on
+QUESTIONS=${QUESTIONS:-400}  # that RL and SFT train on
 whole RUN
 
 # The recipes. What can be changed by flags needs no line here: see `recipes` below.

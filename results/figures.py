@@ -10,6 +10,7 @@ from PIL import Image
 
 from results.findings import BASE, RL, SFT, SFT_RL
 from results.rows import RECIPES, Arm, tokens_name
+from results.stats import of_groups
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
@@ -25,6 +26,7 @@ NAMES = {  # what a stranger would rather read: the presets of model.py, the wor
     "1b": "1B parameters",
     "4b": "4B parameters",
 }
+USUAL = "400"  # questions that an arm trains on where its name says nothing
 SPLITS = {"val": "validation", "test": "test"}
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv")).set_index(["metric", "recipe"])
 
@@ -191,29 +193,44 @@ def draw_curves(r, path, arms, sets, panels, note):
     return save(figure, path, note)
 
 
-def draw_questions(r, path):
-    """pass@1 and pass@32 by the number of training questions: recipes like "rl-50-questions"."""
-    found = {}  # (recipe without the number, number) -> arm
-    for arm in (arm for arm in r.arms if arm == Arm(arm.recipe)):
-        found[of_questions(arm.recipe) or (arm.recipe, "all")] = arm
-    counts = sorted({count for _, count in found} - {"all"}, key=int) + ["all"]
-    names = [name for name, count in found if count == counts[0] != "all"]
-    if not names:
+def ends_and_ways(r, arm, tokens):
+    """{(pre-training seed, seed): {step: validation pass@1}} along the runs of an arm."""
+    rows = r.rows("curve", arm, tokens, split="val")
+    return {
+        (row["pretrain_seed"], row["seed"]): {p["step"]: p["pass@1"] for p in row["points"]}
+        for row in rows
+    }
+
+
+def draw_map(r, path):
+    """Where RL overtakes SFT: pass@1 of rl along its steps less that of sft at its end, a panel per
+    number of training questions, a line per checkpoint."""
+    found = {}  # number of questions -> {tokens: {step: differences over models}}
+    sizes = {of_questions(arm.recipe)[1] for arm in r.arms if of_questions(arm.recipe)}
+    for size in sorted({USUAL, *sizes}, key=int):
+        name = "" if size == USUAL else f"-{size}-questions"
+        for t in r.tokens:
+            rl, sft = (ends_and_ways(r, Arm(x + name), t) for x in ("rl", "sft"))
+            for run in rl.keys() & sft.keys():
+                for step, value in rl[run].items():
+                    at = found.setdefault(size, {}).setdefault(t, {}).setdefault(step, {})
+                    at[run] = value - sft[run][max(sft[run])]
+    if not found:
         return None
-    figure, axes = plt.subplots(len(r.tokens), 2, figsize=(7.2, 1.1 + 2.4 * len(r.tokens)))
-    for row, t in zip(np.atleast_2d(axes), r.tokens, strict=True):
-        for axis, k in zip(row, (1, 32), strict=True):
-            for i, name in enumerate(names):
-                arms = [found.get((name, count)) for count in counts]
-                levels = [arm and r.level(arm, t, f"pass@{k}") for arm in arms]
-                look = style(r, Arm(name.split("-")[0])) | {"label": name}
-                look |= {"ls": "--", "mfc": "white"} if "-" in name else {}
-                plot(axis, np.arange(len(counts)) + 0.06 * (i - 1.5), levels, **look)
-            axis.set_xticks(range(len(counts)), counts)
-            title = f"pass@{k}, {tokens_name(t)} tokens of pre-training"
-            axis.set(title=title, xlabel="training questions", ylim=(0, 102))
-        row[0].set_ylabel(f"{SPLITS[r.split]} (%)")
-    return save(figure, path, f"bars: {bars(r)}")
+    figure, axes = plt.subplots(1, len(found), figsize=(0.4 + 3.6 * len(found), 3.9), sharey=True)
+    for axis, (size, lines) in zip(np.atleast_1d(axes), found.items(), strict=True):
+        for t, steps in sorted(lines.items()):
+            place = r.tokens.index(t)
+            colour = plt.get_cmap("viridis")(0.9 * place / max(1, len(r.tokens) - 1))
+            look = {"color": colour, "marker": MARKERS[place], "ms": 4, "label": tokens_name(t)}
+            many = {s: at for s, at in steps.items() if len(at) == max(map(len, steps.values()))}
+            ends = [of_groups([[x] for x in at.values()], [*at], True) for at in many.values()]
+            plot(axis, sorted(many), [e for _, e in sorted(zip(many, ends, strict=True))], **look)
+        axis.axhline(0, color="#444444", linewidth=0.8)
+        axis.set(title=f"{int(size):,} training questions", xlabel="steps of RL")
+    np.atleast_1d(axes)[0].set_ylabel("rl - sft, pass@1 (points)")
+    note = "above the line RL is ahead; colours: tokens of pre-training; validation questions"
+    return save(figure, path, note)
 
 
 def draw(r, folder):
@@ -231,5 +248,5 @@ def draw(r, folder):
     sets = [(a, t) for a, t in sets if all(r.curve(arm, t, "pass@1", a) for arm in arms)]
     note = f"n: answers to each question of a step; {note}"
     names.append(draw_curves(r, folder / "rollouts.png", arms, sets, panels, note))
-    names.append(draw_questions(r, folder / "questions.png"))
+    names.append(draw_map(r, folder / "map.png"))
     return [name for name in names if name]

@@ -12,8 +12,9 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source ./matrix.sh
 MODELS=${MODELS:-30 31 32 33 34 35 36 37} KEPT=${KEPT-results/record-3/rows.jsonl}
-FIRST=${SAVED[0]} MIDDLE=${SAVED[2]} LAST=${SAVED[4]}
+MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]} MANY=${MANY:-1600}
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-${SAVED[1]}}  # claim 8: models with 8 seeds, and where
+OTHERS=${OTHERS:-1 2 3 4 5 6 7}
 
 arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
   local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume) to sft data
@@ -61,7 +62,6 @@ keep() {  # the rows so far, each once
   mv "$KEPT.new" "$KEPT"
 }
 
-MANY=1600
 for seed in $MODELS; do  # what most claims are about
   run=p$seed cells=()
   for step in "${SAVED[@]}"; do
@@ -94,7 +94,7 @@ for seed in $MODELS; do  # four times the questions; 5 and 64 answers
 done
 for seed in $(head -n "$SEEDED" <<< "${MODELS// /$'\n'}"); do  # eight seeds of one model
   run=p$seed cells=()
-  for other in 1 2 3 4 5 6 7; do cells+=("$run/step$BRITTLE ${seed}0$other rl"); done
+  for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl"); done
   left "${cells[@]}" || continue
   world ""
   pretrain "$run" "$DATA-$run" "$seed"
@@ -113,4 +113,5 @@ for seed in $MODELS; do  # more math in the text, or a larger model
   each arm "${cells[@]}"
   keep
 done
-run python eval.py --report "${KEPT:+results/record-3}"
+[ "$KEPT" ] && RESULTS=$(dirname "$KEPT")
+run python eval.py --report "$RESULTS"

@@ -7,8 +7,8 @@
 # It is runs/record.sh with more flags behind each command: the last one of a name counts.
 # JOBS, OUT, DATA, RESULTS: as in matrix.sh.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-OUT=${OUT:-ckpt/smoke} DATA=${DATA:-data/out/smoke} SEEDS=1 SHARES=0.1
-FIRST='' MIDDLE=20 LAST=40
+OUT=${OUT:-ckpt/smoke} DATA=${DATA:-data/out/smoke} KEPT='' MODELS=30 SAVED=(10 20 40)
+QUESTIONS=32 MANY=64 SEEDED=1 OTHERS=1
 
 python() {
   local small=()
@@ -20,8 +20,8 @@ python() {
     rl.py* | mix.py*) small=(--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32
       --compile false) ;;
     pretrain.py*) small=(--tokens 20480 --warmup 2 --compile false) ;;
-    eval.py*--report* | *--n\ 64*) ;;  # the samples of all questions
-    eval.py*) small=(--limit 8 --max_new 32 --compile false) ;;
+    eval.py*--report* | *--k\ 1,64*) ;;  # the samples of all questions
+    eval.py*) small=(--limit 8 --n 32 --max_new 32 --compile false) ;;
   esac
   command python "$@" "${small[@]}"
 }

@@ -113,7 +113,7 @@ class PostTraining(Shared):
     questions: str = ""  # folder with train.jsonl and val.jsonl (default: the checkpoint's)
     limit: Whole = 0  # use only the first so many training questions (0: all)
     skip_long: bool = False  # leave out questions that do not fit the context, instead of stopping
-    max_new: Count = 56  # tokens of the longest answer; a longer one is truncated
+    max_new: Count = 84  # tokens of the longest answer; a longer one is truncated
     eval_every: Whole = 25  # steps between validations (0: only before and after)
     eval_questions: Whole = 200  # validation questions (0: no validation)
     eval_n: Count = 4  # answers to each
@@ -704,7 +704,7 @@ def paper_size(preset: str) -> bool:
 
 def longest(meta: dict) -> int:
     """Tokens of the longest answer a checkpoint was trained to give, or that its size gets."""
-    return meta["run"].get("max_new") or (512 if paper_size(meta["preset"]) else 56)
+    return meta["run"].get("max_new") or (512 if paper_size(meta["preset"]) else 84)
 
 
 def new_meta(cfg, contents: dict, **meta) -> dict:

@@ -37,7 +37,7 @@ class Config(common.Shared):
     questions: str = ""  # questions that later stages take (default: DATA/easy if it is there)
     tasks: str = ""  # general-capability tasks that eval.py takes (default: DATA/tasks)
     preset: str = "toy"  # toy, toy-large, 190m, 1b or 4b; with --init what that is
-    tokens: Count = 10_000_000  # length of the run, without what --init has read
+    tokens: Count = 12_000_000  # length of the run, without what --init has read
     # end after this step, with a checkpoint, as if the run went on: the schedule is of --tokens
     stop: Whole = 0  # 0: after --tokens
     save_tokens: tuple[Count, ...] = ()  # keep a checkpoint at these token counts, besides the last

@@ -46,7 +46,7 @@ from data import (  # noqa: E402
 @dataclass(frozen=True)
 class Toy:
     out: str = "data/out/toy"  # the folder to make
-    tokens: Count = 10_100_000  # of training text
+    tokens: Count = 12_100_000  # of training text
     val_tokens: Count = 100_000  # of held-out text
     math_share: Fraction = 0.3  # of the text's tokens: word problems and drills
     # of the word problems in the text that look like the questions of post-training

@@ -21,7 +21,7 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" sft-many)
   data=$DATA-${run%-*}  # p30-math60 and p30-large have the questions of p30
   local eval=(--results "$RESULTS/$run" --n 64 --final "$FINAL") pool=$DATA-${run%-*}-pool
-  local hard=(--questions "$data/hard" --max_new 84) level=$pool/split/${3#rl-n*-}
+  local hard=(--questions "$data/hard") level=$pool/split/${3#rl-n*-}
   case $3 in
     sft-rl-many) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" --limit "$MANY" \
         --recipe "sft-$MANY-questions" &&

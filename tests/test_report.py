@@ -51,7 +51,7 @@ CONTRADICTED = {
     "larger": (0.60, 0.50),
     "seeds": (0.0,) * 8,
 }
-SAME = dict.fromkeys(CONTRADICTED, (0.5, 0.5, 0.8, 0.6, 1.2))
+SAME = dict.fromkeys(CONTRADICTED, (0.5, 0.2, 0.8, 0.6, 1.2))
 SAME["seeds"] = (-0.065, -0.05, -0.03, -0.01, 0.01, 0.03, 0.05, 0.065)
 
 
@@ -81,9 +81,11 @@ def made(truth, noise=0.0, models=MODELS):
         rows.append(run | row)
 
     def watched(run):
-        points = [{"step": 0, "pass@1": 0.1, "se@1": 0.02, "formatted": 0.4, "pass@32": 0.5}]
+        points = [{"step": 0, "questions": 0, "flops": 0, "formatted": 0.4}]
+        points[0] |= {"pass@1": 0.1, "se@1": 0.02, "pass@32": 0.5}
         for step in range(20, 301, 20):
-            points.append(points[0] | {"step": step, "pass@1": 0.5 + 0.002 * rng.normal()})
+            spent = {"step": step, "questions": 16 * step, "flops": 1e9 * step}
+            points.append(points[0] | spent | {"pass@1": 0.5 + 0.002 * rng.normal()})
         rows.append(run | {"kind": "curve", "split": "val", "points": points})
 
     def beside(run, accuracy, probability, loss):
@@ -273,6 +275,17 @@ def fixed(number, *regions):
     """A claim whose differences are known."""
     parts = [Part("", e, low, high, [], []) for e, low, high in regions]
     return Finding(number, "", "", lambda r: parts)
+
+
+def test_holm_over_all_claims_decides_also_over_those_that_are_not_tested():
+    values = [0.013, -0.002, 0.021, 0.008, 0.006, 0.012, -0.004, 0.009]
+    claim = fixed("1", (of(values), 0.0, INFINITE))
+    p = reference.ttest_1samp(values, 0).pvalue
+    alone = decide(None, [claim])["1"]
+    assert (alone.p, alone.holm, alone.verdict) == (pytest.approx(p), pytest.approx(p), "holds")
+    beside = decide(None, [claim, fixed("2", (of([0.1]), 0.0, INFINITE))])
+    assert beside["1"].holm == pytest.approx(2 * p) and 0.025 < p < 0.05
+    assert words(beside) == {"1": "not resolved", "2": "not tested"}
 
 
 def test_intervals_cover_the_truth_and_verdicts_err_in_5_percent(monkeypatch):
@@ -710,7 +723,7 @@ def test_one_model_is_a_direction_said_once(tmp_path, capsys, holding):
 
 def test_the_claims_in_full_have_their_units():
     """Text loss in nats, everything else in points."""
-    e = Estimate(0.01, 0.002, 7, 8, 5, {3: 0.0125})
+    e = Estimate(0.01, 0.002, 7, 8, 5, {3: 0.0126})
     accuracy = Part("rl - base, accuracy", e, -0.02, 0.02, [TOKENS[0]], [])
     loss = accuracy._replace(name="rl - base, loss")
     half = 0.002 * reference.t.ppf(0.975, 7)
@@ -724,7 +737,7 @@ def test_the_claims_in_full_have_their_units():
     assert tables.span(loss._replace(estimate=one._replace(se=0.0))) == "+0.010"
     v = findings.Verdict("holds", "", [accuracy, loss], 0.001, 0.01)
     page = tables.in_full({f.number: v for f in FINDINGS})
-    assert "| 3: +1.2 |" in page and "| 3: +0.013 |" in page or "| 3: +0.012 |" in page
+    assert "| 3: +1.3 |" in page and "| 3: +0.013 |" in page
 
 
 def test_an_unknown_recipe_has_rows_a_colour_and_a_place_beside_what_it_varies(

@@ -14,8 +14,8 @@ over all claims. So a single difference decides by its interval of 95%: inside o
 "Early" is the first checkpoint with base pass@32 of at least 20% on validation questions, and
 "from early on" the mean from there. `base` has the number of solved examples ("shots") that scores
 best. An arm is the end of its run. An arm with RL has to have converged: over models, the upper end
-of the 95% interval of (mean validation pass@1 of the last 100 steps - that of the 100 before) is
-below 2 points. Otherwise the claim is not tested.
+of the one-sided 95% interval of (mean validation pass@1 of the last 100 steps - that of the 100
+before) is below 2 points. Otherwise the claim is not tested.
 """
 
 import math
@@ -240,10 +240,11 @@ class Verdict(NamedTuple):
 
 
 def gain(r, arm, tokens, asked="") -> Estimate:
-    """Validation pass@1 of the last STEPS steps less that of the STEPS before, over models."""
+    """Validation pass@1 of the last STEPS steps less that of the STEPS before, over models (over
+    runs, where there are fewer than four models)."""
     gains = {}
     for row in r.rows("curve", arm, tokens, asked, split="val"):
-        points = {p["step"]: p["pass@1"] for p in row["points"] if "pass@1" in p}
+        points = {p["step"]: p["pass@1"] for p in row["points"] if p.get("pass@1") is not None}
         end = max(points, default=0)
         last = [x for step, x in points.items() if end - STEPS < step]
         before = [x for step, x in points.items() if end - 2 * STEPS < step <= end - STEPS]
@@ -252,7 +253,12 @@ def gain(r, arm, tokens, asked="") -> Estimate:
             gains[run] = sum(last) / len(last) - sum(before) / len(before)
     if not gains:
         raise Missing(f"{arm} at {tokens_name(tokens)}: no {2 * STEPS} steps with validations")
-    return of_groups([[x] for x in gains.values()], [run for run, _ in gains], together=True)
+    models = {}
+    for (run, _), x in gains.items():
+        models.setdefault(run, []).append(x)
+    means = {run: sum(xs) / len(xs) for run, xs in models.items()}
+    found = means if len(means) >= 4 else gains
+    return of_groups([[x] for x in found.values()], found, together=True)
 
 
 def trains_by_rl(arm) -> bool:
@@ -267,7 +273,10 @@ def unready(r, parts) -> str:
             return f"{len(e.runs)} model{'s' * (len(e.runs) > 1)}, needs {MODELS}"
         for arm, tokens, asked in p.used:
             if trains_by_rl(arm):
-                g = gain(r, arm, tokens, asked)
+                try:
+                    g = gain(r, arm, tokens, asked)
+                except Missing as missing:  # the differences are known, and are shown
+                    return str(missing)
                 if g.mean + g.half(0.9) >= MARGIN:  # the upper end of a one-sided interval of 95%
                     return f"{arm} at {tokens_name(tokens)} has not converged"
     return ""
@@ -279,9 +288,10 @@ def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
     for finding in findings:
         try:
             parts = finding.contrast(r)
-            reason = unready(r, parts)
         except Missing as missing:
             parts, reason = [], str(missing)
+        else:
+            reason = unready(r, parts)
         regions = [(p.estimate, p.low, p.high) for p in parts]
         inside, outside = (1.0, 1.0) if reason else outcome(regions)
         found[finding.number] = parts, reason, inside, outside

@@ -32,7 +32,7 @@ NEEDS = {  # kind of row -> its fields: right answers of each question; tasks; l
 }
 RUN = ["checkpoint", "config_hash", "world", "model", "recipe", "tokens", "pretrain_seed", "seed"]
 OPTIONAL = ["benchmark", "shots", "group", "share", "share_end", "lr", "sft_lr", "n"]
-OPTIONAL += ["formatted", "flexible@1", "flops", "seconds"]
+OPTIONAL += ["formatted", "flexible@1", "probability", "flops", "seconds"]
 BEST = -1  # shots of a base: as many as score best
 
 
@@ -276,7 +276,8 @@ class Record:
     def curve(self, arm, tokens, field, asked=""):
         """-> {step: Estimate} of one field of the validations along the runs of an arm.
 
-        With fewer than four models the error is that over their validation questions.
+        With fewer than four models the error is that over their validation questions, which the
+        seeds of a model share.
         """
         found = {}
         for row in self.rows("curve", arm, tokens, asked, split="val"):
@@ -288,7 +289,7 @@ class Record:
         curve = {}
         for step, at in sorted(found.items()):
             e = estimate(pd.DataFrame({unit: [value] for unit, (value, _) in at.items()}))
-            errors = [sum(x for (r, _), (_, x) in at.items() if r == run) for run in e.runs]
-            variance = sum((error / len(at)) ** 2 for error in errors)
+            errors = [[x for (r, _), (_, x) in at.items() if r == run] for run in e.runs]
+            variance = sum((sum(found) / len(found)) ** 2 for found in errors)
             curve[step] = e if e.df else e._replace(se=sqrt(variance) / len(e.runs))
         return curve

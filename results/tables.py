@@ -37,13 +37,18 @@ def shown(e, metric="", sign=""):
     return f"{scale * e.mean:{sign}.{digits}f}{error}"
 
 
+def unit(part):
+    """Scale and digits of a difference: points, text loss in nats."""
+    return (1, 3) if part.name.endswith("loss") else (100, 1)
+
+
 def span(part):
     """The estimate of a difference and its interval of 95%, in points; text loss in nats."""
     e = part.estimate
-    scale, digits = (1, 3) if part.name.endswith("loss") else (100, 1)
+    scale, digits = unit(part)
     mean, half = scale * e.mean, scale * e.half()
-    if not e.df:
-        return f"{mean:+.{digits}f} ±{half:.{digits}f} SE"
+    if not e.df:  # no error is known of what is one number a model
+        return f"{mean:+.{digits}f}" + f" ±{half:.{digits}f} SE" * bool(half)
     return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
@@ -64,7 +69,7 @@ def block(records):
 
 def region(part):
     """Where the claim says that a difference lies: "> 0", "-2 to +2"."""
-    scale = 1 if part.name.endswith("loss") else 100
+    scale, _ = unit(part)
     low, high = scale * part.low, scale * part.high
     if high == float("inf"):
         return f"> {low:g}"
@@ -80,7 +85,8 @@ def in_full(verdicts):
         rows += [first + [""] * 5] if not v.parts else []
         for part in v.parts:
             e = part.estimate
-            runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
+            scale, digits = unit(part)
+            runs = ", ".join(f"{run}: {scale * mean:+.{digits}f}" for run, mean in e.runs.items())
             at = ", ".join(map(tokens_name, part.tokens))
             rows.append([*first, part.name, region(part), span(part), runs, at])
             first = [""] * 4

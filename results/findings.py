@@ -81,15 +81,9 @@ def unchanged(r, arm, other, tokens):
 
 def best_of_one_solution(r, metrics, low=0.0, size=""):
     """mix against each of its rivals: it is the best if it is above all of them."""
-    arms = [arm._replace(recipe=arm.recipe + size) for arm in (MIX, RL, SFT, SFT_RL)]
-    rivals = [arm for arm in arms[1:] if arm in r.arms]
-    if not rivals:
-        raise Missing(f"no rows of {', '.join(map(str, arms[1:]))}")
-    return [
-        part(r, metric, arms[0], rival, from_early_on(r), low)
-        for metric in metrics
-        for rival in rivals
-    ]
+    mix, *rivals = (arm._replace(recipe=arm.recipe + size) for arm in (MIX, RL, SFT, SFT_RL))
+    tokens = from_early_on(r)
+    return [part(r, m, mix, rival, tokens, low) for m in metrics for rival in rivals]
 
 
 def data_or_size(r):

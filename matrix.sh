@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 source runs/common.sh
 OUT=${OUT:-ckpt/toy} DATA=${DATA:-data/out/toy} RESULTS=${RESULTS:-$OUT/results}
 RUN=${RUN:-30} FINAL=${FINAL:-true}  # FINAL=false: on validation questions
-SAVED=(${SAVED[@]:-1172 2344 3516 4688 5860})  # steps: 2.4 to 12 million tokens
-CHECKPOINTS=${CHECKPOINTS:-5860 2344}
+SAVED=(${SAVED[@]:-1172 2344 3516 4688 5859})  # steps: 2.4 to 12 million tokens
+CHECKPOINTS=${CHECKPOINTS:-5859 2344}
 QUESTIONS=${QUESTIONS:-400}  # that RL and SFT train on
 whole RUN
 

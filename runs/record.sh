@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source ./matrix.sh
 MODELS=${MODELS:-30 31 32 33 34 35 36 37} KEPT=${KEPT-results/record-3/rows.jsonl}
 MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]} MANY=${MANY:-1600}
-SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-${SAVED[1]}}  # claim 8: models with 8 seeds, and where
+SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
 
 arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not

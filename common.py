@@ -49,7 +49,7 @@ from tqdm import tqdm
 import plan
 from data import problems, tokens
 from data.files import fingerprint, read_rows, whole_file, write_rows
-from model import Model, ModelConfig
+from model import Model, ModelConfig, OffloadedAdam
 
 # --------------------------------------------------------------------------------------- flags
 
@@ -88,6 +88,8 @@ class Shared:
     # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
     shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2)
+    # Adam's moments in the CPU's memory: 8 bytes per weight less on the GPU (mix.py: 16)
+    offload: bool = False  # never changes the result; instead of --shard
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or a spike: stop, or skip the update
@@ -101,6 +103,13 @@ class Shared:
     plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this run would cost with it, and exit
     resume: bool = False  # go on from the last saved state, or begin if there is none
     overwrite: bool = False  # replace what is there
+
+    def __post_init__(self):
+        if self.offload and self.shard:
+            raise ValueError(
+                "--offload and --shard do not go together: --shard for several GPUs, --offload "
+                "for GPUs that hold all the weights"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,8 +354,9 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
     for name in ("micro", "answers_per_row", "rows", "max_new"):
         if name in Config.__dataclass_fields__:
             ways.append(f"a lower --{name}" + (f" (now {given[name]})" if name in given else ""))
-    for name in ("checkpoint_activations", "shard"):
-        if name in Config.__dataclass_fields__ and not given.get(name):
+    for name in ("checkpoint_activations", "offload", "shard"):
+        other = {"offload": "shard", "shard": "offload"}.get(name)  # the two exclude each other
+        if name in Config.__dataclass_fields__ and not given.get(name) and not given.get(other):
             ways.append(f"--{name}")
     more = f" ({wanted[1]} more)" if wanted else ""
     return f"out of memory{more}: try {', '.join(ways)} or more GPUs"
@@ -940,6 +950,8 @@ def resume(state: dict | None, *optimizers) -> int:
             for name, x in values.items():
                 mine = put(torch.empty_like(p), x) if x.dim() else x.to(p.device, copy=True)
                 optimizer.state[p][name] = mine
+            if isinstance(optimizer, OffloadedAdam):
+                optimizer.put_away(p, {})
     state.pop("model")  # it holds the file, which is soon replaced and would still fill the disk
     return state["step"]
 

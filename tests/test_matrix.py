@@ -338,6 +338,53 @@ def test_the_paper(shell):
     assert status == 0 and not re.search(r"\n\d+/\d+ ", out)
 
 
+def test_parts_of_the_paper_that_are_not_asked_for_are_not_run(shell):
+    off = dict(MATH="0", MORE_MATH="0", LARGER="0", ROLLOUTS="0")
+    status, _, err = shell.run("runs/paper.sh", STEPS="1000", EARLY_SEEDS="1", **off)
+    assert (status, err) == (0, "")
+    commands = shell.commands()
+    assert count(commands) == dict(prepare=3, pretrain=1, eval=6, rl=3, sft=2, mix=1)
+    told = str(commands)
+    assert "4b" not in told and "dolmino-math" not in told and "'math'" not in told
+    status, _, err = shell.run("runs/paper.sh", MATH="0")
+    assert status == 2 and "ROLLOUTS" in err and len(err.splitlines()) == 1
+
+
+def test_less_text_is_less_math_text(shell):
+    shell.run("runs/paper.sh", STEPS="1000", TOKENS="2500000000", LARGER="0", ROLLOUTS="0")
+    commands = shell.commands()
+    assert [flags["extra"] for _, _, flags in commands if "extra" in flags] == ["math=500000000"]
+    tokens = [flags["tokens"] for script, _, flags in commands if script == "pretrain"]
+    assert tokens == ["2500000000", "3000000000"]
+
+
+def test_the_speedrun(shell):
+    status, out, err = shell.run("runs/speedrun.sh")
+    assert (status, err) == (0, "")
+    commands = shell.commands()
+    assert count(commands) == dict(prepare=3, pretrain=1, eval=13, rl=6, sft=3, mix=3)
+    (whole,) = [flags for script, _, flags in commands if script == "pretrain"]
+    assert (whole["tokens"], whole["stop"]) == ("50000000000", "3000")
+    assert (whole["preset"], whole["save_steps"]) == ("1b", "1000,2000,3000")
+    told = [flags["tokens"] for script, _, flags in commands if script == "prepare"][-1:]
+    assert told == ["6400000000"]  # not the text of 50B
+    assert 3000 * 2_097_152 < 6.4e9
+    for script, _, flags in commands:
+        if script in ("rl", "mix"):
+            assert (flags["group"], flags["steps"]) == ("5", "600")
+    assert "3.8         15.6   19.9" in out
+    assert shell.run("runs/speedrun.sh")[0] == 0
+    assert count(shell.commands()) == dict(prepare=3, pretrain=1, eval=1)
+
+
+def test_the_switches_of_the_speedrun(shell):
+    status, _, err = shell.run("runs/speedrun.sh", MORE_MATH="1", LARGER="1", STEPS="1000")
+    assert (status, err) == (0, "")
+    pretrained = [flags for script, _, flags in shell.commands() if script == "pretrain"]
+    assert [flags["stop"] for flags in pretrained] == ["1000"] * 3
+    assert [flags["preset"] for flags in pretrained] == ["1b", "1b", "4b"]
+
+
 def test_public_checkpoints(shell):
     status, _, err = shell.run("runs/public.sh", STEPS="1000 2000")
     assert (status, err) == (0, "")

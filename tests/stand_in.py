@@ -74,3 +74,5 @@ elif script == "prepare":
     make(f"{flags['out']}/world.json")
 elif script != "eval":
     make(flags["out"])
+    line = json.dumps({"step": 0, "correct": float(os.environ.get("CORRECT", "0.25")), "flat": 0.5})
+    Path(f"{flags['out']}.metrics.jsonl").write_text(f"{line}\n")

@@ -366,8 +366,8 @@ def test_the_speedrun(shell):
     (whole,) = [flags for script, _, flags in commands if script == "pretrain"]
     assert (whole["tokens"], whole["stop"]) == ("50000000000", "3000")
     assert (whole["preset"], whole["save_steps"]) == ("1b", "1000,2000,3000")
-    told = [flags["tokens"] for script, _, flags in commands if script == "prepare"][-1:]
-    assert told == ["6400000000"]  # not the text of 50B
+    text = [flags["tokens"] for script, _, flags in commands[:3] if "tokens" in flags]
+    assert text == ["6400000000"]  # not the text of 50B
     assert 3000 * 2_097_152 < 6.4e9
     for script, _, flags in commands:
         if script in ("rl", "mix"):
@@ -389,10 +389,36 @@ def test_public_checkpoints(shell):
     status, _, err = shell.run("runs/public.sh", STEPS="1000 2000")
     assert (status, err) == (0, "")
     commands = shell.commands()
-    assert count(commands) == dict(prepare=1, hf=2, eval=9, rl=4, sft=2, mix=2)
-    assert commands[1][2]["revision"] == "stage1-step1000-tokens3B"
+    assert count(commands) == dict(prepare=2, hf=2, eval=9, rl=6, sft=2, mix=2)
+    assert commands[2][2]["revision"] == "stage1-step1000-tokens3B"
+    first = [flags for script, _, flags in commands[:6] if script == "rl"]
+    assert [(flags["steps"], flags["eval_questions"]) for flags in first] == [("1", "0")] * 2
+    assert not any(Path(flags["out"]).exists() for flags in first)  # 6 GB each
     assert shell.run("runs/public.sh", STEPS="1000 2000")[0] == 0
-    assert count(shell.commands()) == dict(prepare=1, eval=1)
+    assert count(shell.commands()) == dict(prepare=2, eval=1)
+
+
+def test_a_public_checkpoint_that_is_never_right_stops_the_script(shell):
+    """Before anything that takes hours, with the ways out; which then work."""
+    status, out, err = shell.run("runs/public.sh", STEPS="1000 2000", CORRECT="0.0")
+    assert status == 2 and len(err.splitlines()) == 1 and "public.sh: error: " in err
+    assert "step1000" in err and "SHOTS=4" in err and "sft-rl" in err and "sample.py --log" in err
+    assert count(shell.commands()) == dict(prepare=2, hf=1, rl=1)
+    again, _, same = shell.run("runs/public.sh", STEPS="1000 2000", CORRECT="0.0")
+    assert (again, same) == (2, err)
+    assert count(shell.commands()) == dict(prepare=2)  # what is known is not sampled again
+    how = dict(STEPS="1000", RECIPES="as-is sft-rl mix", CORRECT="0.0")
+    assert shell.run("runs/public.sh", **how)[::2] == (0, "")
+    assert count(shell.commands()) == dict(prepare=2, eval=4, sft=1, rl=1, mix=1)
+    assert shell.run("runs/public.sh", STEPS="1000", SHOTS="4")[::2] == (0, "")
+    shots = [flags.get("shots") for script, _, flags in shell.commands() if script == "rl"]
+    assert shots == ["4", "4"]
+
+
+def test_first_answers_that_could_not_be_sampled_stop_the_script(shell):
+    status, _, err = shell.run("runs/public.sh", STEPS="1000", FAILING="('steps', '1')")
+    assert status == 1 and "no luck today" in err
+    assert "rl" in count(shell.commands()) and not list(shell.folder.rglob("*mix*"))
 
 
 def test_smoke_is_a_record_with_small_numbers(shell):

@@ -37,6 +37,7 @@ import typing
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -324,6 +325,10 @@ def guarded(script, Config, doc: str, argv: list[str]):
     given: dict = {}
     try:
         given = parse_flags(Config, argv, doc)
+        if sys.platform == "win32":
+            raise ValueError(
+                "this takes Linux or macOS: on Windows run `wsl --install`, then all of it in WSL"
+            )
         script(given)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
@@ -431,16 +436,27 @@ def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> Wor
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.split(":")[0] == "mps":
+        raise ValueError(
+            f"--device {device}: Apple's GPUs have no fp64, in which sums are taken here: leave it "
+            "out or give --device cpu"
+        )
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
     on_gpu = device != "cpu"
     if on_gpu:
         if int(device[5:]) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+        if find_spec("triton") is None:  # the loss head would hold many times the logits
+            raise ValueError(
+                f"--device {device} takes Triton, which is not installed: pip install triton, or "
+                "give --device cpu"
+            )
         torch.cuda.set_device(device)  # Triton launches on the current device
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-        if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if on_gpu and dtype == "bfloat16":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"{name} has no bfloat16: give --dtype float32 (fp16 would give NaN)")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -546,7 +562,11 @@ def can_compile(cfg, world: World) -> bool:
         lines = str(error).splitlines() or [type(error).__name__]
         cause = next((line for line in lines if "error: " in line), lines[0])
         if is_first():
-            say(f"torch.compile does not work here ({cause.strip()[:200]}): running without")
+            need = "a C compiler" if world.device.type == "cuda" else "g++"
+            say(
+                f"torch.compile does not work here ({cause.strip()[:150]}): running without, which "
+                f"is slower; it takes {need} and Python's headers (apt install g++ python3-dev)"
+            )
         torch._dynamo.reset()
         return False
     return True

@@ -17,8 +17,8 @@
 # RL would learn nothing, and the script stops and says what to do. SHOTS=4: solved questions before
 # those that RL samples from a base. RECIPES: of as-is, rl, sft-rl and mix.
 #
-# Run it again after a Ctrl-C. GPUS (8), STEPS: which checkpoints, SEED (0), ONLY: math or gsm8k, else
-# both, RL: more flags of rl.py and mix.py, OUT, DATA, RESULTS.
+# Run it again after a Ctrl-C. GPUS (8), STEPS: which checkpoints, SEED (0), ONLY: math or gsm8k,
+# else both, RL: more flags of rl.py and mix.py, OUT, DATA, RESULTS.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source runs/gpus.sh
 OUT=${OUT:-ckpt/olmo2} DATA=${DATA:-data/out/openmath} RESULTS=${RESULTS:-$OUT/results}

@@ -109,6 +109,20 @@ def test_the_plan_of_the_speedrun(tmp_path):
     assert lines[-1].split() == ["rl", "3.8", "15.6", "19.9"]
 
 
+def test_the_plan_of_an_evening_with_public_checkpoints(tmp_path):
+    """With the settings at the top of the script, less than 6 hours of one GPU."""
+    text = (ROOT / "runs/public.sh").read_text(encoding="utf-8")
+    found = re.findall(r'(GPUS|ONLY|STEPS|RL)=("[^"]+"|\w+)', text.partition("\ncd ")[0])
+    settings = {name: value.strip('"') for name, value in found}
+    assert settings.keys() == {"GPUS", "ONLY", "STEPS", "RL"}
+    lines = paper(tmp_path, "public", PLAN="1", **settings).splitlines()
+    commands = [line for line in lines if ".py " in line]
+    assert len(commands) == 5 * (1 + 1 + 2 + 3 + 2)  # first answers, base, rl, sft->rl, mix
+    (total,) = [line for line in lines if line.startswith("all ")]
+    assert 5 < float(total.split()[5]) < 6
+    assert not any(tmp_path.iterdir())
+
+
 # ---- the rehearsal
 
 

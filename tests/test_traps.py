@@ -1,7 +1,9 @@
 """Settings that would waste a run: a schedule that does not fit, groups that are all flat; and
 machines that this does not run on. Each stops in one line, which says what to do."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,40 @@ def test_one_group_that_is_not_flat_is_enough(world, capsys, tmp_path):
     assert said_of(capsys) == 0
     text = Path(f"{tmp_path}/step6.pt.metrics.jsonl").read_text(encoding="utf-8")
     assert '"correct": 0.' in text and '"correct": 0.0,' not in text.splitlines()[1]
+
+
+SMALL = """#!/usr/bin/env bash
+case "$*" in
+  *prepare.py*) exit 0 ;;
+  *rl.py*) small="--questions_per_step 4 --group 2 --max_new 4 --compile false" ;;
+esac
+while [[ $1 != *.py ]]; do shift; done
+exec {python} "$@" $small
+"""
+
+
+def test_a_base_that_never_answers_right_stops_the_public_script(world, tmp_path):
+    """The script itself and rl.py itself, on the base of ten steps in place of OLMo2's."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(SMALL.replace("{python}", sys.executable))
+        (tmp_path / name).chmod(0o755)
+    ckpt = tmp_path / "ckpt"
+    ckpt.mkdir()
+    shutil.copy(world.base, ckpt / "step1000.pt")
+    settings = dict(STEPS="1000", GPUS="1", OUT=str(ckpt), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "runs/public.sh"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert line.startswith("public.sh: error: no answer of step1000 is right")
+    assert "SHOTS=4" in line and "SFT first" in line
+    names = {path.name for path in (ckpt / "first").iterdir()}
+    assert names == {"step1000-shots0.pt.metrics.jsonl", "step1000-shots0.pt.answers.jsonl"}
 
 
 # ------------------------------------------------------------------------------- the machine

@@ -37,6 +37,7 @@ import typing
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -49,7 +50,7 @@ from tqdm import tqdm
 import plan
 from data import problems, tokens
 from data.files import fingerprint, read_rows, whole_file, write_rows
-from model import Model, ModelConfig
+from model import Model, ModelConfig, OffloadedAdam
 
 # --------------------------------------------------------------------------------------- flags
 
@@ -88,6 +89,8 @@ class Shared:
     # keep only the inputs of the blocks, and run each again in the backward pass
     checkpoint_activations: bool = False  # less memory, slower
     shard: bool = False  # split weights, gradients and moments over the ranks (FSDP2)
+    # Adam's moments in the CPU's memory: 8 bytes per weight less on the GPU (mix.py: 16)
+    offload: bool = False  # never changes the result; instead of --shard
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on CUDA
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or a spike: stop, or skip the update
@@ -101,6 +104,13 @@ class Shared:
     plan: str = ""  # a preset (toy, 190m, 1b, 4b): print what this run would cost with it, and exit
     resume: bool = False  # go on from the last saved state, or begin if there is none
     overwrite: bool = False  # replace what is there
+
+    def __post_init__(self):
+        if self.offload and self.shard:
+            raise ValueError(
+                "--offload and --shard do not go together: --shard for several GPUs, --offload "
+                "for GPUs that hold all the weights"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +325,10 @@ def guarded(script, Config, doc: str, argv: list[str]):
     given: dict = {}
     try:
         given = parse_flags(Config, argv, doc)
+        if sys.platform == "win32":
+            raise ValueError(
+                "this takes Linux or macOS: on Windows run `wsl --install`, then all of it in WSL"
+            )
         script(given)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while rank 0 writes can take the others down
@@ -345,8 +359,9 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
     for name in ("micro", "answers_per_row", "rows", "max_new"):
         if name in Config.__dataclass_fields__:
             ways.append(f"a lower --{name}" + (f" (now {given[name]})" if name in given else ""))
-    for name in ("checkpoint_activations", "shard"):
-        if name in Config.__dataclass_fields__ and not given.get(name):
+    for name in ("checkpoint_activations", "offload", "shard"):
+        other = {"offload": "shard", "shard": "offload"}.get(name)  # the two exclude each other
+        if name in Config.__dataclass_fields__ and not given.get(name) and not given.get(other):
             ways.append(f"--{name}")
     more = f" ({wanted[1]} more)" if wanted else ""
     return f"out of memory{more}: try {', '.join(ways)} or more GPUs"
@@ -421,16 +436,27 @@ def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> Wor
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.split(":")[0] == "mps":
+        raise ValueError(
+            f"--device {device}: Apple's GPUs have no fp64, in which sums are taken here: leave it "
+            "out or give --device cpu"
+        )
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
     on_gpu = device != "cpu"
     if on_gpu:
         if int(device[5:]) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+        if find_spec("triton") is None:  # the loss head would hold many times the logits
+            raise ValueError(
+                f"--device {device} takes Triton, which is not installed: pip install triton, or "
+                "give --device cpu"
+            )
         torch.cuda.set_device(device)  # Triton launches on the current device
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-        if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if on_gpu and dtype == "bfloat16":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"{name} has no bfloat16: give --dtype float32 (fp16 would give NaN)")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -536,7 +562,11 @@ def can_compile(cfg, world: World) -> bool:
         lines = str(error).splitlines() or [type(error).__name__]
         cause = next((line for line in lines if "error: " in line), lines[0])
         if is_first():
-            say(f"torch.compile does not work here ({cause.strip()[:200]}): running without")
+            need = "a C compiler" if world.device.type == "cuda" else "g++"
+            say(
+                f"torch.compile does not work here ({cause.strip()[:150]}): running without, which "
+                f"is slower; it takes {need} and Python's headers (apt install g++ python3-dev)"
+            )
         torch._dynamo.reset()
         return False
     return True
@@ -940,6 +970,8 @@ def resume(state: dict | None, *optimizers) -> int:
             for name, x in values.items():
                 mine = put(torch.empty_like(p), x) if x.dim() else x.to(p.device, copy=True)
                 optimizer.state[p][name] = mine
+            if isinstance(optimizer, OffloadedAdam):
+                optimizer.put_away(p, {})
     state.pop("model")  # it holds the file, which is soon replaced and would still fill the disk
     return state["step"]
 

@@ -108,7 +108,7 @@ def main(given: dict):
     pairs = [] if text else tokenise(run)
     start = common.load_model(before, world) if cfg.kl else None
 
-    rl_optimizer, sft_optimizer = adam(model), adam(model)
+    rl_optimizer, sft_optimizer = (adam(model, cfg.offload) for _ in range(2))
     first = common.resume(run.state, rl_optimizer, sft_optimizer)
     compiled = common.can_compile(cfg, world)
     sampler = Sampler(model, cfg.rows, compiled)

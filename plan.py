@@ -2,6 +2,7 @@
 
     python rl.py --init ckpt/1b/step5000.pt --plan 1b
     python plan.py rl.py --init M.pt --plan 1b + eval.py M-rl.pt --plan 1b     # and their sum
+    python plan.py cards                              # what fits which GPU, the table of SCALE.md
     PLAN=1 bash runs/paper.sh                                                  # a whole experiment
 
 A script says what it will do, in tokens; here is what that takes:
@@ -121,6 +122,7 @@ class Cost(NamedTuple):
     disk: float  # bytes of checkpoints
     memory: float  # bytes per GPU, at this --micro
     text: tuple[str, float]  # folder and bytes
+    chosen: tuple[dict, ...] = ()  # the flags that it would choose on each of CARDS
 
 
 @functools.cache
@@ -176,7 +178,7 @@ def encoding_of(folder: str) -> str:
 
 SPAN = Sampler.SPAN["cuda"]  # columns that the sampler's cache is rounded to
 ROOM = 0.9  # of a GPU; the rest is for CUDA, NCCL and what the allocator cannot use
-CARDS = (24, 40, 80, 141)  # GB
+CARDS = (8, 16, 24, 40, 80, 141)  # GB
 PLANNED = 80  # GB, where one card has to be meant
 ROOMS = [ROOM * card * 1e9 for card in CARDS]
 BUSY = 4096  # tokens of a micro-batch that keep the matrix units of a GPU busy
@@ -191,9 +193,10 @@ class Memory(NamedTuple):
     """Bytes per GPU in bf16."""
 
     holds: dict[str, float]  # what is there all the time
-    summed: float  # more, while gradients are summed over the ranks
+    summed: float  # more, while gradients are summed over the ranks, or offloaded moments are here
     ways: dict[str, tuple[float, float]]  # a micro-batch: whatever its size, and per token
     row: int
+    offloaded: float = 0  # in the CPU's memory, of each GPU
 
     def largest(self, way: str, room: float) -> int:
         """The most rows of a micro-batch that fit into `room` bytes; 0 if none does."""
@@ -212,7 +215,14 @@ class Memory(NamedTuple):
 
 
 def memory(
-    model: Model, optimizers=1, ranks=1, shard=False, together=0, max_new=0, row=0
+    model: Model,
+    optimizers=1,
+    ranks=1,
+    shard=False,
+    together=0,
+    max_new=0,
+    row=0,
+    offload=False,
 ) -> Memory:
     """What a run holds. together: answers that a GPU samples side by side; row: tokens of a row.
 
@@ -232,7 +242,7 @@ def memory(
     holds = {
         "weights": 4 * weights / part,
         "gradients": 4 * optimizers * weights / part,
-        "moments": 8 * optimizers * weights / part,
+        "moments": 0 if offload else 8 * optimizers * weights / part,
         # the sampler's copy; not sharded, the embedding is read where it is
         "replica": 2 * (weights if shard else weights - head) * bool(together),
         "cache": together * (columns * 4 * c.layers * width + 16 * c.padded_vocab),
@@ -254,7 +264,11 @@ def memory(
         "checkpointed": (fixed + casts / c.layers, c.layers * 2 * width + plain + ends),
     }
     summed = 4 * weights if ranks > 1 and not shard else 0
-    return Memory(holds, summed, ways, row)
+    if not offload:
+        return Memory(holds, summed, ways, row)
+    # of one parameter at a time, the largest of which is the head
+    summed = max(summed, 8 * max(p.numel() for p in model.parameters()))
+    return Memory(holds, summed, ways, row, 8 * optimizers * weights)
 
 
 def memory_of(cfg, job: Job, model: Model) -> Memory:
@@ -262,11 +276,13 @@ def memory_of(cfg, job: Job, model: Model) -> Memory:
     shard = ranks > 1 and getattr(cfg, "shard", False)
     together = min(getattr(cfg, "rows", 0), -(-job.answers // ranks))
     max_new = job.row - PROMPT if job.answers else 0
-    return memory(model, job.optimizers, ranks, shard, together, max_new, job.row)
+    offload = getattr(cfg, "offload", False)
+    return memory(model, job.optimizers, ranks, shard, together, max_new, job.row, offload)
 
 
 def fit(cfg, given: dict, job: Job, preset: str):
-    """The Config with --micro, --rows, --checkpoint_activations and --shard that fit the GPU.
+    """The Config with --micro, --rows, --checkpoint_activations, --shard and --offload that fit
+    the GPU.
 
     A flag in `given` stays; none of the others changes a result. On a CPU, and where nothing fits,
     the Config stays as it is. One line says what was chosen.
@@ -287,12 +303,13 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
     """Values for the flags that are not `given`, so that a run takes `room` bytes; {} if none do.
 
     Tried in this order, the first with micro-batches that keep a GPU busy: as it is; with blocks
-    run again in the backward pass; sharded; both. In each, fewer answers side by side.
+    run again in the backward pass; sharded; both. In each, fewer answers side by side. Only where
+    none of them fits, all again without sharding, and with moments in the CPU's memory.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rows = getattr(cfg, "rows", 0)
     choices = {
-        "shard": (False, True) if several else (False,),
+        "shard": (False, True) if several and not cfg.offload else (False,),
         "checkpoint_activations": (False, True),
         "rows": (rows, rows // 2, rows // 4, rows // 8) if rows else (),
     }
@@ -312,7 +329,11 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
         if most * job.row >= BUSY:
             return found
         best = best or found
-    return best
+    if best or "offload" in given or given.get("shard"):
+        return best
+    given = given | {"offload": True}
+    best = fitting(dataclasses.replace(cfg, offload=True), given, job, model, room)
+    return {"offload": True} | best if best else {}
 
 
 # ---------------------------------------------------------------------------------------- shown
@@ -338,7 +359,11 @@ def show(cfg, job: Job, given: dict) -> Cost:
     if job.text[1]:
         lines[-1] += f"; {cost.text[1] / 1e9:.3g} GB of text"
     lines += memory_lines(cfg, job, held)
-    lines += choice_lines(cfg, job, given, model) if job.optimizers else []
+    if job.optimizers:
+        rooms = [ROOM * card * 1e9 for card in CARDS]
+        chosen = tuple(fitting(cfg, given, job, model, room) for room in rooms)
+        cost = cost._replace(chosen=chosen)
+        lines += choice_lines(chosen)
     assumed = f"{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling"
     lines += [f"  assumed  {assumed}"]
     lines += [f"           {job.note}"] * bool(job.note)
@@ -351,31 +376,68 @@ def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
     """Bytes per GPU by what they are for, and what fits cards of some sizes."""
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in held.holds.items() if size)
     total = sum(held.holds.values())
+    what = "the largest --rows that fits"
     if job.optimizers:
-        rooms = {
-            f"--micro of {job.row} tokens, {flag}": [held.largest(way, room) for room in ROOMS]
-            for way, flag in WAYS.items()
-        }
+        what = f"most --micro of {job.row} tokens"
+        rooms = {flag: [held.largest(way, room) for room in ROOMS] for way, flag in WAYS.items()}
     else:
         cache = held.holds["cache"]
         each = cache / min(cfg.rows, job.answers)
-        rooms = {"--rows": [max(0, int((room - total + cache) / each)) for room in ROOMS]}
+        rooms = {"": [max(0, int((room - total + cache) / each)) for room in ROOMS]}
     lines = [
         f"  memory   {total / 1e9:.3g} GB per GPU{' and activations' * bool(held.ways)}: {parts}",
-        f"           {'the largest that fits':<46}" + "".join(f"{card:>6} GB" for card in CARDS),
+        f"           {what:<30}" + "".join(f"{card:>6} GB" for card in CARDS),
     ]
+    if held.offloaded:
+        lines[0] += f"; {held.offloaded / 1e9:.3g} in the CPU's memory per GPU"
     for flag, counts in rooms.items():
-        lines.append(f"             {flag:<44}" + "".join(f"{count or '-':>9}" for count in counts))
+        lines.append(f"             {flag:<28}" + "".join(f"{count or '-':>9}" for count in counts))
     return lines
 
 
-def choice_lines(cfg, job: Job, given: dict, model: Model) -> list[str]:
+def choice_lines(chosen: tuple[dict, ...]) -> list[str]:
     """The flags that a trainer would choose on each of CARDS."""
     lines = ["           what it would choose there"]
-    for card in CARDS:
-        chosen = fitting(cfg, given, job, model, ROOM * card * 1e9)
-        lines.append(f"             {card:>4} GB  {as_flags(chosen) or 'nothing fits'}")
+    for card, flags in zip(CARDS, chosen, strict=True):
+        lines.append(f"             {card:>4} GB  {as_flags(flags) or 'nothing fits'}")
     return lines
+
+
+LETTERS = {"checkpoint_activations": "c", "shard": "s", "offload": "o"}
+
+
+def cards_table() -> list[str]:
+    """A table of --micro, and a letter for each other flag, by trainer and card: lines of Markdown.
+
+    For one GPU, and for each of eight."""
+    lines = ["| | " + " | ".join(f"{card} GB" for card in CARDS) + " |"]
+    lines.append("|---" * (len(CARDS) + 1) + "|")
+    for ranks, presets in ((1, ("190m", "1b", "4b")), (8, ("1b", "4b"))):
+        for preset, script in itertools.product(presets, ("pretrain", "sft", "rl", "mix")):
+            with with_ranks(ranks):
+                cost = cost_of_command([f"{script}.py", "--plan", preset])
+            name = f"{preset} {script}" + (f", {ranks} GPUs" if ranks > 1 else "")
+            lines.append(f"| {name} | " + " | ".join(map(in_a_cell, cost.chosen)) + " |")
+    return lines
+
+
+def in_a_cell(chosen: dict) -> str:
+    """What a trainer would choose: 16 c for --micro 16 --checkpoint_activations."""
+    letters = "".join(LETTERS[name] for name in LETTERS if chosen.get(name))
+    return f"{chosen['micro']} {letters}".strip() if chosen else "no"
+
+
+@contextlib.contextmanager
+def with_ranks(count: int):
+    """As if torchrun had started so many processes."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(count)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
 
 
 def as_flags(chosen: dict) -> str:
@@ -383,7 +445,10 @@ def as_flags(chosen: dict) -> str:
 
 
 def main(words: list[str]):
-    """Several commands with + between them: a line for each, and their sums."""
+    """Several commands with + between them: a line for each, and their sums; or `cards`."""
+    if words == ["cards"]:
+        print("\n".join(cards_table()))
+        return
     commands = [[]]
     for word in words:
         if word == "+":

@@ -298,7 +298,7 @@ def main(given: dict):
     start = state or before
     model = common.load_model(start, world) if start else new_model(cfg, encoding, world)
     model.checkpoint_activations = cfg.checkpoint_activations
-    optimizer = adam(model)
+    optimizer = adam(model, cfg.offload)
     first = common.resume(state, optimizer)
     if common.can_compile(cfg, world):
         common.compile_blocks(model, dynamic=False)

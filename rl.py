@@ -514,7 +514,7 @@ def main(given: dict):
     cfg, world, model = run.cfg, run.world, run.model
     start = common.load_model(before, world) if cfg.kl else None
 
-    optimizer = adam(model)
+    optimizer = adam(model, cfg.offload)
     first = common.resume(run.state, optimizer)
     compiled = common.can_compile(cfg, world)
     sampler = Sampler(model, cfg.rows, compiled)

@@ -114,7 +114,7 @@ def main(given: dict):
     pairs = tokenise(run)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
 
-    optimizer = adam(model)
+    optimizer = adam(model, cfg.offload)
     first = common.resume(run.state, optimizer)
     compiled = common.can_compile(cfg, world)
     sampler = Sampler(model, cfg.rows, compiled) if run.held_out else None

@@ -60,7 +60,8 @@ for path in read:
 if script == "pretrain":
     paper = flags.get("preset") in ("1b", "4b")
     batch = int(flags.get("batch_tokens", 2_097_152 if paper else 2048))
-    last = round(int(flags.get("tokens", 7_000_000)) / batch)
+    whole = round(int(flags.get("tokens", 7_000_000)) / batch)
+    last = int(flags.get("stop", 0)) or whole
     for step in [*filter(None, flags.get("save_steps", "").split(",")), last]:
         make(f"{flags['out']}/step{step}.pt")
 elif script == "eval" and "report" not in flags:
@@ -73,3 +74,5 @@ elif script == "prepare":
     make(f"{flags['out']}/world.json")
 elif script != "eval":
     make(flags["out"])
+    line = json.dumps({"step": 0, "correct": float(os.environ.get("CORRECT", "0.25")), "flat": 0.5})
+    Path(f"{flags['out']}.metrics.jsonl").write_text(f"{line}\n")

@@ -338,14 +338,87 @@ def test_the_paper(shell):
     assert status == 0 and not re.search(r"\n\d+/\d+ ", out)
 
 
+def test_parts_of_the_paper_that_are_not_asked_for_are_not_run(shell):
+    off = dict(MATH="0", MORE_MATH="0", LARGER="0", ROLLOUTS="0")
+    status, _, err = shell.run("runs/paper.sh", STEPS="1000", EARLY_SEEDS="1", **off)
+    assert (status, err) == (0, "")
+    commands = shell.commands()
+    assert count(commands) == dict(prepare=3, pretrain=1, eval=6, rl=3, sft=2, mix=1)
+    told = str(commands)
+    assert "4b" not in told and "dolmino-math" not in told and "'math'" not in told
+    status, _, err = shell.run("runs/paper.sh", MATH="0")
+    assert status == 2 and "ROLLOUTS" in err and len(err.splitlines()) == 1
+
+
+def test_less_text_is_less_math_text(shell):
+    shell.run("runs/paper.sh", STEPS="1000", TOKENS="2500000000", LARGER="0", ROLLOUTS="0")
+    commands = shell.commands()
+    assert [flags["extra"] for _, _, flags in commands if "extra" in flags] == ["math=500000000"]
+    tokens = [flags["tokens"] for script, _, flags in commands if script == "pretrain"]
+    assert tokens == ["2500000000", "3000000000"]
+
+
+def test_the_speedrun(shell):
+    status, out, err = shell.run("runs/speedrun.sh")
+    assert (status, err) == (0, "")
+    commands = shell.commands()
+    assert count(commands) == dict(prepare=3, pretrain=1, eval=13, rl=6, sft=3, mix=3)
+    (whole,) = [flags for script, _, flags in commands if script == "pretrain"]
+    assert (whole["tokens"], whole["stop"]) == ("50000000000", "3000")
+    assert (whole["preset"], whole["save_steps"]) == ("1b", "1000,2000,3000")
+    text = [flags["tokens"] for script, _, flags in commands[:3] if "tokens" in flags]
+    assert text == ["6400000000"]  # not the text of 50B
+    assert 3000 * 2_097_152 < 6.4e9
+    for script, _, flags in commands:
+        if script in ("rl", "mix"):
+            assert (flags["group"], flags["steps"]) == ("5", "600")
+    assert "3.8         15.6   19.9" in out
+    assert shell.run("runs/speedrun.sh")[0] == 0
+    assert count(shell.commands()) == dict(prepare=3, pretrain=1, eval=1)
+
+
+def test_the_switches_of_the_speedrun(shell):
+    status, _, err = shell.run("runs/speedrun.sh", MORE_MATH="1", LARGER="1", STEPS="1000")
+    assert (status, err) == (0, "")
+    pretrained = [flags for script, _, flags in shell.commands() if script == "pretrain"]
+    assert [flags["stop"] for flags in pretrained] == ["1000"] * 3
+    assert [flags["preset"] for flags in pretrained] == ["1b", "1b", "4b"]
+
+
 def test_public_checkpoints(shell):
     status, _, err = shell.run("runs/public.sh", STEPS="1000 2000")
     assert (status, err) == (0, "")
     commands = shell.commands()
-    assert count(commands) == dict(prepare=1, hf=2, eval=9, rl=4, sft=2, mix=2)
-    assert commands[1][2]["revision"] == "stage1-step1000-tokens3B"
+    assert count(commands) == dict(prepare=2, hf=2, eval=9, rl=6, sft=2, mix=2)
+    assert commands[2][2]["revision"] == "stage1-step1000-tokens3B"
+    first = [flags for script, _, flags in commands[:6] if script == "rl"]
+    assert [(flags["steps"], flags["eval_questions"]) for flags in first] == [("1", "0")] * 2
+    assert not any(Path(flags["out"]).exists() for flags in first)  # 6 GB each
     assert shell.run("runs/public.sh", STEPS="1000 2000")[0] == 0
-    assert count(shell.commands()) == dict(prepare=1, eval=1)
+    assert count(shell.commands()) == dict(prepare=2, eval=1)
+
+
+def test_a_public_checkpoint_that_is_never_right_stops_the_script(shell):
+    """Before anything that takes hours, with the ways out; which then work."""
+    status, out, err = shell.run("runs/public.sh", STEPS="1000 2000", CORRECT="0.0")
+    assert status == 2 and len(err.splitlines()) == 1 and "public.sh: error: " in err
+    assert "step1000" in err and "SHOTS=4" in err and "sft-rl" in err and "sample.py --log" in err
+    assert count(shell.commands()) == dict(prepare=2, hf=1, rl=1)
+    again, _, same = shell.run("runs/public.sh", STEPS="1000 2000", CORRECT="0.0")
+    assert (again, same) == (2, err)
+    assert count(shell.commands()) == dict(prepare=2)  # what is known is not sampled again
+    how = dict(STEPS="1000", RECIPES="as-is sft-rl mix", CORRECT="0.0")
+    assert shell.run("runs/public.sh", **how)[::2] == (0, "")
+    assert count(shell.commands()) == dict(prepare=2, eval=4, sft=1, rl=1, mix=1)
+    assert shell.run("runs/public.sh", STEPS="1000", SHOTS="4")[::2] == (0, "")
+    shots = [flags.get("shots") for script, _, flags in shell.commands() if script == "rl"]
+    assert shots == ["4", "4"]
+
+
+def test_first_answers_that_could_not_be_sampled_stop_the_script(shell):
+    status, _, err = shell.run("runs/public.sh", STEPS="1000", FAILING="('steps', '1')")
+    assert status == 1 and "no luck today" in err
+    assert "rl" in count(shell.commands()) and not list(shell.folder.rglob("*mix*"))
 
 
 def test_smoke_is_a_record_with_small_numbers(shell):

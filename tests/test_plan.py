@@ -17,6 +17,7 @@ import common
 import model as models
 import plan
 import rl
+from helpers import ROOT
 from model import PRESETS, Model, ModelConfig, Sampler, adam, update
 
 
@@ -311,6 +312,24 @@ def test_a_command_that_would_run_is_refused():
 # ---- what fits a GPU
 
 
+def test_the_table_of_cards_in_the_documentation(capsys):
+    """SCALE.md has what `python plan.py cards` prints, for each of six sizes."""
+    plan.main(["cards"])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].count("GB") == len(plan.CARDS) == 6
+    assert f"\n\n{printed}\n" in (ROOT / "SCALE.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_of_the_table_is_what_a_trainer_chooses(monkeypatch):
+    table = {line.split(" | ")[0]: line.split(" | ")[1:] for line in plan.cards_table()}
+    chosen, _, _ = fitted("rl", "1b", 24, 1, monkeypatch)
+    assert chosen == dict(offload=True, checkpoint_activations=True, rows=64, micro=2)
+    assert table["| 1b rl"][plan.CARDS.index(24)] == "2 co"
+    chosen, _, _ = fitted("pretrain", "4b", 80, 8, monkeypatch)
+    assert table["| 4b pretrain, 8 GPUs"][plan.CARDS.index(80)] == f"{chosen['micro']} s"
+    assert chosen["shard"] and table["| 1b mix"][plan.CARDS.index(24)] == "no"
+
+
 def fitted(script, preset, card, ranks, monkeypatch, **given):
     """The Config that a trainer would run with on GPUs of `card` GB, and its planned bytes."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -343,7 +362,7 @@ def test_a_larger_gpu_has_no_smaller_batches(monkeypatch):
 
 
 def test_sharding_is_chosen_where_one_gpu_cannot_hold_it(monkeypatch):
-    alone, _, _ = fitted("rl", "4b", 80, 1, monkeypatch)
+    alone, _, _ = fitted("rl", "4b", 80, 1, monkeypatch, offload=False)
     assert alone == {}
     together, _, _ = fitted("rl", "4b", 80, 8, monkeypatch)
     assert together["shard"]
@@ -368,7 +387,8 @@ def test_the_choice_for_a_gpu_is_said_in_one_line(monkeypatch, capsys):
     changed = {
         f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(fit, f.name)
     }
-    assert changed <= {"micro", "rows", "checkpoint_activations", "shard"} <= common.OPERATIONAL
+    memory = {"micro", "rows", "checkpoint_activations", "shard", "offload"}
+    assert changed <= memory <= common.OPERATIONAL
 
 
 def test_nothing_is_chosen_on_a_cpu(monkeypatch):

@@ -1,4 +1,5 @@
-"""The paper's experiment, runs/paper.sh: its plan, and all of it with small numbers.
+"""The paper's experiment, runs/paper.sh, and its beginning, runs/speedrun.sh: their plans, and all
+of them with small numbers.
 
 The rehearsal takes real data, a tiny OLMo2 with the cl100k_base vocabulary, and two ranks (slow).
 """
@@ -16,6 +17,7 @@ import pytest
 
 from data import problems
 from helpers import DATASETS, ROOT, metrics
+from model import cosine
 from results.findings import decide
 from results.rows import RECIPES, Record, read
 
@@ -60,11 +62,11 @@ def cl100k(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATASETS / "tiktoken"))
 
 
-def paper(folder, **more) -> str:
+def paper(folder, script="paper", **more) -> str:
     folders = {"OUT": f"{folder}/ckpt", "DATA": f"{folder}/data"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "runs/paper.sh"],
+        ["bash", f"runs/{script}.sh"],
         cwd=ROOT,
         env=os.environ | folders | {"PATH": path} | more,
         capture_output=True,
@@ -91,6 +93,34 @@ def test_the_plan_runs_nothing_and_adds_up(tmp_path):
     assert float(total.split()[3]) == pytest.approx(flops, rel=0.01)
     assert float(total.split()[3]) == pytest.approx(6.38e21, rel=0.01)
     assert float(total.split()[5]) == pytest.approx(8320, rel=0.01)
+
+
+def test_the_plan_of_the_speedrun(tmp_path):
+    """60 GPU hours: 7.5 on eight GPUs, $180 at $3 each."""
+    lines = paper(tmp_path, "speedrun", PLAN="1").splitlines()
+    assert not any(tmp_path.iterdir())
+    commands = [line for line in lines if ".py " in line]
+    assert len(commands) == 1 + 3 * (1 + 3 + 2 + 2)
+    assert not any("4b" in line or "/math" in line for line in commands)
+    (pretrained,) = [line for line in commands if line.startswith("pretrain.py")]
+    assert "--stop 3000" in pretrained and "--tokens 50000000000" in pretrained
+    (total,) = [line for line in lines if line.startswith("all ")]
+    assert float(total.split()[5]) == pytest.approx(60, rel=0.01)
+    assert lines[-1].split() == ["rl", "3.8", "15.6", "19.9"]
+
+
+def test_the_plan_of_an_evening_with_public_checkpoints(tmp_path):
+    """With the settings at the top of the script, less than 6 hours of one GPU."""
+    text = (ROOT / "runs/public.sh").read_text(encoding="utf-8")
+    found = re.findall(r'(GPUS|ONLY|STEPS|RL)=("[^"]+"|\w+)', text.partition("\ncd ")[0])
+    settings = {name: value.strip('"') for name, value in found}
+    assert settings.keys() == {"GPUS", "ONLY", "STEPS", "RL"}
+    lines = paper(tmp_path, "public", PLAN="1", **settings).splitlines()
+    commands = [line for line in lines if ".py " in line]
+    assert len(commands) == 5 * (1 + 1 + 2 + 3 + 2)  # first answers, base, rl, sft->rl, mix
+    (total,) = [line for line in lines if line.startswith("all ")]
+    assert 5 < float(total.split()[5]) < 6
+    assert not any(tmp_path.iterdir())
 
 
 # ---- the rehearsal
@@ -139,8 +169,9 @@ def openmath_rows(dataset, question, answer, solution):
         yield row | {"generated_solution": text, "error_message": error, "is_correct": right}
 
 
-@pytest.mark.slow
-def test_all_of_the_paper_with_small_numbers(tmp_path, cl100k):
+@pytest.fixture
+def sizes(tmp_path, cl100k) -> dict:
+    """The environment of a rehearsal: real data, and programs that do little."""
     write_source(tmp_path / "source")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -151,6 +182,44 @@ def test_all_of_the_paper_with_small_numbers(tmp_path, cl100k):
     sizes = SIZES | {"SOURCE": f"{tmp_path}/source", "FEW_SHOT": str(DATASETS / "few_shot")}
     sizes["EARLY_SEEDS"] = "1"
     sizes["PATH"] = f"{programs}:{os.environ['PATH']}"
+    return sizes
+
+
+@pytest.mark.slow
+def test_all_of_the_speedrun_with_small_numbers(tmp_path, sizes):
+    """Stopped after step 2 of 5, with the learning rates of the five."""
+    sizes |= dict(TOKENS=str(5 * 4096), TEXT="12288")
+    told = paper(tmp_path, "speedrun", **sizes)
+    ckpt = tmp_path / "ckpt"
+    assert "3.8         15.6   19.9" in told
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"gsm8k", "tasks", "dolmino"}
+    assert {path.name for path in ckpt.iterdir()} == {"toy", "results"}
+
+    rates = [lr for _, lr in metrics(ckpt / "toy/step2.pt", "lr") if lr is not None]
+    assert rates == [cosine(step, 5, 4e-3, 1) for step in range(2)]
+    frame = read(ckpt / "results/gsm8k")[0]
+    passed = frame[frame.kind == "pass"]
+    assert set(passed.recipe) == {"base", "sft", "sft->rl", "rl", "mix"}
+    assert set(passed.tokens) == {8192} and set(passed.benchmark) == {"gsm8k"}
+    assert set(passed.split) == {"test"}
+    for recipe in set(passed.recipe):
+        general = frame[(frame.kind == "general") & (frame.recipe == recipe)]
+        assert len(set(general.benchmark)) == 6
+    groups = passed[passed.recipe.isin(["rl", "sft->rl"])].group
+    assert set(groups) == {5}
+    assert (ckpt / "results/gsm8k/report.md").stat().st_size > 1000
+
+    before = {path: path.stat().st_mtime_ns for path in ckpt.rglob("*.pt")}
+    (counts,) = re.findall(
+        r"(\d+) cells, (\d+) finished before", paper(tmp_path, "speedrun", **sizes)
+    )
+    assert counts == ("4", "4")
+    assert {path: path.stat().st_mtime_ns for path in ckpt.rglob("*.pt")} == before
+    shutil.rmtree(ckpt)
+
+
+@pytest.mark.slow
+def test_all_of_the_paper_with_small_numbers(tmp_path, sizes):
     paper(tmp_path, **sizes)
     ckpt, data = tmp_path / "ckpt", tmp_path / "data"
 

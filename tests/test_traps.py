@@ -1,5 +1,12 @@
-"""Settings that would waste a run: a schedule that does not fit, groups that are all flat."""
+"""Settings that would waste a run: a schedule that does not fit, groups that are all flat; and
+machines that this does not run on. Each stops in one line, which says what to do."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +16,7 @@ import common
 import pretrain
 import rl
 from data import problems, tokens
-from helpers import PRETRAIN, call, flags, lines_of, metrics, refused, same_weights
+from helpers import PRETRAIN, ROOT, call, flags, lines_of, metrics, refused, same_weights
 from model import PRESETS, cosine
 from runs import words_of
 
@@ -133,8 +140,132 @@ def test_groups_that_are_all_flat_are_told(world, capsys, tmp_path):
     assert "--shots" in err and "sft.py" in err and "later checkpoint" in err
     call("rl", init=world.base, out=tmp_path / "b.pt", steps=3, **how)
     assert said_of(capsys) == 0
+    # by which runs/public.sh knows it
+    script = (ROOT / "runs/public.sh").read_text(encoding="utf-8")
+    never = re.search(r"grep -q '(.*)'", script)[1]
+    first = Path(f"{tmp_path}/b.pt.metrics.jsonl").read_text(encoding="utf-8")
+    assert re.search(never, first)
 
 
 def test_one_group_that_is_not_flat_is_enough(world, capsys, tmp_path):
     call("rl", *words_of("rl", world, tmp_path / "step6.pt"))
     assert said_of(capsys) == 0
+    text = Path(f"{tmp_path}/step6.pt.metrics.jsonl").read_text(encoding="utf-8")
+    assert '"correct": 0.' in text and '"correct": 0.0,' not in text.splitlines()[1]
+
+
+SMALL = """#!/usr/bin/env bash
+case "$*" in
+  *prepare.py*) exit 0 ;;
+  *rl.py*) small="--questions_per_step 4 --group 2 --max_new 4 --compile false" ;;
+esac
+while [[ $1 != *.py ]]; do shift; done
+exec {python} "$@" $small
+"""
+
+
+def test_a_base_that_never_answers_right_stops_the_public_script(world, tmp_path):
+    """The script itself and rl.py itself, on the base of ten steps in place of OLMo2's."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(SMALL.replace("{python}", sys.executable))
+        (tmp_path / name).chmod(0o755)
+    ckpt = tmp_path / "ckpt"
+    ckpt.mkdir()
+    shutil.copy(world.base, ckpt / "step1000.pt")
+    settings = dict(STEPS="1000", GPUS="1", OUT=str(ckpt), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "runs/public.sh"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert line.startswith("public.sh: error: no answer of step1000 is right")
+    assert "SHOTS=4" in line and "SFT first" in line
+    names = {path.name for path in (ckpt / "first").iterdir()}
+    assert names == {"step1000-shots0.pt.metrics.jsonl", "step1000-shots0.pt.answers.jsonl"}
+
+
+# ------------------------------------------------------------------------------- the machine
+
+
+def test_an_apple_gpu(world, tmp_path, capsys):
+    words = words_of("rl", world, tmp_path / "a.pt")
+    for name in ("mps", "mps:0"):
+        said = refused(capsys, "rl", *words, "--device", name)
+        assert name in said and "--device cpu" in said
+    assert "cuda:N" in refused(capsys, "rl", *words, "--device", "metal")
+
+
+def card(monkeypatch, name, bf16, triton=True):
+    """A machine with one GPU of this name, as far as `common.start` looks."""
+    known = dict(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        set_device=lambda device: None,
+        get_device_name=lambda device: name,
+        is_bf16_supported=lambda including_emulation: bf16,
+    )
+    for attribute, value in known.items():
+        monkeypatch.setattr(torch.cuda, attribute, value)
+    monkeypatch.setattr(common, "find_spec", lambda package: triton or None)
+
+
+@pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-16GB"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_card_without_bf16(monkeypatch, world, tmp_path, capsys, name, dtype):
+    card(monkeypatch, name, bf16=False)
+    monkeypatch.setattr(common.plan, "fit", lambda cfg, *_: cfg)
+    words = words_of("rl", world, tmp_path / "a.pt", dtype=dtype)
+    said = refused(capsys, "rl", *words)
+    assert name in said and "--dtype float32" in said
+    assert common.start("cuda", "float32").compute == torch.float32
+
+
+@pytest.mark.parametrize("script", ["pretrain", "rl", "eval", "sample"])
+def test_fp16_is_not_offered(capsys, script):
+    said = refused(capsys, script, "--dtype", "float16")
+    assert "bfloat16 or float32" in said
+
+
+def test_cuda_without_triton(monkeypatch, world, tmp_path, capsys):
+    card(monkeypatch, "NVIDIA H100 80GB HBM3", bf16=True, triton=False)
+    monkeypatch.setattr(common.plan, "fit", lambda cfg, *_: cfg)
+    said = refused(capsys, "rl", *words_of("rl", world, tmp_path / "a.pt"))
+    assert "pip install triton" in said and "--device cpu" in said
+    card(monkeypatch, "NVIDIA H100 80GB HBM3", bf16=True)
+    assert common.start("cuda").compute == torch.bfloat16
+    monkeypatch.setattr(common, "find_spec", lambda package: None)
+    assert common.start("cpu").compute == torch.float32  # which needs none
+
+
+@pytest.mark.parametrize("script", ["pretrain", "rl", "eval", "sample"])
+def test_windows_without_wsl(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "platform", "win32")
+    words = dict(rl=["--init", "a.pt"], sample=["a.pt"], eval=["a.pt"], pretrain=[])[script]
+    assert "wsl --install" in refused(capsys, script, *words)
+
+
+@pytest.mark.parametrize("version, status", [("3 2", 2), ("4 3", 2), ("4 4", 0), ("5 1", 0)])
+def test_an_old_bash(tmp_path, version, status):
+    """macOS has 3.2. The version is a constant of the shell: another name stands for it."""
+    text = (ROOT / "runs/common.sh").read_text(encoding="utf-8")
+    assert text.count("BASH_VERSINFO") == 2
+    script = tmp_path / "matrix.sh"
+    script.write_text(f"OLD=({version})\n" + text.replace("BASH_VERSINFO", "OLD"))
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode == status and len(done.stderr.splitlines()) == (status > 0)
+    assert status == 0 or "brew install bash" in done.stderr
+
+
+def test_every_script_asks_for_the_version_before_anything_an_old_bash_cannot_read():
+    """What stands before `source` is read by bash 3.2: no array, no ${x,,}, no [[ -v ]]."""
+    for path in [ROOT / "matrix.sh", *(ROOT / "runs").glob("*.sh")]:
+        if path.name == "common.sh":
+            continue
+        before, found, _ = path.read_text(encoding="utf-8").partition("\nsource ")
+        assert found, path
+        code = [line for line in before.splitlines() if not line.startswith("#")]
+        assert not re.search(r"declare|local -|mapfile|,,}|\^\^}|&>>", "\n".join(code)), path

@@ -543,7 +543,7 @@ class Step(NamedTuple):
     captured for each value of it."""
 
     rows: int  # R, those that are still decoded
-    columns: int  # T, columns of the rows' own cache that are read, a multiple of SPAN
+    columns: int  # T, columns of the rows' own cache that may be read, a multiple of SPAN
     prompt: int  # P, columns of the prompts' cache that are read, a multiple of SPAN
     prefix: int  # S, 0 without a prefix
     temperature: float
@@ -656,7 +656,8 @@ class Sampler:
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys
     are read where they are. Answers begin together, so all rows are equally long and columns past t
-    are not read, but for what rounds T up to SPAN. Rows that finished are dropped as soon as the
+    are not read, but for what rounds T up to SPAN; the Triton kernels that attend and draw on CUDA
+    read none. Rows that finished are dropped as soon as the
     others fit the next smaller `bucket`. Buffers stay from one batch to the next; on CUDA the work
     of one token is a captured graph for each `Step`.
 
@@ -957,7 +958,7 @@ class Sampler:
             return 0
         if bucket(live) >= rows:
             return rows
-        # The living, and as many of the others as fill the bucket; rows of a question stay together.
+        # The living, and as many others as fill the bucket; rows of a question stay together.
         order = alive.to(torch.uint8).argsort(descending=True, stable=True)
         self.buffers.keep(order[: bucket(live)].sort().values, columns)
         return bucket(live)
@@ -1078,13 +1079,13 @@ def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Seque
     the most probable id.
 
     The sums are in fp64: in fp32 the tail of a large vocabulary would drown. Memory: 16 bytes a row
-    and id at once, see `_bytes`; hence the sums in place.
+    and id at once, see `_bytes`; hence the sums in place, and logits in fp32 or fp64 are
+    overwritten.
 
     On CUDA one Triton kernel does it, which sums in fp32 within blocks of 1024 ids and in fp64 over
-    the blocks, and within the one that is picked. What it samples from is, in total variation, no
-    farther from that than (1024 - 1) * 2^-24 = 6.1e-5, in whatever order a block is summed: the sum
-    of a block is off by at most that factor, and ids within it are weighed as here. A tree, which
-    it is, makes that 10 * 2^-24 = 6e-7."""
+    the blocks, and within the one that is picked. In total variation it samples from a distribution
+    no farther than 1023 * 2^-24 = 6.1e-5 from the one here: a sum of 1024 positive numbers in fp32
+    is off by at most that share, in whatever order, and ids within a block are weighed as here."""
     if use_triton(logits):
         return _launch_draw(logits, u, temperature)
     logits = logits.to(at_least_fp32(logits.dtype))
@@ -1604,41 +1605,45 @@ def _launch_gradient(
 
 # ------------------------------------------------------------------ the sampler's Triton kernels
 #
-# Attention of one new token a row, `attend_to_cache`. A head at a time:
+# Attention of one new token a row, `attend_to_cache`, for each head:
 #
-#   1. shared: a program owns ROWS rows, sorted by         2. own: a program owns a row and walks
-#   question, and walks over all that they share:          over its own keys and values:
+# 1. shared: a program owns ROWS rows, in the order      2. own: a program owns a row, and walks
+# of their questions, and walks over what they share:    over its keys and values SLOTS at a time:
 #
-#      rows    prefix        q0         q1                     SLOTS keys
-#     +----+  +------------+----------+- - - - - -+           +------+------+----
-#     | q0 |  | tile > tile > tile > t|           |           | slot > slot > s     |  read up to the
-#     | q0 |  |            |          |           |           | slot > slot > s     |  row's length,
-#     | q1 |  |            +- - - - - +----------+|           | slot > slot >       |  and no more
-#     | q1 |  |            |          > tile > ti||           +------+------+----
-#     +----+  +------------+- - - - - +----------+            m, s, y of each slot: registers
-#      m, s, y of each row: registers -> y / s, m + log s      + new token + shared -> y / s
+#   rows      prefix        q0         q1                      T -->
+#  +----+  +-------------+----------+- - - - - -+             +---+---+---+---+
+#  | q0 |  | tile > tile > tile > ti|           |     slot 0  | 0 > 4 > 8 >12 |  up to the row's
+#  | q0 |  |             |          |                      1  | 1 > 5 > 9 >   |  own length
+#  | q1 |  |             + - - - - -+----------++          2  | 2 > 6 >10 >   |
+#  | q1 |  |             |          > tile > ti|           3  | 3 > 7 >11 >   |
+#  +----+  +-------------+- - - - - +----------+              +---+---+---+---+
+#   m, s, y of each row: registers                         m, s, y of each slot: registers
+#        -> y / s and m + log s, to memory                 + new token + shared -> y / s
 #
 # m = maximum, s = sum of exp(x - m), y = sum of exp(x - m) v, all in fp32.
-#   shared: keys that many queries read are products on tensor cores (tl.dot), ROWS x TILE scores at
-#     once. A question in the tile is walked over once for all its rows there; for the others its
-#     scores are -inf.
-#   own: one query a key leaves nothing to multiply, and memory is the limit: 4K bytes a key in bf16,
-#     in loads of 16 bytes, keys and values in one walk. Each of SLOTS places of a step has sums of
-#     its own, so that threads meet only at the end, where the slots, the new token and the shared
-#     part (a value y / s with a score of m + log s) are joined.
-# No atomics, and a sum's order depends on the row's length, the rows beside it and nothing else: the
-# same bits twice. All lengths are read on the device: a captured graph serves every length.
-# Flash-Decoding (Dao et al. 2023) and Hydragen (Juravsky et al., arXiv 2402.05099) are the ideas.
+#   shared: keys that many queries read are products on tensor cores (tl.dot). Each question in the
+#     tile is walked over once for all its rows there; for the other rows its scores are -inf.
+#   own: one query a key leaves nothing to multiply, and memory is the limit: 4K bytes a key in
+#     bf16, in copies of 16 bytes a thread, two steps ahead. Each slot has sums of its own: threads
+#     meet only at the end, where the slots, the new token and the shared part, which is one value
+#     y / s with the score m + log s, are joined.
+# There are no atomics, and what a row's sums are made of, and in which order, is given by the row's
+# own lengths: the same bits twice, whatever rows are beside it. Lengths are read on the device: a
+# captured graph serves all of them. Compiled for sm_90, own takes 49 instructions of a warp for a
+# key and its value (python tests/ahead.py).
 #
-# The draw, `choose`: a program owns a row of logits, reads it once, and keeps of each BLOCK ids the
-# maximum and sums in fp32; those, 98 for 100,278 ids, are summed in fp64. The uniform number picks a
-# block; only that is read again, and summed in fp64 to pick the id.
+# Sources: parts of a cache joined by their log-sum-exp are Flash-Decoding (Dao et al. 2023); a
+# shared part as one product for all its rows is Hydragen (Juravsky et al., arXiv 2402.05099).
+#
+# The draw, `choose`: a program owns a row of logits, reads it once, and keeps of each BLOCK ids
+# their maximum and their sums in fp32; these, 98 for 100,278 ids, are summed in fp64. The uniform
+# number picks a block; that one is read again, and summed in fp64, to pick the id.
 
-ROWS_SHARED = 32  # two tiles for the 64 answers of a question; few others' scores to throw away
-TILE = 64
-SLOTS = 32  # 16 a warp: y has 64 registers a thread
-BLOCK_DRAW = 1024
-BLOCKS_DRAW = 8  # a step: 32 ids a thread of 8 warps
+ROWS_SHARED = 32  # two tiles for 64 answers to a question, four questions in a tile for 8
+TILE = {2: 64, 4: 16}  # keys, by the bytes of a number: more of fp32 would spill to memory
+SLOTS = 16  # 8 a warp: y has 32 registers a thread
+BLOCK_DRAW = 1024  # see the bound in `choose`
+BLOCKS_DRAW = 8  # of a step: 32 ids a thread of 8 warps
 
 
 if triton is not None:
@@ -1746,7 +1751,8 @@ if triton is not None:
         m = tl.zeros((SLOTS,), tl.float32) - 1e30
         s = tl.zeros((SLOTS,), tl.float32)
         y = tl.zeros((SLOTS, HEAD), tl.float32)
-        for first in range(0, t, SLOTS):
+        # stages: the next steps are on their way (cp.async) while one is summed
+        for first in tl.range(0, t, SLOTS, num_stages=3):
             column = first + tl.arange(0, SLOTS)
             at = column[:, None] * K + d[None, :]
             read = (column < t)[:, None] & inside[None, :]
@@ -1865,8 +1871,9 @@ def _attend_by_kernels(
     strides = *prompt.stride()[:3], *before.stride()[:2]
     numbers = *strides, R, S, K**-0.5
     parts = shared, score
+    tile = TILE[q.element_size()]
     _shared_kernel[triton.cdiv(R, ROWS_SHARED), H](
-        q, prompt, before, group, size, *parts, *numbers, **widths, ROWS=ROWS_SHARED, TILE=TILE
+        q, prompt, before, group, size, *parts, *numbers, **widths, ROWS=ROWS_SHARED, TILE=tile
     )
     strides = v.stride(0), *own.stride()[:3]
     _own_kernel[R, H](

@@ -1,6 +1,6 @@
 """What Triton kernels become for a GPU that is not here: registers, spills, shared memory, loops.
 
-    TRITON_INTERPRET=0 python tests/ahead.py     a table of the sampler's kernels, for sm_90 and sm_80
+    python tests/ahead.py     a table of the sampler's kernels, for sm_90 and sm_80
 
 To be run as a process of its own: kernels that were defined for the interpreter compile nothing."""
 
@@ -58,14 +58,14 @@ def build(kernel, types: dict, constants: dict, arch: int, aligned=(), **options
     return Built(made.asm["ttir"], made.asm["ptx"], sass, made.metadata.shared, registers, spilled)
 
 
-def loops(sass: str) -> list[tuple[int, int]]:
-    """(first, last) instruction of each backward jump, in steps of an instruction."""
+def loops(sass: str) -> list[int]:
+    """Instructions of each loop, the loops within it included."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
     found = []
     for address, text in code:
         jump = re.search(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < int(address, 16):
-            found.append((int(jump[1], 16) // 16, int(address, 16) // 16))
+        if jump and int(jump[1], 16) < int(address, 16):  # of 16 bytes each
+            found.append((int(address, 16) - int(jump[1], 16)) // 16 + 1)
     return found
 
 
@@ -82,8 +82,9 @@ def sampler_kernel(name: str, arch: int, dtype: str = "bf16", K: int = 128) -> B
     types |= dict.fromkeys(STRIDES, "i32")
     widths = dict(K=K, HEAD=max(16, triton.next_power_of_2(K)))
     draw = dict(GREEDY=False, STEPS=16, BLOCKS=model.BLOCKS_DRAW, BLOCK=model.BLOCK_DRAW)
+    tile = model.TILE[2 if dtype == "bf16" else 4]
     constants, options = {
-        "_shared_kernel": (widths | dict(ROWS=model.ROWS_SHARED, TILE=model.TILE), {}),
+        "_shared_kernel": (widths | dict(ROWS=model.ROWS_SHARED, TILE=tile), {}),
         "_own_kernel": (widths | dict(SLOTS=model.SLOTS), dict(num_warps=2)),
         "_draw_kernel": (draw, dict(num_warps=8)),
     }[name]
@@ -93,14 +94,45 @@ def sampler_kernel(name: str, arch: int, dtype: str = "bf16", K: int = 128) -> B
 KERNELS = ("_shared_kernel", "_own_kernel", "_draw_kernel")
 
 
+def per_key(own: Built) -> float:
+    """Instructions of its two warps for a key and a value."""
+    return 2 * loops(own.sass)[0] / model.SLOTS
+
+
+def check():
+    """What tests/test_decode_kernels.py asks for."""
+    for dtype in ("bf16", "fp32"):
+        for arch, memory in ((90, 227), (80, 163)):
+            for name in KERNELS:
+                made = sampler_kernel(name, arch, dtype)
+                where = f"{name} {dtype} sm_{arch}"
+                assert made.spilled == 0, f"{where}: registers spill to memory"
+                assert made.shared <= memory * 1024, f"{where}: more memory than an SM has"
+                assert "tf32" not in made.ptx, f"{where}: a product of fp32 is rounded to tf32"
+                assert "atomic" not in made.ttir, f"{where}: sums in any order"
+                if dtype == "fp32":
+                    continue
+                if name == "_shared_kernel":
+                    assert "mma.sync" in made.ptx, "the tensor cores lie idle"
+                if name == "_own_kernel":
+                    copies = re.findall(r"cp\.async\.cg\.shared\.global .*0x10,", made.ptx)
+                    assert len(copies) >= 16, "keys and values in loads of 2 bytes"
+                    assert per_key(made) < 60, "more instructions a key than memory has time for"
+                if name == "_draw_kernel":
+                    assert made.ptx.count("ld.global.v4") >= 4, "loads of 2 bytes"
+
+
 def main():
-    print("kernel           sm  registers  spilled  shared  loops, instructions")
-    for name in KERNELS:
-        for arch in (90, 80):
-            made = sampler_kernel(name, arch)
-            sizes = [last - first + 1 for first, last in loops(made.sass)]
-            print(f"{name:16}{arch:3}{made.registers:11}{made.spilled:9}{made.shared:8}  {sizes}")
+    print("kernel         dtype  sm  registers  spilled  shared  instructions of its loops")
+    for dtype in ("bf16", "fp32"):
+        for name in KERNELS:
+            for arch in (90, 80):
+                made = sampler_kernel(name, arch, dtype)
+                told = f"{made.registers:11}{made.spilled:9}{made.shared:8}  {loops(made.sass)}"
+                if name == "_own_kernel":
+                    told += f", {per_key(made):.0f} a key"
+                print(f"{name:15}{dtype:5}{arch:4}{told}")
 
 
 if __name__ == "__main__":
-    main()
+    check() if sys.argv[1:] == ["check"] else main()

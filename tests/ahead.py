@@ -73,7 +73,7 @@ STRIDES = "prompt_values prompt_question prompt_head prefix_values prefix_head".
 STRIDES += "v_row own_values own_row own_head row_length".split()
 
 
-def sampler_kernel(name: str, arch: int, dtype: str = "bf16", K: int = 128) -> Built:
+def sampler_kernel(name: str, arch: int, dtype="bf16", K=128, greedy=False) -> Built:
     """A kernel of the sampler as the 1B model's batches call it."""
     halves = "q k v own prompt prefix out logits".split()
     types = dict.fromkeys(halves, "*" + dtype) | dict.fromkeys("R S vocab".split(), "i32")
@@ -81,7 +81,7 @@ def sampler_kernel(name: str, arch: int, dtype: str = "bf16", K: int = 128) -> B
     types |= dict.fromkeys("scale inverse".split(), "fp32") | {"noise": "*fp64"}
     types |= dict.fromkeys(STRIDES, "i32")
     widths = dict(K=K, HEAD=max(16, triton.next_power_of_2(K)))
-    draw = dict(GREEDY=False, STEPS=16, BLOCKS=model.BLOCKS_DRAW, BLOCK=model.BLOCK_DRAW)
+    draw = dict(GREEDY=greedy, STEPS=16, BLOCKS=model.BLOCKS_DRAW, BLOCK=model.BLOCK_DRAW)
     tile = model.TILE[2 if dtype == "bf16" else 4]
     constants, options = {
         "_shared_kernel": (widths | dict(ROWS=model.ROWS_SHARED, TILE=tile), {}),
@@ -120,6 +120,7 @@ def check():
                     assert per_key(made) < 60, "more instructions a key than memory has time for"
                 if name == "_draw_kernel":
                     assert made.ptx.count("ld.global.v4") >= 4, "loads of 2 bytes"
+                    assert sampler_kernel(name, arch, dtype, greedy=True).spilled == 0
 
 
 def main():

@@ -141,9 +141,8 @@ def test_what_is_impossible_is_never_drawn(small_blocks):
     lie on the edges."""
     logits = torch.full((9, 97), -math.inf, device=DEVICE)
     logits[:, [20, 21, 60, 77]] = 0.0
-    u = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-53, 0.2499, 0.4999, 0.7499, 0.1])
-    u = u.double()[:, None].to(DEVICE)
-    u[4] = 1 - 2**-53
+    u = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53, 0.2499, 0.4999, 0.7499, 0.1]
+    u = torch.tensor(u, dtype=torch.float64, device=DEVICE)[:, None]
     token, (logp, _) = choose(logits, u, 1.0)
     assert token[:, 0].tolist() == [20, 21, 60, 77, 77, 20, 21, 60, 20]
     torch.testing.assert_close(logp, torch.full_like(logp, -math.log(4)))

@@ -656,10 +656,9 @@ class Sampler:
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys
     are read where they are. Answers begin together, so all rows are equally long and columns past t
-    are not read, but for what rounds T up to SPAN; the Triton kernels that attend and draw on CUDA
-    read none. Rows that finished are dropped as soon as the
-    others fit the next smaller `bucket`. Buffers stay from one batch to the next; on CUDA the work
-    of one token is a captured graph for each `Step`.
+    are not read, but for what rounds T up to SPAN (on CUDA Triton kernels attend, and read none).
+    Rows that finished are dropped as soon as the others fit the next smaller `bucket`. Buffers stay
+    from one batch to the next; on CUDA the work of one token is a captured graph for each `Step`.
 
     rows: answers sampled side by side. compile: torch.compile the block, which takes seconds at the
     start, more of them the first time on a machine.
@@ -831,14 +830,10 @@ class Sampler:
         # Decode: keys of a layer and their products with the queries, which only a compiler does
         # without, and a kernel; a prompt's keys once for each of its answers.
         product = wide if size == wide else 2 * wide  # bf16 keys are cast before
-        decode = D * max(T * product, P * (size + product))
-        # Draw: logits and their exponentials in 4 bytes, their sums in 8; a kernel, logits alone.
-        draw = 16 * c.padded_vocab
-        if self.fused:
-            decode = 0
-            draw = size * c.padded_vocab
-        elif self.compiled:
-            decode = 0
+        no_products = self.compiled or self.fused
+        decode = 0 if no_products else D * max(T * product, P * (size + product))
+        # Draw: logits and their exponentials in 4 bytes, their sums in 8; a kernel: logits alone.
+        draw = (size if self.fused else 16) * c.padded_vocab
         step = n * (max(decode, draw) + 8 * (c.ffn + 4 * D))
         if self.capture:
             step *= 2  # graphs have memory of their own, beside that of the first run

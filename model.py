@@ -531,10 +531,13 @@ class Cache(NamedTuple):
 class Place(NamedTuple):
     """Where the new tokens stand; the same for all blocks."""
 
+    t: Tensor  # (1,) column of the new token: columns of `own` before it are read
     cos: Tensor  # (R, 1, K/2) of the rotation
     sin: Tensor
-    length: Tensor  # (R,) columns of `own` that the row sees: t, and 0 once its answer has ended
     group: Tensor  # (R,) question of each row, in ascending order
+    mask: Tensor  # (G, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
+    # for the kernels
+    length: Tensor  # (R,) columns of `own` that are read: t, and 0 once the answer has ended
     size: Tensor  # (G,) tokens of each prompt
 
 
@@ -565,13 +568,9 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
     q = q.to(at_least_fp32(compute)) * q.shape[-1] ** -0.5
     # Scores: (R, H, 1), (R, H, T), (R, H, P), (R, H, S)
     new = (q * k).sum(-1, keepdim=True)
-    column = torch.arange(cache.own.shape[3], device=q.device)
-    before = (column < place.length[:, None])[:, None]  # (R, 1, T)
+    before = torch.arange(cache.own.shape[3], device=q.device) < place.t
     own = (q[:, :, None] * cache.own[0]).sum(-1).masked_fill(~before, -math.inf)
-    column = torch.arange(cache.prompt.shape[3], device=q.device)
-    inside = (column < place.size[place.group, None])[:, None]  # (R, 1, P)
-    prompt = (q[:, :, None] * cache.prompt[0][place.group]).sum(-1)
-    prompt = prompt.masked_fill(~inside, -math.inf)
+    prompt = (q[:, :, None] * cache.prompt[0][place.group]).sum(-1) + place.mask[place.group]
     top = torch.maximum(own.amax(-1, keepdim=True), new)
     top = torch.maximum(top, prompt.amax(-1, keepdim=True))
     if cache.prefix is not None:
@@ -614,6 +613,7 @@ class Buffers:
         self.alive = zeros(R, dtype=torch.bool)  # whether no end token has been drawn
         self.row = zeros(R)  # where the row's answer goes in the tensors below
         self.group = zeros(R)  # its question
+        self.mask = zeros(G, 1, P, dtype=torch.float32)  # see Place
         self.size = zeros(G)  # tokens of each prompt
         self.cos = zeros(R, T, K // 2, dtype=torch.float32)  # of each of its positions
         self.sin = zeros(R, T, K // 2, dtype=torch.float32)
@@ -822,7 +822,7 @@ class Sampler:
         P = round_up(prompt, self.span)
         T = round_up(max_new, self.span)
         # Buffers: keys and values, and what they hold of a column beside; see _batch for the span.
-        question = (P + self.span) * column
+        question = (P + self.span) * (column + 4)
         row = (T + self.span) * (column + 4 * c.head_width + 24)
         # Prefill: keys and values as they come, and the activations of one layer; of the prefix
         # keys and values alone.
@@ -882,6 +882,8 @@ class Sampler:
         for layer, (keys, values) in enumerate(cache):
             b.prompt[layer, 0, :G, :, :P] = keys
             b.prompt[layer, 1, :G, :, :P] = values
+        real = torch.arange(P, device=device) < size[:, None]
+        b.mask[:G, 0, :P] = torch.where(real, 0.0, -math.inf)
         b.size[:G] = size
         return x[torch.arange(G, device=device), size - 1], size
 
@@ -1019,10 +1021,12 @@ class Sampler:
         R = step.rows
         b.t += 1
         place = Place(
+            t=b.t,
             cos=b.cos[:R].index_select(1, b.t),
             sin=b.sin[:R].index_select(1, b.t),
-            length=b.t * b.alive[:R],
             group=b.group[:R],
+            mask=b.mask[..., : step.prompt],
+            length=b.t * b.alive[:R],
             size=b.size,
         )
         # A graph must read the column on the device.

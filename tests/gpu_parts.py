@@ -328,7 +328,9 @@ def attention_of(dtype, questions: int, n: int, S: int) -> tuple[float, dict[str
     group = group[torch.arange(len(group), device=DEVICE) % 5 != 3]
     R = len(group)
     length = torch.where(up_to(2, R) == 1, T, up_to(T, R) - 1)
-    place = Place(None, None, length, group, up_to(P, questions))
+    size = up_to(P, questions)
+    mask = torch.where(torch.arange(P, device=DEVICE) < size[:, None, None], 0.0, -torch.inf)
+    place = Place(length[:, None, None], None, None, group, mask, length, size)
     prefix = some(2, H, S, K) if S else None
     cache = Cache(some(2, R, H, T, K), some(2, questions, H, P, K), prefix)
     row = some(R, H, K), some(R, H, K), some(R, H, K)

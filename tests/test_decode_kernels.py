@@ -69,8 +69,9 @@ def numbers(rows, H, K, T, P, S, lengths, sizes, dtype, scale=1.0):
         prompt[:, g, :, size:] = torch.nan
     prefix = some(2, H, S, K) if S else None
     v = some(R, 3, H, K)[:, 2]  # as it comes from one product of q, k and v
-    place = Place(None, None, torch.tensor(lengths), group, torch.tensor(sizes))
-    place = Place(*(x if x is None else x.to(DEVICE) for x in place))
+    counts = dict(length=torch.tensor(lengths), group=group, size=torch.tensor(sizes))
+    others = dict.fromkeys(("t", "cos", "sin", "mask"))
+    place = Place(**others, **{name: x.to(DEVICE) for name, x in counts.items()})
     return some(R, H, K), some(R, H, K), v, Cache(own, prompt, prefix), place
 
 

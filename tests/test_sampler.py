@@ -338,9 +338,10 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
     monkeypatch.setattr(Sampler, "_batch", watched)
     sampler = Sampler(model)
     # By hand: prompts of 8 columns and answers of 24, and room for 8 more of each. A column is 1024
-    # bytes of keys and values, and beside them 4 * 8 + 24 of an answer. The prefill takes more than
-    # a decoded token: the keys and values again, and of a layer 4 * 48 and 8 * 32 numbers a token.
-    buffers = 16 * 1024 + 4 * 32 * (1024 + 56)
+    # bytes of keys and values, and beside them 4 of a prompt and 4 * 8 + 24 of an answer. The
+    # prefill takes more than a decoded token: the keys and values again, and of a layer
+    # 4 * 48 and 8 * 32 numbers a token.
+    buffers = 16 * (1024 + 4) + 4 * 32 * (1024 + 56)
     question = buffers + 8 * (1024 + 8 * (4 * 48 + 8 * 32))
     assert sampler._bytes(4, 7, 24, 0) == question
     monkeypatch.setattr(network, "free_bytes", lambda device: 2.5 * question)

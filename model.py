@@ -565,8 +565,11 @@ class Place(NamedTuple):
     t: Tensor  # (1,) column of the new token: columns of `own` before it are read
     cos: Tensor  # (R, 1, K/2) of the rotation
     sin: Tensor
-    group: Tensor  # (R,) question of each row
+    group: Tensor  # (R,) question of each row, in ascending order
     mask: Tensor  # (G, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
+    # for the kernels
+    length: Tensor  # (R,) columns of `own` that are read: t, and 0 once the answer has ended
+    size: Tensor  # (G,) tokens of each prompt
 
 
 class Step(NamedTuple):
@@ -574,7 +577,7 @@ class Step(NamedTuple):
     captured for each value of it."""
 
     rows: int  # R, those that are still decoded
-    columns: int  # T, columns of the rows' own cache that are read, a multiple of SPAN
+    columns: int  # T, columns of the rows' own cache that may be read, a multiple of SPAN
     prompt: int  # P, columns of the prompts' cache that are read, a multiple of SPAN
     prefix: int  # S, 0 without a prefix
     temperature: float
@@ -589,7 +592,9 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
     Weighted sums are written as products and sums, not as matrix products: a row has one query, and
     a compiler makes loops of them that read each key once, where a BLAS would be called 2 * R * H
     times for next to nothing. The prefix is one matrix product, as every row reads the same
-    keys."""
+    keys. On CUDA two Triton kernels do it, see the end of this file."""
+    if use_triton(q):
+        return _attend_by_kernels(q, k, v, *cache, place.length, place.group, place.size)
     compute = q.dtype
     q = q.to(at_least_fp32(compute)) * q.shape[-1] ** -0.5
     # Scores: (R, H, 1), (R, H, T), (R, H, P), (R, H, S)
@@ -640,6 +645,7 @@ class Buffers:
         self.row = zeros(R)  # where the row's answer goes in the tensors below
         self.group = zeros(R)  # its question
         self.mask = zeros(G, 1, P, dtype=torch.float32)  # see Place
+        self.size = zeros(G)  # tokens of each prompt
         self.cos = zeros(R, T, K // 2, dtype=torch.float32)  # of each of its positions
         self.sin = zeros(R, T, K // 2, dtype=torch.float32)
         self.noise = zeros(R, T, dtype=torch.float64)  # a uniform number for each draw
@@ -681,9 +687,9 @@ class Sampler:
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys
     are read where they are. Answers begin together, so all rows are equally long and columns past t
-    are not read, but for what rounds T up to SPAN. Rows that finished are dropped as soon as the
-    others fit the next smaller `bucket`. Buffers stay from one batch to the next; on CUDA the work
-    of one token is a captured graph for each `Step`.
+    are not read, but for what rounds T up to SPAN (on CUDA Triton kernels attend, and read none).
+    Rows that finished are dropped as soon as the others fit the next smaller `bucket`. Buffers stay
+    from one batch to the next; on CUDA the work of one token is a captured graph for each `Step`.
 
     rows: answers sampled side by side. compile: torch.compile the block, which takes seconds at the
     start, more of them the first time on a machine.
@@ -708,6 +714,8 @@ class Sampler:
         on_cuda = self.embed.is_cuda
         self.padded = on_cuda  # whether logits are made with the padding and cut: see `logits`
         self.capture = on_cuda  # whether a token's work is captured
+        # whether Triton kernels attend and draw
+        self.fused = use_triton(torch.empty(0, dtype=model.compute, device=self.embed.device))
         self.span = self.SPAN[self.embed.device.type]
         self.graphs = {}  # Step -> its graph; None: has run once, to be captured at the next use
         self.pool = None  # of the graphs' memory
@@ -851,11 +859,12 @@ class Sampler:
         # keys and values alone.
         prefill = P * (column + 4 * c.ffn * size + 8 * D * wide) + 2 * prefix * D * size
         # Decode: keys of a layer and their products with the queries, which only a compiler does
-        # without; a prompt's keys once for each of its answers.
+        # without, and a kernel; a prompt's keys once for each of its answers.
         product = wide if size == wide else 2 * wide  # bf16 keys are cast before
-        decode = 0 if self.compiled else D * max(T * product, P * (size + product))
-        # Draw: logits and their exponentials in 4 bytes, their sums in 8.
-        draw = 16 * c.padded_vocab
+        no_products = self.compiled or self.fused
+        decode = 0 if no_products else D * max(T * product, P * (size + product))
+        # Draw: logits and their exponentials in 4 bytes, their sums in 8; a kernel: logits alone.
+        draw = (size if self.fused else 16) * c.padded_vocab
         step = n * (max(decode, draw) + 8 * (c.ffn + 4 * D))
         if self.capture:
             step *= 2  # graphs have memory of their own, beside that of the first run
@@ -906,6 +915,7 @@ class Sampler:
             b.prompt[layer, 1, :G, :, :P] = values
         real = torch.arange(P, device=device) < size[:, None]
         b.mask[:G, 0, :P] = torch.where(real, 0.0, -math.inf)
+        b.size[:G] = size
         return x[torch.arange(G, device=device), size - 1], size
 
     def _start_rows(self, size: Tensor, noise: Tensor, step: Step):
@@ -951,7 +961,9 @@ class Sampler:
                 step = step._replace(rows=self._drop_finished(step.rows, t))
                 if step.rows == 0:
                     break
-            step = step._replace(columns=round_up(t + 1, self.span))
+            # the kernels read a row's length on the device: one graph for all columns
+            columns = max_new if self.fused else t + 1
+            step = step._replace(columns=round_up(columns, self.span))
             self._advance(step)
             slots += step.rows
         return self._collect(R, max_new, step), slots
@@ -974,9 +986,9 @@ class Sampler:
             return 0
         if bucket(live) >= rows:
             return rows
-        # The living come first, in their order; then as many of the others as fill the bucket.
+        # The living, and as many others as fill the bucket; rows of a question stay together.
         order = alive.to(torch.uint8).argsort(descending=True, stable=True)
-        self.buffers.keep(order[: bucket(live)], columns)
+        self.buffers.keep(order[: bucket(live)].sort().values, columns)
         return bucket(live)
 
     def _collect(self, R: int, max_new: int, step: Step) -> tuple[Tensor, ...]:
@@ -1045,6 +1057,8 @@ class Sampler:
             sin=b.sin[:R].index_select(1, b.t),
             group=b.group[:R],
             mask=b.mask[..., : step.prompt],
+            length=b.t * b.alive[:R],
+            size=b.size,
         )
         # A graph must read the column on the device.
         column = b.t if self.capture else slice(int(b.t), int(b.t) + 1)
@@ -1072,42 +1086,56 @@ class Sampler:
         return (x @ head.T)[:, : len(self.head)]
 
     def _draw(self, x: Tensor, step: Step):
-        """One token a row from x (R, D), the network's output for the last one, by inverting the
-        cumulative distribution at the row's uniform number: exact, and one random number a token
-        where Gumbel noise takes V. The sums are in fp64: in fp32 the tail of a large vocabulary
-        would drown.
-
-        Memory: 16 bytes a row and id at once, see `_bytes`; hence the sums in place."""
+        """One token a row from x (R, D), the network's output for the last one."""
         b = self.buffers
         R = len(x)
         t = b.t + 1
-        logits = self.logits(x)
-        logits = logits.to(at_least_fp32(logits.dtype))
-        logits -= logits.amax(1, keepdim=True)
-        p = logits.exp()
-        log_sum = p.sum(1, keepdim=True).log()
-        scale = 1.0
-        if step.temperature == 0:
-            token = logits.argmax(1, keepdim=True)  # (R, 1)
-            log_mass = log_sum
-        else:
-            if step.temperature != 1:
-                scale = 1 / step.temperature
-                torch.mul(logits, scale, out=p).exp_()
-            mass = p.double().cumsum_(1)
-            u = b.noise[:R].index_select(1, t)
-            token = torch.searchsorted(mass, u * mass[:, -1:], right=True)  # (R, 1)
-            token.clamp_(max=logits.shape[1] - 1)
-            log_mass = mass[:, -1:].log()
-        chosen = logits.gather(1, token)
+        u = b.noise[:R].index_select(1, t)
+        token, logp = choose(self.logits(x), u, step.temperature)
         row = b.row[:R, None]
         b.tokens[row, t] = token
-        b.logp[0][row, t] = (chosen * scale - log_mass).to(b.logp.dtype)
-        b.logp[1][row, t] = (chosen - log_sum).to(b.logp.dtype)
+        b.logp[0][row, t] = logp[0].to(b.logp.dtype)
+        b.logp[1][row, t] = logp[1].to(b.logp.dtype)
         b.lengths.index_add_(0, b.row[:R], b.alive[:R].long())
         b.token[:R] = token[:, 0]
         for end in step.ends:
             b.alive[:R] &= b.token[:R] != end
+
+
+def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Sequence[Tensor]]:
+    """One id a row of logits (R, V), by inverting the cumulative distribution at the row's uniform
+    number u (R, 1) fp64: exact, and one random number a token where Gumbel noise takes V. -> ids
+    (R, 1), and their log-probs as sampled and at temperature 1, (R, 1) each. Temperature 0 takes
+    the most probable id.
+
+    The sums are in fp64: in fp32 the tail of a large vocabulary would drown. Memory: 16 bytes a row
+    and id at once, see `_bytes`; hence the sums in place, and logits in fp32 or fp64 are
+    overwritten.
+
+    On CUDA one Triton kernel does it, which sums in fp32 within blocks of 1024 ids and in fp64 over
+    the blocks, and within the one that is picked. In total variation it samples from a distribution
+    no farther than 1023 * 2^-24 = 6.1e-5 from the one here: a sum of 1024 positive numbers in fp32
+    is off by at most that share, in whatever order, and ids within a block are weighed as here."""
+    if use_triton(logits):
+        return _launch_draw(logits, u, temperature)
+    logits = logits.to(at_least_fp32(logits.dtype))
+    logits -= logits.amax(1, keepdim=True)
+    p = logits.exp()
+    log_sum = p.sum(1, keepdim=True).log()
+    scale = 1.0
+    if temperature == 0:
+        token = logits.argmax(1, keepdim=True)  # (R, 1)
+        log_mass = log_sum
+    else:
+        if temperature != 1:
+            scale = 1 / temperature
+            torch.mul(logits, scale, out=p).exp_()
+        mass = p.double().cumsum_(1)
+        token = torch.searchsorted(mass, u * mass[:, -1:], right=True)  # (R, 1)
+        token.clamp_(max=logits.shape[1] - 1)
+        log_mass = mass[:, -1:].log()
+    chosen = logits.gather(1, token)
+    return token, (chosen * scale - log_mass, chosen - log_sum)
 
 
 # ------------------------------------------------------------------------------------ loss head
@@ -1603,3 +1631,299 @@ def _launch_gradient(
     numbers = lse.stride(0), N, D, vocab, len(real), 1 / temperature
     _gradient_kernel[grid](hidden, real, target, *rows, grad, *numbers, **settings)
     return grad
+
+
+# ------------------------------------------------------------------ the sampler's Triton kernels
+#
+# Attention of one new token a row, `attend_to_cache`, for each head:
+#
+# 1. shared: a program owns ROWS rows, in the order      2. own: a program owns a row, and walks
+# of their questions, and walks over what they share:    over its keys and values SLOTS at a time:
+#
+#   rows      prefix        q0         q1                      T -->
+#  +----+  +-------------+----------+- - - - - -+             +---+---+---+---+
+#  | q0 |  | tile > tile > tile > ti|           |     slot 0  | 0 > 4 > 8 >12 |  up to the row's
+#  | q0 |  |             |          |                      1  | 1 > 5 > 9 >   |  own length
+#  | q1 |  |             + - - - - -+----------++          2  | 2 > 6 >10 >   |
+#  | q1 |  |             |          > tile > ti|           3  | 3 > 7 >11 >   |
+#  +----+  +-------------+- - - - - +----------+              +---+---+---+---+
+#   m, s, y of each row: registers                         m, s, y of each slot: registers
+#        -> y / s and m + log s, to memory                 + new token + shared -> y / s
+#
+# m = maximum, s = sum of exp(x - m), y = sum of exp(x - m) v, all in fp32.
+#   shared: keys that many queries read are products on tensor cores (tl.dot). Each question in the
+#     tile is walked over once for all its rows there; for the other rows its scores are -inf.
+#   own: one query a key leaves nothing to multiply, and memory is the limit: 4K bytes a key in
+#     bf16, in copies of 16 bytes a thread, two steps ahead. Each slot has sums of its own: threads
+#     meet only at the end, where the slots, the new token and the shared part, which is one value
+#     y / s with the score m + log s, are joined.
+# There are no atomics, and what a row's sums are made of, and in which order, is given by the row's
+# own lengths: the same bits twice, whatever rows are beside it. Lengths are read on the device: a
+# captured graph serves all of them. Compiled for sm_90, own takes 49 instructions of a warp for a
+# key and its value (python tests/ahead.py).
+#
+# Sources: parts of a cache joined by their log-sum-exp are Flash-Decoding (Dao et al. 2023); a
+# shared part as one product for all its rows is Hydragen (Juravsky et al., arXiv 2402.05099).
+#
+# The draw, `choose`: a program owns a row of logits, reads it once, and keeps of each BLOCK ids
+# their maximum and their sums in fp32; these, 98 for 100,278 ids, are summed in fp64. The uniform
+# number picks a block; that one is read again, and summed in fp64, to pick the id.
+
+ROWS_SHARED = 32  # two tiles for 64 answers to a question, four questions in a tile for 8
+TILE = {2: 64, 4: 16}  # keys, by the bytes of a number: more of fp32 would spill to memory
+SLOTS = 16  # 8 a warp: y has 32 registers a thread
+BLOCK_DRAW = 1024  # see the bound in `choose`
+BLOCKS_DRAW = 8  # of a step: 32 ids a thread of 8 warps
+
+
+if triton is not None:
+
+    @triton.jit
+    def _walk(
+        m, s, y, query, mine, keys, values, length, scale, K: tl.constexpr, TILE: tl.constexpr
+    ):
+        """Take `length` keys and values (length, K) into m, s (rows,), y (rows, HEAD) of the rows
+        that are `mine`."""
+        d = tl.arange(0, query.shape[1])
+        for first in range(0, length, TILE):
+            column = first + tl.arange(0, TILE)
+            at = column[:, None] * K + d[None, :]
+            inside = (column < length)[:, None] & (d < K)[None, :]
+            key = tl.load(keys + at, mask=inside, other=0.0)
+            value = tl.load(values + at, mask=inside, other=0.0)
+            x = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            x = tl.where(mine[:, None] & (column < length)[None, :], x, -float("inf"))
+            top = tl.maximum(m, tl.max(x, 1))
+            p = tl.exp(x - top[:, None])
+            old = tl.exp(m - top)
+            s = old * s + tl.sum(p, 1)
+            y = tl.dot(p.to(value.dtype), value, y * old[:, None], input_precision="ieee")
+            m = top
+        return m, s, y
+
+    @triton.jit
+    def _shared_kernel(
+        q,
+        prompt,
+        prefix,
+        group,
+        size,
+        shared,
+        score,
+        prompt_values,
+        prompt_question,
+        prompt_head,
+        prefix_values,
+        prefix_head,
+        R,
+        S,
+        scale,
+        K: tl.constexpr,
+        HEAD: tl.constexpr,
+        ROWS: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """Prefix and prompts: q (R, H, K) -> shared (R, H, K), score (R, H). `_values`: from a key
+        to its value; `_question`, `_head`: from one to the next."""
+        head = tl.program_id(1)
+        heads = tl.num_programs(1)
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.minimum(rows, R - 1)  # rows past the end repeat the last one and are not stored
+        d = tl.arange(0, HEAD)
+        here = (row.to(tl.int64) * heads + head)[:, None] * K + d[None, :]
+        query = tl.load(q + here, mask=(d < K)[None, :], other=0.0)
+        question = tl.load(group + row)
+        m = tl.zeros((ROWS,), tl.float32) - 1e30
+        s = tl.zeros((ROWS,), tl.float32)
+        y = tl.zeros((ROWS, HEAD), tl.float32)
+        keys = prefix + head.to(tl.int64) * prefix_head
+        m, s, y = _walk(m, s, y, query, rows >= 0, keys, keys + prefix_values, S, scale, K, TILE)
+        for g in range(tl.min(question), tl.max(question) + 1):
+            mine = question == g
+            length = tl.load(size + g).to(tl.int32) * tl.max(mine.to(tl.int32))  # 0: no row is left
+            keys = prompt + g * prompt_question + head.to(tl.int64) * prompt_head
+            values = keys + prompt_values
+            m, s, y = _walk(m, s, y, query, mine, keys, values, length, scale, K, TILE)
+        inside = (rows < R)[:, None] & (d < K)[None, :]
+        tl.store(shared + here, y / s[:, None], mask=inside)
+        tl.store(score + row.to(tl.int64) * heads + head, m + tl.log(s), mask=rows < R)
+
+    @triton.jit
+    def _own_kernel(
+        q,
+        k,
+        v,
+        own,
+        length,
+        shared,
+        score,
+        out,
+        v_row,
+        own_values,
+        own_row,
+        own_head,
+        scale,
+        K: tl.constexpr,
+        HEAD: tl.constexpr,
+        SLOTS: tl.constexpr,
+    ):
+        """The row's own tokens, the new one, and the shared part: -> out (R, H, K)."""
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        heads = tl.num_programs(1)
+        d = tl.arange(0, HEAD)
+        inside = d < K
+        here = (row * heads + head) * K + d
+        query = tl.load(q + here, mask=inside, other=0.0).to(tl.float32) * scale
+        keys = own + row * own_row + head * own_head.to(tl.int64)
+        values = keys + own_values
+        t = tl.load(length + row).to(tl.int32)
+        m = tl.zeros((SLOTS,), tl.float32) - 1e30
+        s = tl.zeros((SLOTS,), tl.float32)
+        y = tl.zeros((SLOTS, HEAD), tl.float32)
+        # stages: the next steps are on their way (cp.async) while one is summed
+        for first in tl.range(0, t, SLOTS, num_stages=3):
+            column = first + tl.arange(0, SLOTS)
+            at = column[:, None] * K + d[None, :]
+            read = (column < t)[:, None] & inside[None, :]
+            key = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)
+            value = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
+            x = tl.where(column < t, tl.sum(key * query[None, :], 1), -float("inf"))
+            top = tl.maximum(m, x)
+            p = tl.exp(x - top)
+            old = tl.exp(m - top)
+            s = old * s + p
+            y = old[:, None] * y + p[:, None] * value
+            m = top
+        key = tl.load(k + here, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(v + row * v_row + head * K + d, mask=inside, other=0.0).to(tl.float32)
+        new = tl.sum(key * query, 0)
+        rest = tl.load(score + row * heads + head)
+        top = tl.maximum(tl.maximum(new, rest), tl.max(m, 0))
+        old = tl.exp(m - top)
+        new = tl.exp(new - top)
+        rest = tl.exp(rest - top)
+        total = tl.sum(old * s, 0) + new + rest
+        joined = tl.sum(old[:, None] * y, 0) + new * value
+        joined += rest * tl.load(shared + here, mask=inside, other=0.0)
+        tl.store(out + here, (joined / total).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _draw_kernel(
+        logits,
+        noise,
+        token,
+        logp,
+        vocab,
+        row_length,
+        inverse,
+        GREEDY: tl.constexpr,
+        STEPS: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """A row of logits and a number in [0, 1) -> token (R,), logp (2, R); see `choose`. STEPS is
+        a power of two with STEPS * BLOCKS * BLOCK >= vocab."""
+        row = tl.program_id(0).to(tl.int64)
+        rows = tl.num_programs(0)
+        logits += row * row_length
+        steps = tl.arange(0, STEPS)[:, None]
+        within = tl.arange(0, BLOCK)
+        m = tl.zeros((STEPS, BLOCKS), tl.float32) - 1e30
+        s = tl.zeros((STEPS, BLOCKS), tl.float32)  # at the temperature
+        s_1 = tl.zeros((STEPS, BLOCKS), tl.float32)  # at 1
+        for step in range(0, tl.cdiv(vocab, BLOCKS * BLOCK)):
+            block = step * BLOCKS + tl.arange(0, BLOCKS)
+            column = block[:, None] * BLOCK + within[None, :]
+            x = _row_logits(logits, column, vocab, row_length, 1.0)
+            top = tl.maximum(tl.max(x, 1), -1e30)  # -inf minus -inf would be NaN
+            x -= top[:, None]
+            here = steps == step
+            m = tl.where(here, top[None, :], m)
+            s = tl.where(here, tl.sum(tl.exp(x * inverse), 1)[None, :], s)
+            s_1 = tl.where(here, tl.sum(tl.exp(x), 1)[None, :], s_1)
+        m = tl.reshape(m, (STEPS * BLOCKS,))
+        top = tl.max(m, 0)
+        total_1 = tl.sum(tl.reshape(s_1, (STEPS * BLOCKS,)) * tl.exp(m - top), 0)
+        mass = tl.reshape(s, (STEPS * BLOCKS,)).to(tl.float64)
+        mass *= tl.exp((m - top) * inverse).to(tl.float64)
+        blocks = tl.arange(0, STEPS * BLOCKS)
+        last = tl.cdiv(vocab, BLOCK) - 1
+        if GREEDY:
+            block = tl.min(tl.where(m == top, blocks, last), 0)
+            part = 0.0
+        else:
+            sums = tl.cumsum(mass, 0)
+            point = tl.load(noise + row) * tl.sum(mass, 0)
+            block = tl.minimum(tl.sum((sums <= point).to(tl.int32), 0), last)
+            before = tl.max(tl.where(blocks < block, sums, 0.0), 0)
+            part = (point - before) / tl.sum(tl.where(blocks == block, mass, 0.0), 0)
+        x = _row_logits(logits, block * BLOCK + within, vocab, row_length, 1.0)
+        high = tl.max(x, 0)
+        last = tl.minimum(BLOCK, vocab - block * BLOCK) - 1
+        if GREEDY:
+            place = tl.min(tl.where(x == high, within, last), 0)
+        else:
+            p = tl.exp((x - high) * inverse).to(tl.float64)
+            sums = tl.cumsum(p, 0)
+            place = tl.sum((sums <= part * tl.sum(p, 0)).to(tl.int32), 0)
+            place = tl.minimum(place, last)
+        x = tl.sum(tl.where(within == place, x, 0.0), 0) - top
+        tl.store(token + row, (block * BLOCK + place).to(tl.int64))
+        if GREEDY:
+            tl.store(logp + row, x - tl.log(total_1))
+        else:
+            tl.store(logp + row, x * inverse - tl.log(tl.sum(mass, 0).to(tl.float32)))
+        tl.store(logp + rows + row, x - tl.log(total_1))
+
+
+# An operator of its own: a compiled block calls it as it is.
+@torch.library.custom_op("excursions::attend", mutates_args=())
+def _attend_by_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own: Tensor,
+    prompt: Tensor,
+    prefix: Tensor | None,
+    length: Tensor,
+    group: Tensor,
+    size: Tensor,
+) -> Tensor:
+    """`attend_to_cache` by the kernels: the fields of Cache and, of Place, those it needs."""
+    R, H, K = q.shape
+    widths = dict(K=K, HEAD=max(16, triton.next_power_of_2(K)))
+    shared = torch.empty(R, H, K, dtype=torch.float32, device=q.device)
+    score = torch.empty(R, H, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    S = 0 if prefix is None else prefix.shape[2]
+    before = prompt[:, 0] if prefix is None else prefix  # (2, H, S, K)
+    strides = *prompt.stride()[:3], *before.stride()[:2]
+    numbers = *strides, R, S, K**-0.5
+    parts = shared, score
+    tile = TILE[q.element_size()]
+    _shared_kernel[triton.cdiv(R, ROWS_SHARED), H](
+        q, prompt, before, group, size, *parts, *numbers, **widths, ROWS=ROWS_SHARED, TILE=tile
+    )
+    strides = v.stride(0), *own.stride()[:3]
+    _own_kernel[R, H](
+        q, k, v, own, length, *parts, out, *strides, K**-0.5, **widths, SLOTS=SLOTS, num_warps=2
+    )
+    return out
+
+
+@_attend_by_kernels.register_fake
+def _(q, *rest):
+    return torch.empty_like(q)
+
+
+def _launch_draw(logits: Tensor, u: Tensor, temperature: float):
+    R, V = logits.shape
+    token = torch.empty(R, 1, dtype=torch.long, device=logits.device)
+    logp = torch.empty(2, R, 1, dtype=torch.float32, device=logits.device)
+    steps = triton.next_power_of_2(triton.cdiv(V, BLOCKS_DRAW * BLOCK_DRAW))
+    numbers = V, logits.stride(0), 1 / (temperature or 1)
+    blocks = dict(STEPS=steps, BLOCKS=BLOCKS_DRAW, BLOCK=BLOCK_DRAW)
+    greedy = temperature == 0
+    _draw_kernel[(R,)](logits, u, token, logp, *numbers, GREEDY=greedy, **blocks, num_warps=8)
+    return token, logp

@@ -15,6 +15,9 @@
 #   graphs    do replayed CUDA graphs of the sampler draw what eager steps draw, while rows, lengths
 #             and prefix change? "largest_gap" of log-probs is near 1e-6.
 #   kernels   errors of the Triton loss head against fp64, as a share of what is allowed: below 1.
+#   token     attention of a new token and the draw by Triton kernels: errors against fp64, as a
+#             share of what is allowed: below 1; times beside plain and compiled PyTorch, "faster"
+#             above 1 is a gain. Ceiling: the TB/s of facts.
 #   bf16      |log-prob| between sampler and trainer, a row an answer and a row a question, and
 #             fp32: means below 0.01. --max_mismatch 0.1 of rl.py rests on it.
 #   sampler   in fp64 the GPU draws the CPU's tokens, compiled or not: any other token is a fault.
@@ -50,7 +53,7 @@ fi
 limit() { # seconds that a part may take
     case $1 in
     facts | graphs | bf16) echo $((WHOLE / 12)) ;;
-    kernels | sampler | loss) echo $((WHOLE / 6)) ;;
+    kernels | token | sampler | loss) echo $((WHOLE / 6)) ;;
     *) echo $((WHOLE / 3)) ;;
     esac
 }
@@ -61,7 +64,7 @@ record() { # part, status, seconds: the line of a part that could not write its 
 }
 
 if [ $# = 0 ]; then
-    set -- facts graphs kernels bf16 sampler tree scripts loss decode training
+    set -- facts graphs kernels token bf16 sampler tree scripts loss decode training
 fi
 for part in "$@"; do
     left=$((WHOLE - SECONDS))

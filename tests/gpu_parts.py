@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if CUDA else "cpu")
-if not CUDA and sys.argv[1:2] in (["kernels"], ["loss"]):
+if not CUDA and sys.argv[1:2] in (["kernels"], ["loss"], ["token"]):
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the kernels are defined
 
 import common  # noqa: E402
@@ -35,12 +35,16 @@ import rl  # noqa: E402
 from data import problems  # noqa: E402
 from model import (  # noqa: E402
     PRESETS,
+    Cache,
     Layout,
     Model,
     ModelConfig,
+    Place,
     Sampler,
     Step,
     adam,
+    attend_to_cache,
+    choose,
     log_probs,
     round_up,
     update,
@@ -255,6 +259,103 @@ def head_errors(N, D, vocab, padding, dtype, temperature) -> dict[str, float]:
             error = float((ours[place] - exact[place]).abs().max())
             found[name] = max(found[name], error / allowed)
     return found
+
+
+def token():
+    """The sampler's kernels beside plain PyTorch: errors against fp64, the same bits twice, times.
+
+    An error may be 3 times that of plain PyTorch in the same dtype.
+    """
+    assert network.triton is not None, "triton is not installed"
+    figures = {}
+    shapes = [dict(questions=8, n=64, S=0), dict(questions=64, n=8, S=700)]
+    here = [dict(questions=2, n=3, S=5)]
+    for shape in on_gpu(shapes, here):
+        for dtype in (HALF, torch.float32):
+            name = f"{shape['questions']} x {shape['n']}, prefix {shape['S']}"
+            name += f", {str(dtype).removeprefix('torch.')}"
+            share, times = attention_of(dtype, **shape)
+            told = ", ".join(f"{side} {1e3 * seconds:.3f} ms" for side, seconds in times.items())
+            print(f"{name}: error / allowed {share:.2f}, {told}")
+            assert share <= 1, "an error is larger than allowed"
+            figures[f"{name} faster"] = times["plain"] / times["kernels"]
+    R, V = on_gpu((512, 100278), (4, 3000))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.randn(R, round_up(V, 128), generator=generator, device=DEVICE).to(HALF) * 2
+    logits = logits[:, :V]
+    u = torch.rand(R, 1, generator=generator, device=DEVICE, dtype=torch.float64)
+    for temperature in (1.0, 0.6, 0.0):
+        with_triton(True)
+        found, logp = choose(logits, u, temperature)
+        expected, exact = choose(logits.double(), u, temperature)
+        pairs = zip(logp, exact, strict=True)
+        differs = found != expected
+        if temperature == 0:  # of equal logits either may be taken
+            differs &= logits.gather(1, found) != logits.gather(1, expected)
+        others = float(differs.double().mean())
+        gap = max(float((a - b)[found == expected].abs().max()) for a, b in pairs)
+        kernel = seconds_of(lambda t=temperature: choose(logits, u, t), 20)
+        with_triton(False)
+        plain = seconds_of(lambda t=temperature: choose(logits, u, t), 20)
+        speed = R * V * HALF.itemsize / kernel / 1e12
+        print(
+            f"draw of {R} at {temperature}: {others:.1%} other ids than fp64, log-probs differ by "
+            f"{gap:.1e}; {1e3 * kernel:.3f} ms ({speed:.2f} TB/s), plain {1e3 * plain:.3f}"
+        )
+        assert others <= 0.05 and gap < 1e-4, "other draws than in fp64"
+        figures[f"draw at {temperature} faster"] = plain / kernel
+    return figures
+
+
+def with_triton(wanted: bool):
+    """Whether the Triton kernels serve what is not in fp64."""
+    network.use_triton = lambda x: wanted and x.dtype != torch.float64
+
+
+def attention_of(dtype, questions: int, n: int, S: int) -> tuple[float, dict[str, float]]:
+    """The error of attend_to_cache over what it may be, and its seconds by kernels, plain, and
+    compiled. Of rows of 1B's heads, half of them long, some of each question gone."""
+    H, K, T, P = on_gpu((16, 128, 512, 128), (2, 24, 16, 24))
+    generator = torch.Generator(DEVICE).manual_seed(n)
+
+    def some(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+    def up_to(most, *shape):
+        return torch.randint(1, most + 1, shape, generator=generator, device=DEVICE)
+
+    group = torch.arange(questions, device=DEVICE).repeat_interleave(n)
+    group = group[torch.arange(len(group), device=DEVICE) % 5 != 3]
+    R = len(group)
+    length = torch.where(up_to(2, R) == 1, T, up_to(T, R) - 1)
+    size = up_to(P, questions)
+    mask = torch.where(torch.arange(P, device=DEVICE) < size[:, None, None], 0.0, -torch.inf)
+    place = Place(length[:, None, None], None, None, group, mask, length, size)
+    prefix = some(2, H, S, K) if S else None
+    cache = Cache(some(2, R, H, T, K), some(2, questions, H, P, K), prefix)
+    row = some(R, H, K), some(R, H, K), some(R, H, K)
+
+    def exact():
+        wide = [None if x is None else x.double() for x in cache]
+        return attend_to_cache(*(x.double() for x in row), Cache(*wide), place)
+
+    def work():
+        return attend_to_cache(*row, cache, place)
+
+    truth = exact()
+    with_triton(False)
+    usual = float((work() - truth).abs().max())
+    times = {"plain": seconds_of(work, 10)}
+    if CUDA:
+        compiled = torch.compile(attend_to_cache, dynamic=True)
+        times["compiled"] = seconds_of(lambda: compiled(*row, cache, place), 10)
+    with_triton(True)
+    found = work()
+    assert torch.equal(found, work()), "other bits at the second run"
+    times["kernels"] = seconds_of(work, 10)
+    read = 2 * H * K * dtype.itemsize * int(length.sum())
+    print(f"own keys and values: {read / times['kernels'] / 1e12:.2f} TB/s")
+    return float((found - truth).abs().max()) / (3 * usual + 1e-5), times
 
 
 def sampler():
@@ -727,7 +828,19 @@ def training():
 
 PARTS = {
     part.__name__: part
-    for part in (facts, graphs, kernels, bf16, sampler, tree, scripts, loss, decode, training)
+    for part in (
+        facts,
+        graphs,
+        kernels,
+        token,
+        bf16,
+        sampler,
+        tree,
+        scripts,
+        loss,
+        decode,
+        training,
+    )
 }
 
 

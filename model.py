@@ -907,8 +907,8 @@ class Sampler:
         Q = len(prompts)
         n = R // Q  # with Q and max_new, what the scripts read when memory runs out
         P = round_up(max(map(len, prompts)), self.span)
-        # One of each more than is used: a slice is then never the whole, which a compiler would tell
-        # apart, and make its code twice.
+        # One of each more than is used: a slice is then never the whole, which a compiler would
+        # tell apart, and make its code twice.
         self._reserve(R + 1, Q + 1, P + self.span, round_up(max_new, self.span) + self.span)
         step = step._replace(rows=R, prompt=P)
         last, size = self._prefill_prompts(prompts, step)

@@ -38,11 +38,11 @@ run() {  # COMMAND: alone on the machine; a trap is run during `wait`, not durin
   wait $!
 }
 
-name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p10/step2393-rl--lr-3e-4-s100, what a cell makes
+name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p30/step4883-rl--lr-3e-4-s30, what a cell makes
   local recipe="${*:3}"
   recipe=${recipe// --/--}
   case $3 in  # eval.py names the rows of a base after the checkpoint and its --shot_seed
-    val | as-is) echo "$1" ;;
+    as-is) echo "$1" ;;
     base) echo "$1-s$2" ;;
     *) echo "$1-${recipe// /-}-s$2" ;;
   esac

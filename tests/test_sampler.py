@@ -417,7 +417,7 @@ def test_buffers_are_kept(model):
     sampler(PROMPTS[:2], 4, 8, range(8), [END])
     assert sampler.buffers is held
     sampler(PROMPTS, 8, 24, range(40), [END])
-    assert sampler.buffers is not held and sampler.buffers.own.shape[2] == 40
+    assert sampler.buffers is not held and sampler.buffers.sizes[0] > 40
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Evaluate checkpoints: pass@k on questions, general capability, loss on text; or draw the report.
 
-    python eval.py ckpt/toy/step3418.pt ckpt/toy/step3418-rl.pt --results results/mine
+    python eval.py ckpt/toy/step4883.pt ckpt/toy/step4883-rl.pt --results results/mine
     python eval.py --report results/mine
     python eval.py --curves ckpt/toy/*.metrics.jsonl
 

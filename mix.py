@@ -1,8 +1,8 @@
 """Parallel averaging of RL and SFT (the paper's section on combining them): M_t -> M_t^mix.
 
-    python mix.py --init ckpt/toy/step3418.pt
-    python mix.py --init ckpt/toy/step3418.pt --share 0 --share_end 1     # from SFT to RL
-    python mix.py --init ckpt/toy/step3418.pt --text data/out/toy         # RL inside pre-training
+    python mix.py --init ckpt/toy/step4883.pt
+    python mix.py --init ckpt/toy/step4883.pt --share 0 --share_end 1     # from SFT to RL
+    python mix.py --init ckpt/toy/step4883.pt --text data/out/toy         # RL inside pre-training
 
 Each step, from one theta: an RL batch gives the RL optimizer's update Delta_RL, an SFT batch the
 SFT optimizer's update Delta_SFT, and

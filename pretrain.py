@@ -2,7 +2,7 @@
 
     python pretrain.py --data data/out/toy --out ckpt/toy
     torchrun --nproc_per_node 8 pretrain.py --preset 1b --data data/out/dolmino --out ckpt/1b
-    python pretrain.py --data data/out/toy --init ckpt/toy/step1367-rl.pt --tokens 1.4M
+    python pretrain.py --data data/out/toy --init ckpt/toy/step977-rl.pt --tokens 1.4M
 
 Next-token loss, every token weighs 1/n; AdamW, cosine to a tenth, z-loss. Writes OUT/step*.pt. With
 --init the text goes on where the pre-training of that checkpoint stopped, whatever came after it;

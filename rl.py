@@ -1,6 +1,6 @@
 """GRPO with verifiable rewards: M_t -> M_t^RL, or from an SFT checkpoint M_t^SFT -> M_t^SFT->RL.
 
-    python rl.py --init ckpt/toy/step3418.pt
+    python rl.py --init ckpt/toy/step4883.pt
     torchrun --nproc_per_node 8 rl.py --init ckpt/1b/step5000.pt
 
 A step: draw questions, sample a group of answers to each, grade them, give each answer the

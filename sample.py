@@ -1,9 +1,9 @@
 """Look at what a checkpoint says.
 
-    python sample.py ckpt/toy/step3418-rl.pt
-    python sample.py ckpt/toy/step3418-rl.pt --first 3 --n 4 --shots 1
-    python sample.py ckpt/toy/step3418-rl.pt --prompt "Q : sam has 2 apples . how many now ? A :"
-    python sample.py --log ckpt/toy/step3418-rl.pt
+    python sample.py ckpt/toy/step4883-rl.pt
+    python sample.py ckpt/toy/step4883-rl.pt --first 3 --n 4 --shots 1
+    python sample.py ckpt/toy/step4883-rl.pt --prompt "Q : sam has 2 apples . how many now ? A :"
+    python sample.py --log ckpt/toy/step4883-rl.pt
 
 On a terminal the first command asks for questions, one after the other, and prints answers; with
 --first or another flag of theirs, and where there is no terminal, it prints validation questions.
@@ -77,7 +77,7 @@ def main(given: dict):
     if cfg.log:
         return show_log(cfg)
     if len(cfg.checkpoints) != 1:
-        raise ValueError("name one checkpoint: python sample.py ckpt/toy/step3418.pt")
+        raise ValueError("name one checkpoint: python sample.py ckpt/toy/step4883.pt")
     if Path(cfg.questions).name == "test.jsonl":
         raise ValueError(f"{cfg.questions} looks like a test split: only eval.py --final opens one")
     world = common.start(cfg.device, cfg.dtype)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on solutions: M_t -> M_t^SFT, or on all of them M_t^SFT-Gold.
 
-    python sft.py --init ckpt/toy/step3418.pt
+    python sft.py --init ckpt/toy/step4883.pt
     torchrun --nproc_per_node 8 sft.py --init ckpt/1b/step5000.pt --solutions all
 
 Next-token loss on the answer and its end token: each of the batch's n answer tokens weighs 1/n, the

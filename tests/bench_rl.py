@@ -1,7 +1,7 @@
 """Where the time of an RL step goes, and the same step beside TRL's GRPOTrainer.
 
-    python tests/bench_rl.py ckpt/toy/step1367-sft.pt [--steps 10] [--json]
-    python tests/bench_rl.py ckpt/toy/step1367-sft.pt --peer trl --threads 1 --no-compile
+    python tests/bench_rl.py ckpt/toy/step977-sft.pt [--steps 10] [--json]
+    python tests/bench_rl.py ckpt/toy/step977-sft.pt --peer trl --threads 1 --no-compile
 
 Real steps from a real checkpoint (answers end where they end), with the defaults of rl.py but for
 the learning rate, which is so small that both sides go on sampling answers as long as at the

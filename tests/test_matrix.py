@@ -61,6 +61,18 @@ def shell(tmp_path):
 TRAINERS = ("sft", "rl", "mix")
 
 
+def default(name) -> list[str]:
+    """The words of a setting, as the scripts have it: numbers change, what is run does not."""
+    text = "".join((ROOT / path).read_text() for path in ("matrix.sh", "runs/record.sh"))
+    return re.search(rf"\b{name}=.*?:-([\d ]+)}}", text)[1].split()
+
+
+SAVED = default("SAVED")  # steps of the checkpoints
+LAST, EARLY = default("CHECKPOINTS")
+FIRST, MIDDLE, BRITTLE = SAVED[0], SAVED[len(SAVED) // 2], SAVED[1]
+(QUESTIONS,), (MANY,) = default("QUESTIONS"), default("MANY")
+
+
 def count(commands) -> dict[str, int]:
     return dict(Counter(script for script, _, _ in commands))
 
@@ -86,16 +98,15 @@ def test_the_default_experiment(shell):
     trained = {
         Path(flags["out"]).stem: flags for script, _, flags in commands[2:] if "out" in flags
     }
-    steps = (1953, 4883)
+    steps = (EARLY, LAST)
     names = ("rl", "sft", "sft-rl", "mix")
     assert trained.keys() == {f"step{step}-{name}-s30" for step in steps for name in names}
     assert all(flags["seed"] == "30" and "resume" in flags for flags in trained.values())
-    assert {flags["limit"] for flags in trained.values()} == {"400"}
+    assert {flags["limit"] for flags in trained.values()} == {QUESTIONS}
     for name, flags in trained.items():
         start = name.replace("-rl-s", "-s") if "-sft-rl" in name else name.split("-")[0]
         assert Path(flags["init"]).stem == start
-    saved = commands[1][2]["save_steps"].split(",")
-    assert {*map(str, steps)} <= {*saved}
+    assert commands[1][2]["save_steps"].split(",") == SAVED and {*steps} <= {*SAVED}
     asked = [(words, flags) for script, words, flags in commands[:-1] if script == "eval"]
     for _, flags in asked:
         validation = flags.get("shots") and "shot_seed" not in flags
@@ -125,7 +136,7 @@ def test_what_is_finished_is_skipped(shell):
     status, out, _ = shell.run("matrix.sh")
     assert status == 0 and "8 cells, 8 finished before" in out
     assert count(shell.commands()) == dict(prepare=1, pretrain=1, eval=1)
-    (shell.folder / "ckpt/results/p30/step1953-sft-rl-s30.jsonl").unlink()
+    (shell.folder / f"ckpt/results/p30/step{EARLY}-sft-rl-s30.jsonl").unlink()
     status, out, _ = shell.run("matrix.sh")
     assert status == 0 and "8 cells, 7 finished before" in out
     assert [script for script, _, _ in shell.commands()[2:]] == ["sft", "rl", "eval", "eval"]
@@ -142,10 +153,10 @@ def test_blanks_quotes_and_umlauts_in_paths(shell):
 
 
 def test_a_variant_by_flags_is_one_line(shell):
-    line = "p30/step4883 30 rl --std_norm --recipe rl-std"
+    line = f"p30/step{LAST} 30 rl --std_norm --recipe rl-std"
     script = shell.folder / "mine.sh"
     script.write_text(
-        f"source ./matrix.sh\npretrain p30 x 30\neach cell '{line}' 'p30/step4883 30 rl'"
+        f"source ./matrix.sh\npretrain p30 x 30\neach cell '{line}' 'p30/step{LAST} 30 rl'"
     )
     status, _, err = shell.run(script)
     assert (status, err) == (0, "")
@@ -153,6 +164,15 @@ def test_a_variant_by_flags_is_one_line(shell):
     assert len(runs) == 2  # none overwrites the other
     variant = next(flags for flags in runs.values() if "std_norm" in flags)
     assert variant["recipe"] == "rl-std" and "finished" not in err
+
+
+def test_the_last_checkpoint_is_the_end_of_pretraining():
+    """And there is text for it."""
+    import pretrain
+    from data import prepare
+
+    assert int(SAVED[-1]) == round(pretrain.Config.tokens / pretrain.Config.batch_tokens)
+    assert SAVED[-1] == LAST and prepare.Toy.tokens > pretrain.Config.tokens
 
 
 # -------------------------------------------------------------------------- what goes wrong
@@ -167,12 +187,12 @@ def test_an_unknown_recipe_is_an_error(shell, recipe):
 
 def test_a_cell_that_fails_stops_the_matrix(shell):
     """So does what runs beside it; the last lines of its log are shown."""
-    status, out, err = shell.run("matrix.sh", FAILING="mix", SLOW="4883-sft-s30")
+    status, out, err = shell.run("matrix.sh", FAILING="mix", SLOW=f"{LAST}-sft-s30")
     assert status == 1
-    assert "p30/step4883 30 mix failed" in err and "mix.py: error: no luck today" in err
+    assert f"p30/step{LAST} 30 mix failed" in err and "mix.py: error: no luck today" in err
     commands = shell.commands()
     assert not any(script == "eval" and "report" in flags for script, _, flags in commands)
-    assert not any("step1953-rl" in str(flags) for _, _, flags in commands)
+    assert not any(f"step{EARLY}-rl" in str(flags) for _, _, flags in commands)
     nothing_is_left(shell, 1)
     status, out, _ = shell.run("matrix.sh")
     assert status == 0 and "8 cells, 2 finished before" in out
@@ -249,7 +269,7 @@ def test_a_signal_leaves_nothing_running(shell, number, status, slow, running):
 
 
 def test_a_killed_matrix_goes_on(shell):
-    process = shell.start("matrix.sh", SLOW="step4883-mix")
+    process = shell.start("matrix.sh", SLOW=f"step{LAST}-mix")
     for _ in range(600):
         if any(shell.calls.glob("slow-*")):
             break
@@ -294,26 +314,25 @@ def test_a_record(shell, recorded):
     trained = Counter(flags["out"] for script, _, flags in commands if script in TRAINERS)
     assert set(trained.values()) == {1}, "two cells make the same checkpoint"
     names = {path.removeprefix(f"{shell.folder}/ckpt/") for path in trained}
-    last, middle, brittle = 4883, 2930, 1953
     for run in (30, 31):
-        for step in (977, 1953, 2930, 3906, 4883):
+        for step in SAVED:
             for recipe in ("rl", "sft", "sft-rl", "mix", "sft-gold"):
                 assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
-        for step in (middle, last):
+        for step in (MIDDLE, LAST):
             for recipe in ("sft-gold-rl", "sft-many", "sft-rl-many"):
                 assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
         for level, count in itertools.product(("easy", "hard"), (5, 64)):
-            assert f"p{run}/step{last}-rl-n{count}-split-{level}-s{run}.pt" in names
+            assert f"p{run}/step{LAST}-rl-n{count}-split-{level}-s{run}.pt" in names
         for model in (f"p{run}", f"p{run}-math60", f"p{run}-large"):
-            assert f"{model}/step{last}-rl-hard-s{run}.pt" in names
-    seeds = {name for name in names if f"step{brittle}-rl-s" in name}
-    assert seeds == {f"p30/step{brittle}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
-        f"p31/step{brittle}-rl-s31.pt"
+            assert f"{model}/step{LAST}-rl-hard-s{run}.pt" in names
+    seeds = {name for name in names if f"step{BRITTLE}-rl-s" in name}
+    assert seeds == {f"p30/step{BRITTLE}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
+        f"p31/step{BRITTLE}-rl-s31.pt"
     }
     hard = {flags["questions"] for _, _, flags in commands if flags.get("max_new") == "84"}
     assert hard == {str(shell.folder / f"data/toy-p{run}/hard") for run in (30, 31)}
     limits = {flags.get("limit", "") for script, _, flags in commands if script in TRAINERS}
-    assert limits == {"400", "1600", ""}
+    assert limits == {QUESTIONS, MANY, ""}
 
 
 def test_a_record_keeps_each_row_once(shell, recorded):
@@ -335,7 +354,10 @@ def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
     def lacks(line):  # the test rows of a base, whose checkpoint names no seed, and of an arm
         row = json.loads(line)
         name = row["checkpoint"].removeprefix(f"{shell.folder}/ckpt/")
-        return (name, row["split"]) == ("p31/step977.pt", "test") or name == "p31/step977-rl-s31.pt"
+        return (name, row["split"]) == (
+            f"p31/step{FIRST}.pt",
+            "test",
+        ) or name == f"p31/step{FIRST}-rl-s31.pt"
 
     fewer = [line for line in lines if not lacks(line)]
     assert len(fewer) == len(lines) - 2
@@ -344,7 +366,7 @@ def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
     commands = shell.commands()
     assert status == 0 and {models_of(command) for command in commands[:-1]} == {("31",)}
     assert count(commands) == dict(prepare=1, pretrain=1, eval=4, rl=1)
-    assert "25 cells, 23 finished before" in out
+    assert f"{5 * len(SAVED)} cells, {5 * len(SAVED) - 2} finished before" in out
     assert recorded.kept.read_text().splitlines() == lines
 
 

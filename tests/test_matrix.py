@@ -354,10 +354,8 @@ def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
     def lacks(line):  # the test rows of a base, whose checkpoint names no seed, and of an arm
         row = json.loads(line)
         name = row["checkpoint"].removeprefix(f"{shell.folder}/ckpt/")
-        return (name, row["split"]) == (
-            f"p31/step{FIRST}.pt",
-            "test",
-        ) or name == f"p31/step{FIRST}-rl-s31.pt"
+        base = (name, row["split"]) == (f"p31/step{FIRST}.pt", "test")
+        return base or name == f"p31/step{FIRST}-rl-s31.pt"
 
     fewer = [line for line in lines if not lacks(line)]
     assert len(fewer) == len(lines) - 2

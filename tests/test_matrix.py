@@ -4,6 +4,7 @@ The real programs are run by runs/smoke.sh, in .ci/run.
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import common
+from data import prepare
 from helpers import ROOT
 
 
@@ -75,6 +78,16 @@ FIRST, MIDDLE, BRITTLE = SAVED[0], SAVED[len(SAVED) // 2], SAVED[1]
 
 def count(commands) -> dict[str, int]:
     return dict(Counter(script for script, _, _ in commands))
+
+
+def understood(commands):
+    """The real programs know these flags and take their values."""
+    for script, words, flags in commands:
+        if script == "prepare":
+            Config, words = prepare.COMMANDS[words[0]][0], words[1:]
+        else:
+            Config = importlib.import_module(script).Config
+        common.parse_flags(Config, [*words, *(f"--{name}={flags[name]}" for name in flags)])
 
 
 def models_of(command) -> tuple[str, ...]:
@@ -168,11 +181,9 @@ def test_a_variant_by_flags_is_one_line(shell):
 
 def test_the_last_checkpoint_is_the_end_of_pretraining():
     """And there is text for it."""
-    import pretrain
-    from data import prepare
-
-    assert int(SAVED[-1]) == round(pretrain.Config.tokens / pretrain.Config.batch_tokens)
-    assert SAVED[-1] == LAST and prepare.Toy.tokens > pretrain.Config.tokens
+    cfg = importlib.import_module("pretrain").Config
+    assert int(SAVED[-1]) == round(cfg.tokens / cfg.batch_tokens)
+    assert SAVED[-1] == LAST and prepare.Toy.tokens > cfg.tokens
 
 
 # -------------------------------------------------------------------------- what goes wrong
@@ -307,6 +318,7 @@ def recorded(shell):
 def test_a_record(shell, recorded):
     """Model by model, part by part: that of more seeds has one model, the others both."""
     commands = recorded.commands
+    understood(commands)
     runs = [models for models, _ in itertools.groupby(map(models_of, commands[:-1]))]
     assert runs == 3 * [("30",), ("31",)]
     report = commands[-1]
@@ -371,7 +383,7 @@ def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
 def test_a_record_of_one_model_adds_to_what_is_kept(shell):
     kept = shell.folder / "kept/rows.jsonl"
     kept.parent.mkdir()
-    other = '{"checkpoint": "elsewhere/p30/step977.pt", "split": "test"}'
+    other = '{"checkpoint": "elsewhere/p30/step9.pt", "split": "test"}'
     kept.write_text(f"{other}\n")
     status, _, err = shell.run("runs/record.sh", MODELS="31", KEPT=kept, JOBS=4)
     assert (status, err) == (0, "")
@@ -385,6 +397,7 @@ def test_a_sweep_opens_no_test_questions(shell):
     commands = shell.commands()
     assert (status, err) == (0, "")
     assert count(commands) == dict(prepare=2, pretrain=2, eval=49, rl=20, sft=28)
+    understood(commands)
     assert not any(flags.get("final") == "true" for _, _, flags in commands)
     seeds = {flags["seed"] for script, _, flags in commands if script == "prepare"}
     assert seeds == {"0", "1"}  # not those of a record
@@ -437,6 +450,7 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     assert (status, err) == (0, "")
     commands = shell.commands()
     assert {"prepare", "pretrain", "eval", "rl", "sft", "mix"} == count(commands).keys()
+    understood(commands)
     assert all(
         int(flags["steps"]) <= 4 for script, _, flags in commands if script in ("rl", "sft", "mix")
     )

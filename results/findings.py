@@ -81,7 +81,8 @@ def unchanged(r, arm, other, tokens):
 
 def best_of_one_solution(r, metrics, low=0.0, size=""):
     """mix against each of its rivals: it is the best if it is above all of them."""
-    arms = [arm._replace(recipe=arm.recipe + size) for arm in (MIX, RL, SFT, SFT_RL)]
+    names = [arm.recipe.replace("->", f"{size}->") + size for arm in (MIX, RL, SFT, SFT_RL)]
+    arms = [Arm(name) for name in names]  # sft-1600-questions->rl-1600-questions
     rivals = [arm for arm in arms[1:] if arm in r.arms]
     if not rivals:
         raise Missing(f"no rows of {', '.join(map(str, arms[1:]))}")

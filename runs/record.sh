@@ -28,7 +28,7 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
     sft-rl-many) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" --limit "$MANY" \
         --recipe "sft-$MANY-questions" &&
       python rl.py --init "$sft.pt" --out "$to.pt" "${go[@]}" --limit "$MANY" \
-        --recipe "sft->rl-$MANY-questions" &&
+        --recipe "rl-$MANY-questions" &&
       python eval.py "$sft.pt" "$to.pt" "${eval[@]}" --text "$data" ;;
     rl-hard) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${hard[@]}" &&
       python eval.py "$to.pt" "${eval[@]}" "${hard[@]}" --tasks= ;;

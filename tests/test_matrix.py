@@ -343,6 +343,9 @@ def test_a_record(shell, recorded):
     }
     hard = {flags["questions"] for _, _, flags in commands if flags.get("max_new") == "84"}
     assert hard == {str(shell.folder / f"data/toy-p{run}/hard") for run in (30, 31)}
+    # the name of the SFT comes before that of the RL: "sft-1600-questions->rl-1600-questions"
+    recipes = {flags["recipe"] for _, _, flags in commands if "recipe" in flags}
+    assert recipes == {f"{stage}-{MANY}-questions" for stage in TRAINERS}
     limits = {flags.get("limit", "") for script, _, flags in commands if script in TRAINERS}
     assert limits == {QUESTIONS, MANY, ""}
 

@@ -520,14 +520,14 @@ def make_split(cfg):
     shown = problems.load(cfg.questions, "shots")
     with files.new_folder(cfg, "split", **facts) as folder:
         for level, names in levels.items():
-            if len(names) < 3:
-                raise ValueError(
-                    f"{len(names)} of {len(rows)} questions are {level} for "
-                    f"{sample['checkpoint']}: change --levels"
-                )
             same = {}  # what is calculated -> the questions: none is in two parts
             for name in names:
                 same.setdefault(rows[name].get("calculation", name), []).append(name)
+            if len(same) < 3:
+                raise ValueError(
+                    f"{len(same)} of {len(rows)} questions are {level} for "
+                    f"{sample['checkpoint']}: change --levels"
+                )
             kept = sorted(same, key=lambda key: draw(cfg.seed, key))[: cfg.most]
             print(
                 f"{len(names):,} of {len(rows):,} questions are {level}, with {len(same):,} "

@@ -81,14 +81,16 @@ def unchanged(r, arm, other, tokens):
 
 def best_of_one_solution(r, metrics, low=0.0, size=""):
     """mix against each of its rivals: it is the best if it is above all of them."""
-    mix, *rivals = (arm._replace(recipe=arm.recipe + size) for arm in (MIX, RL, SFT, SFT_RL))
+    names = [arm.recipe.replace("->", f"{size}->") + size for arm in (MIX, RL, SFT, SFT_RL)]
+    mix, *rivals = map(Arm, names)  # with a size also sft-1600-questions->rl-1600-questions
     tokens = from_early_on(r)
     return [part(r, m, mix, rival, tokens, low) for m in metrics for rival in rivals]
 
 
 def data_or_size(r):
     more_math, larger = Arm("rl", world=r.another[0]), Arm("rl", model=r.another[1])
-    return [part(r, "pass@1", more_math, larger, r.tokens[-1:], asked="hard")]
+    asked = "hard" if "hard" in r.benchmarks else ""  # MATH rows are in a folder of their own
+    return [part(r, "pass@1", more_math, larger, r.tokens[-1:], asked=asked)]
 
 
 def rollouts(r):

@@ -15,9 +15,11 @@ MODELS=${MODELS:-30 31 32 33 34 35 36 37} KEPT=${KEPT-results/record-3/rows.json
 MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]} MANY=${MANY:-1600}
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
+[[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"
+whole MANY && whole SEEDED
 
 arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
-  local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume) to sft data
+  local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume --limit "$QUESTIONS") to sft data
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" sft-many)
   data=$DATA-${run%-*}  # p30-math60 and p30-large have the questions of p30
   local eval=(--results "$RESULTS/$run" --n 64 --final "$FINAL") pool=$DATA-${run%-*}-pool
@@ -26,7 +28,7 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
     sft-rl-many) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" --limit "$MANY" \
         --recipe "sft-$MANY-questions" &&
       python rl.py --init "$sft.pt" --out "$to.pt" "${go[@]}" --limit "$MANY" \
-        --recipe "sft->rl-$MANY-questions" &&
+        --recipe "rl-$MANY-questions" &&
       python eval.py "$sft.pt" "$to.pt" "${eval[@]}" --text "$data" ;;
     rl-hard) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${hard[@]}" &&
       python eval.py "$to.pt" "${eval[@]}" "${hard[@]}" --tasks= ;;
@@ -58,16 +60,18 @@ left() {  # CELL...: has one of them no rows yet?
 keep() {  # the rows so far, each once
   [ "$KEPT" ] || return 0
   mkdir -p "$(dirname "$KEPT")" && touch "$KEPT"
-  find "$RESULTS" -name '*.jsonl' -exec cat {} + | cat "$KEPT" - | sort -u > "$KEPT.new"
+  find "$RESULTS" -name '*.jsonl' -exec cat {} + | cat "$KEPT" - |
+    LC_ALL=C sort -u > "$KEPT.new"
   mv "$KEPT.new" "$KEPT"
 }
 
 for seed in $MODELS; do  # what most claims are about
   run=p$seed cells=()
   for step in "${SAVED[@]}"; do
-    for recipe in base rl sft-rl mix sft-gold; do cells+=("$run/step$step $seed $recipe"); done
+    gold=sft-gold
+    [[ $step != "$MIDDLE" && $step != "$LAST" ]] || gold+=-rl  # which has the rows of both
+    for recipe in base rl sft-rl mix $gold; do cells+=("$run/step$step $seed $recipe"); done
   done
-  for step in $MIDDLE $LAST; do cells+=("$run/step$step $seed sft-gold-rl"); done
   left "${cells[@]}" || continue
   world ""
   pretrain "$run" "$DATA-$run" "$seed"

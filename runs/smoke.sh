@@ -19,7 +19,6 @@ python() {
     sft.py*) small=(--steps 4 --eval_questions 4 --max_new 32 --compile false) ;;
     rl.py* | mix.py*) small=(--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32
       --compile false) ;;
-    pretrain.py*) small=(--tokens 20480 --warmup 2 --compile false) ;;
     eval.py*--report* | *--k\ 1,64*) ;;  # the samples of all questions
     eval.py*) small=(--limit 8 --n 32 --max_new 32 --compile false) ;;
   esac

@@ -17,7 +17,8 @@ for run in 0 1; do
     for lr in 7.5e-5 1.5e-4 3e-4; do tries+=("$M rl --lr $lr --steps 400"); done
     for lr in 5e-4 1e-3 2e-3; do tries+=("$M sft --lr $lr"); done
     for lr in 2e-3 4e-3; do tries+=("$M sft-gold --lr $lr"); done
-    for lr in 7.5e-5 1.5e-4; do after+=("$M sft-rl --lr $lr --steps 400"); done
+    tries+=("$M sft-rl --lr 7.5e-5 --steps 400")
+    after+=("$M sft-rl --lr 1.5e-4 --steps 400")  # from the same SFT, so not beside it
   done
 done
 

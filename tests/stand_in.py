@@ -60,14 +60,17 @@ for path in read:
 if script == "pretrain":
     paper = flags.get("preset") in ("1b", "4b")
     batch = int(flags.get("batch_tokens", 2_097_152 if paper else 2048))
-    whole = round(int(flags.get("tokens", 7_000_000)) / batch)
+    whole = round(int(flags.get("tokens", 12_000_000)) / batch)
     last = int(flags.get("stop", 0)) or whole
     for step in [*filter(None, flags.get("save_steps", "").split(",")), last]:
         make(f"{flags['out']}/step{step}.pt")
 elif script == "eval" and "report" not in flags:
     for path in plain:
         drawn = f"-s{flags['shot_seed']}" if "shot_seed" in flags else ""
-        make(f"{flags['results']}/{Path(path).stem}{drawn}.jsonl")
+        rows = f"{flags['results']}/{Path(path).stem}{drawn}.jsonl"
+        make(rows)
+        row = {"checkpoint": path, "split": "test" if flags.get("final") == "true" else "val"}
+        Path(rows).write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
 elif script == "hf":
     make(plain[2])
 elif script == "prepare":

@@ -4,6 +4,8 @@ The real programs are run by runs/smoke.sh, in .ci/run.
 """
 
 import contextlib
+import importlib
+import itertools
 import json
 import os
 import re
@@ -18,6 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import common
+from data import prepare
 from helpers import ROOT
 
 
@@ -57,8 +61,39 @@ def shell(tmp_path):
     return SimpleNamespace(start=start, run=run, commands=commands, folder=tmp_path, calls=calls)
 
 
+TRAINERS = ("sft", "rl", "mix")
+
+
+def default(name) -> list[str]:
+    """The words of a setting, as the scripts have it: numbers change, what is run does not."""
+    text = "".join((ROOT / path).read_text() for path in ("matrix.sh", "runs/record.sh"))
+    return re.search(rf"\b{name}=.*?:-([\d ]+)}}", text)[1].split()
+
+
+SAVED = default("SAVED")  # steps of the checkpoints
+LAST, EARLY = default("CHECKPOINTS")
+FIRST, MIDDLE, BRITTLE = SAVED[0], SAVED[len(SAVED) // 2], SAVED[1]
+(QUESTIONS,), (MANY,) = default("QUESTIONS"), default("MANY")
+
+
 def count(commands) -> dict[str, int]:
     return dict(Counter(script for script, _, _ in commands))
+
+
+def understood(commands):
+    """The real programs know these flags and take their values."""
+    for script, words, flags in commands:
+        if script == "prepare":
+            Config, words = prepare.COMMANDS[words[0]][0], words[1:]
+        else:
+            Config = importlib.import_module(script).Config
+        common.parse_flags(Config, [*words, *(f"--{name}={flags[name]}" for name in flags)])
+
+
+def models_of(command) -> tuple[str, ...]:
+    """The pre-trained models that a command names: p30 -> ("30",)."""
+    _, words, flags = command
+    return tuple(sorted({*re.findall(r"\bp(\d\d)\b", " ".join([*words, *flags.values()]))}))
 
 
 # ------------------------------------------------------------------------- what matrix.sh runs
@@ -68,7 +103,7 @@ def test_the_default_experiment(shell):
     status, out, err = shell.run("matrix.sh")
     assert (status, err) == (0, "")
     commands = shell.commands()
-    assert count(commands) == dict(prepare=1, pretrain=1, eval=19, rl=9, sft=6, mix=3)
+    assert count(commands) == dict(prepare=1, pretrain=1, eval=11, rl=4, sft=2, mix=2)
     assert [
         script for script, _, _ in (*commands[:2], commands[-1])
     ] == "prepare pretrain eval".split()
@@ -76,64 +111,65 @@ def test_the_default_experiment(shell):
     trained = {
         Path(flags["out"]).stem: flags for script, _, flags in commands[2:] if "out" in flags
     }
-    expected = ("rl", "sft", "sft-rl", "sft-gold", "sft-gold-rl", "mix")
-    steps = (1367, 2393, 3418)
-    assert trained.keys() == {f"step{step}-{name}-s100" for step in steps for name in expected}
-    assert all(flags["seed"] == "100" and "resume" in flags for flags in trained.values())
+    steps = (EARLY, LAST)
+    names = ("rl", "sft", "sft-rl", "mix")
+    assert trained.keys() == {f"step{step}-{name}-s30" for step in steps for name in names}
+    assert all(flags["seed"] == "30" and "resume" in flags for flags in trained.values())
+    assert {flags["limit"] for flags in trained.values()} == {QUESTIONS}
     for name, flags in trained.items():
-        start = (
-            name.replace("-rl-s", "-s") if "sft" in name and "-rl" in name else name.split("-")[0]
-        )
+        start = name.replace("-rl-s", "-s") if "-sft-rl" in name else name.split("-")[0]
         assert Path(flags["init"]).stem == start
-        assert flags.get("lr") == {"sft-gold": "4e-3", "sft-gold-rl": "7.5e-5"}.get(name[9:-5])
+    assert commands[1][2]["save_steps"].split(",") == SAVED and {*steps} <= {*SAVED}
     asked = [(words, flags) for script, words, flags in commands[:-1] if script == "eval"]
     for _, flags in asked:
         validation = flags.get("shots") and "shot_seed" not in flags
         assert flags["final"] == ("false" if validation else "true")
-        assert flags["text"] == str(shell.folder / "data/toy-p10")
+        assert flags["text"] == str(shell.folder / "data/toy-p30")
     evaluated = Counter(Path(path).stem for words, _ in asked for path in words)
     bases = {f"step{step}": 2 for step in steps}  # on validation questions, and with drawn shots
     assert evaluated == Counter(dict.fromkeys(trained, 1) | bases)
-    lines = [line for line in out.splitlines() if re.match(r"\d+/18  p10/step", line)]
-    assert len(lines) == 18 and "min in, about" in lines[3]
+    lines = [line for line in out.splitlines() if re.match(r"\d+/8  p30/step", line)]
+    assert len(lines) == 8 and "min in, about" in lines[3]
 
 
-def test_another_seed_shares_the_pretraining(shell):
+def test_another_run_shares_nothing(shell):
+    """Neither text, questions and weights nor the seeds."""
     shell.run("matrix.sh")
     shell.commands()
-    status, out, _ = shell.run("matrix.sh", SEED=102)
-    assert status == 0 and "18 cells, 3 finished before" in out  # val
-    outs = [flags["out"] for script, _, flags in shell.commands() if script == "rl"]
-    assert len(outs) == 9 and all(out.endswith("-s102.pt") for out in outs)
+    status, out, _ = shell.run("matrix.sh", RUN=31)
+    assert status == 0 and "8 cells, 0 finished before" in out
+    commands = shell.commands()[:-1]
+    assert {flags["seed"] for script, _, flags in commands if script != "eval"} == {"31"}
+    assert {models_of(command) for command in commands} == {("31",)}
 
 
 def test_what_is_finished_is_skipped(shell):
     shell.run("matrix.sh")
     shell.commands()
     status, out, _ = shell.run("matrix.sh")
-    assert status == 0 and "18 cells, 18 finished before" in out
+    assert status == 0 and "8 cells, 8 finished before" in out
     assert count(shell.commands()) == dict(prepare=1, pretrain=1, eval=1)
-    (shell.folder / "ckpt/results/p10/step2393-sft-rl-s100.jsonl").unlink()
+    (shell.folder / f"ckpt/results/p30/step{EARLY}-sft-rl-s30.jsonl").unlink()
     status, out, _ = shell.run("matrix.sh")
-    assert status == 0 and "18 cells, 17 finished before" in out
+    assert status == 0 and "8 cells, 7 finished before" in out
     assert [script for script, _, _ in shell.commands()[2:]] == ["sft", "rl", "eval", "eval"]
 
 
 def test_blanks_quotes_and_umlauts_in_paths(shell):
     odd = shell.folder / "a b'c\"d äöü $x"
     folders = dict(OUT=odd / "out", DATA=odd / "data x", RESULTS=odd / "rows *")
-    for finished in (0, 18):
+    for finished in (0, 8):
         status, out, err = shell.run("matrix.sh", **folders)
-        assert (status, err) == (0, "") and f"18 cells, {finished} finished before" in out
-    assert len(list((odd / "rows */p10").glob("*.jsonl"))) == 24
+        assert (status, err) == (0, "") and f"8 cells, {finished} finished before" in out
+    assert len(list((odd / "rows */p30").glob("*.jsonl"))) == 12
     assert {path.name for path in shell.folder.iterdir()} == {"bin", "calls", odd.name}
 
 
 def test_a_variant_by_flags_is_one_line(shell):
-    line = "p10/step3418 100 rl --std_norm --recipe rl-std"
+    line = f"p30/step{LAST} 30 rl --std_norm --recipe rl-std"
     script = shell.folder / "mine.sh"
     script.write_text(
-        f"source ./matrix.sh\npretrain p10 x 10\neach cell '{line}' 'p10/step3418 100 rl'"
+        f"source ./matrix.sh\npretrain p30 x 30\neach cell '{line}' 'p30/step{LAST} 30 rl'"
     )
     status, _, err = shell.run(script)
     assert (status, err) == (0, "")
@@ -143,27 +179,34 @@ def test_a_variant_by_flags_is_one_line(shell):
     assert variant["recipe"] == "rl-std" and "finished" not in err
 
 
+def test_the_last_checkpoint_is_the_end_of_pretraining():
+    """And there is text for it."""
+    cfg = importlib.import_module("pretrain").Config
+    assert int(SAVED[-1]) == round(cfg.tokens / cfg.batch_tokens)
+    assert SAVED[-1] == LAST and prepare.Toy.tokens > cfg.tokens
+
+
 # -------------------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize("recipe", ["rk", "rl-n5"])
 def test_an_unknown_recipe_is_an_error(shell, recipe):
-    status, out, err = shell.run("-c", f'source ./matrix.sh; each cell "p10/step9 100 {recipe}"')
+    status, out, err = shell.run("-c", f'source ./matrix.sh; each cell "p30/step9 30 {recipe}"')
     assert status == 1 and "1/1" not in out
     assert f"no recipe {recipe}" in err
 
 
 def test_a_cell_that_fails_stops_the_matrix(shell):
     """So does what runs beside it; the last lines of its log are shown."""
-    status, out, err = shell.run("matrix.sh", FAILING="mix", SLOW="3418-sft-s100")
+    status, out, err = shell.run("matrix.sh", FAILING="mix", SLOW=f"{LAST}-sft-s30")
     assert status == 1
-    assert "p10/step3418 100 mix failed" in err and "mix.py: error: no luck today" in err
+    assert f"p30/step{LAST} 30 mix failed" in err and "mix.py: error: no luck today" in err
     commands = shell.commands()
     assert not any(script == "eval" and "report" in flags for script, _, flags in commands)
-    assert not any("step2393-rl" in str(flags) for _, _, flags in commands)
+    assert not any(f"step{EARLY}-rl" in str(flags) for _, _, flags in commands)
     nothing_is_left(shell, 1)
     status, out, _ = shell.run("matrix.sh")
-    assert status == 0 and "18 cells, 3 finished before" in out
+    assert status == 0 and "8 cells, 2 finished before" in out
 
 
 @pytest.mark.parametrize("failing", ["prepare", "pretrain", "report"])
@@ -175,15 +218,17 @@ def test_a_stage_that_fails_stops_the_matrix(shell, failing):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"SEED": "two"}, {"SEED": "-1"}, {"SEED": "08"}, {"JOBS": "0"}, {"JOBS": "two"}]
+    "wrong", [{"RUN": "two"}, {"RUN": "-1"}, {"RUN": "08"}, {"JOBS": "0"}, {"JOBS": "two"}]
 )
 def test_wrong_settings_are_one_line(shell, wrong):
     refused(shell, "matrix.sh", *wrong, **wrong)
 
 
-@pytest.mark.parametrize("script", ["record", "explain"])
-def test_wrong_settings_of_the_other_scripts(shell, script):
-    refused(shell, f"runs/{script}.sh", "RECORD", RECORD="a[$(touch x)]")
+@pytest.mark.parametrize(
+    "wrong", [{"MODELS": "a[$(touch x)]"}, {"MODELS": "30,31"}, {"SEEDED": "two"}, {"MANY": "*"}]
+)
+def test_wrong_settings_of_a_record(shell, wrong):
+    refused(shell, "runs/record.sh", *wrong, **wrong)
 
 
 def test_gsm8k_wants_its_source(shell):
@@ -217,7 +262,7 @@ def nothing_is_left(shell, saved: int):
 
 
 @pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
-@pytest.mark.parametrize("slow, running", [("-rl-s100", 2), ("pretrain", 1)])
+@pytest.mark.parametrize("slow, running", [("-rl-s30", 2), ("pretrain", 1)])
 def test_a_signal_leaves_nothing_running(shell, number, status, slow, running):
     process = shell.start("matrix.sh", SLOW=slow)
     for _ in range(600):
@@ -231,11 +276,11 @@ def test_a_signal_leaves_nothing_running(shell, number, status, slow, running):
     shell.commands()
     status, out, err = shell.run("matrix.sh")
     assert (status, err) == (0, "")
-    assert len(shell.commands()) == (39 if slow == "pretrain" else 37)  # val and base were there
+    assert len(shell.commands()) == (21 if slow == "pretrain" else 19)  # base was there
 
 
 def test_a_killed_matrix_goes_on(shell):
-    process = shell.start("matrix.sh", SLOW="step2393-mix")
+    process = shell.start("matrix.sh", SLOW=f"step{LAST}-mix")
     for _ in range(600):
         if any(shell.calls.glob("slow-*")):
             break
@@ -248,71 +293,126 @@ def test_a_killed_matrix_goes_on(shell):
     process.communicate()  # ends with the last of its cells, which hold the pipes
     shell.commands()
     status, out, _ = shell.run("matrix.sh")
-    finished = int(re.search(r"18 cells, (\d+) finished", out)[1])
-    assert status == 0 and 6 <= finished < 18
-    assert len(list((shell.folder / "ckpt/results/p10").glob("*.jsonl"))) == 24
+    finished = int(re.search(r"8 cells, (\d+) finished", out)[1])
+    assert status == 0 and 2 <= finished < 8
+    assert len(list((shell.folder / "ckpt/results/p30").glob("*.jsonl"))) == 12
 
 
 # -------------------------------------------------------------------------- runs/
 
 
-def test_a_record(shell):
-    status, out, err = shell.run("runs/record.sh", JOBS=4)
+def rows_in(folder) -> set[str]:
+    """The lines of all the rows below a folder."""
+    return {line for path in folder.rglob("*.jsonl") for line in path.read_text().splitlines()}
+
+
+@pytest.fixture
+def recorded(shell):
+    """A record of two models, one of them with more seeds: what it has called, and its rows."""
+    how = dict(MODELS="30 31", SEEDED=1, KEPT=shell.folder / "kept/rows.jsonl", JOBS=4)
+    status, out, err = shell.run("runs/record.sh", **how)
+    assert (status, err) == (0, "")
+    return SimpleNamespace(how=how, commands=shell.commands(), out=out, kept=how["KEPT"])
+
+
+def test_a_record(shell, recorded):
+    """Model by model, part by part: that of more seeds has one model, the others both."""
+    commands = recorded.commands
+    understood(commands)
+    runs = [models for models, _ in itertools.groupby(map(models_of, commands[:-1]))]
+    assert runs == 3 * [("30",), ("31",)]
+    report = commands[-1]
+    assert report[0] == "eval" and report[2] == {"report": str(recorded.kept.parent)}
+    trained = Counter(flags["out"] for script, _, flags in commands if script in TRAINERS)
+    assert set(trained.values()) == {1}, "two cells make the same checkpoint"
+    names = {path.removeprefix(f"{shell.folder}/ckpt/") for path in trained}
+    for run in (30, 31):
+        for step in SAVED:
+            for recipe in ("rl", "sft", "sft-rl", "mix", "sft-gold"):
+                assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
+        for step in (MIDDLE, LAST):
+            for recipe in ("sft-gold-rl", "sft-many", "sft-rl-many"):
+                assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
+        for level, count in itertools.product(("easy", "hard"), (5, 64)):
+            assert f"p{run}/step{LAST}-rl-n{count}-split-{level}-s{run}.pt" in names
+        for model in (f"p{run}", f"p{run}-math60", f"p{run}-large"):
+            assert f"{model}/step{LAST}-rl-hard-s{run}.pt" in names
+    seeds = {name for name in names if f"step{BRITTLE}-rl-s" in name}
+    assert seeds == {f"p30/step{BRITTLE}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
+        f"p31/step{BRITTLE}-rl-s31.pt"
+    }
+    hard = {flags["questions"] for _, _, flags in commands if flags.get("max_new") == "84"}
+    assert hard == {str(shell.folder / f"data/toy-p{run}/hard") for run in (30, 31)}
+    # the name of the SFT comes before that of the RL: "sft-1600-questions->rl-1600-questions"
+    recipes = {flags["recipe"] for _, _, flags in commands if "recipe" in flags}
+    assert recipes == {f"{stage}-{MANY}-questions" for stage in TRAINERS}
+    limits = {flags.get("limit", "") for script, _, flags in commands if script in TRAINERS}
+    assert limits == {QUESTIONS, MANY, ""}
+
+
+def test_a_record_keeps_each_row_once(shell, recorded):
+    lines = recorded.kept.read_text().splitlines()
+    assert lines == sorted({*lines}) and {*lines} == rows_in(shell.folder / "ckpt/results")
+    checkpoints = {json.loads(line)["checkpoint"] for line in lines}
+    assert len(checkpoints) > 60
+    assert [path.name for path in recorded.kept.parent.iterdir()] == [recorded.kept.name]
+
+
+def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
+    """On another machine, too, which has the kept rows and nothing else."""
+    shutil.rmtree(shell.folder / "ckpt")
+    lines = recorded.kept.read_text().splitlines()
+    status, out, _ = shell.run("runs/record.sh", **recorded.how)
+    assert status == 0 and count(shell.commands()) == dict(eval=1)  # the report
+    assert recorded.kept.read_text().splitlines() == lines
+
+    def lacks(line):  # the test rows of a base, whose checkpoint names no seed, and of an arm
+        row = json.loads(line)
+        name = row["checkpoint"].removeprefix(f"{shell.folder}/ckpt/")
+        base = (name, row["split"]) == (f"p31/step{FIRST}.pt", "test")
+        return base or name == f"p31/step{FIRST}-rl-s31.pt"
+
+    fewer = [line for line in lines if not lacks(line)]
+    assert len(fewer) == len(lines) - 2
+    recorded.kept.write_text("".join(f"{line}\n" for line in fewer))
+    status, out, _ = shell.run("runs/record.sh", **recorded.how)
+    commands = shell.commands()
+    assert status == 0 and {models_of(command) for command in commands[:-1]} == {("31",)}
+    assert count(commands) == dict(prepare=1, pretrain=1, eval=4, rl=1)
+    assert f"{5 * len(SAVED)} cells, {5 * len(SAVED) - 2} finished before" in out
+    assert recorded.kept.read_text().splitlines() == lines
+
+
+def test_a_record_of_one_model_adds_to_what_is_kept(shell):
+    kept = shell.folder / "kept/rows.jsonl"
+    kept.parent.mkdir()
+    other = '{"checkpoint": "elsewhere/p30/step9.pt", "split": "test"}'
+    kept.write_text(f"{other}\n")
+    status, _, err = shell.run("runs/record.sh", MODELS="31", KEPT=kept, JOBS=4)
     assert (status, err) == (0, "")
     commands = shell.commands()
-    assert count(commands) == dict(prepare=8, pretrain=14, eval=231, rl=140, sft=40, mix=48)
-    rows = {path.stem for path in (shell.folder / "ckpt/results").rglob("*.jsonl")}
-    for run, seeds in (("p10", range(100, 116, 2)), ("p11", range(101, 116, 2))):
-        found = {path.stem for path in (shell.folder / "ckpt/results" / run).glob("*.jsonl")}
-        for step in (2393, 3418):  # twice the seeds of the others
-            assert {f"step{step}-rl-s{seed}" for seed in seeds} <= found
-    for name in ("rl-hard", "rl-n5-split-easy", "rl-n64-split-hard", "mix-text", "sft-gold"):
-        assert f"step2393-{name}-s100" in rows or f"step3418-{name}-s100" in rows
-    hard = [flags for script, _, flags in commands if flags.get("max_new") == "84"]
-    assert {flags["questions"] for flags in hard} == {
-        str(shell.folder / f"data/toy-p{run}/hard") for run in (10, 11)
-    }  # those of the other worlds and sizes, too
-    status, out, _ = shell.run("runs/record.sh")
-    assert status == 0 and {script for script, _, _ in shell.commands()} == {
-        "prepare",
-        "pretrain",
-        "eval",
-    }
-    assert out.count(" finished before") == 4 and not re.search(r"\n\d+/\d+ ", out)
-
-
-def test_the_second_record_has_other_seeds_models_and_questions(shell):
-    status, _, _ = shell.run("runs/record.sh", RECORD=2, SEEDS=2, JOBS=4)
-    commands = shell.commands()
-    assert status == 0 and {
-        int(flags["seed"]) for script, _, flags in commands if script in ("rl", "sft", "mix")
-    } == {200, 201, 202, 203}
-    assert {
-        flags["seed"] for script, _, flags in commands if script == "prepare" and "seed" in flags
-    } == {"20", "21"}
+    assert {models_of(command) for command in commands[:-1]} == {("31",)}
+    assert {*kept.read_text().splitlines()} == {other} | rows_in(shell.folder / "ckpt/results")
 
 
 def test_a_sweep_opens_no_test_questions(shell):
     status, _, err = shell.run("runs/sweep.sh", JOBS=4)
     commands = shell.commands()
     assert (status, err) == (0, "")
-    assert count(commands) == dict(prepare=2, pretrain=2, eval=39, rl=18, sft=24, mix=6)
+    assert count(commands) == dict(prepare=2, pretrain=2, eval=49, rl=20, sft=28)
+    understood(commands)
     assert not any(flags.get("final") == "true" for _, _, flags in commands)
-    rates = {flags.get("lr") for script, _, flags in commands if script == "rl"}
-    assert rates == {"1.5e-4", "7.5e-5", "3e-4", "6e-4"}
-
-
-def test_what_explains_a_record(shell):
-    status, _, err = shell.run("runs/explain.sh", JOBS=4)
-    commands = shell.commands()
-    assert (status, err) == (0, "")
-    assert not any(flags.get("final") == "true" for _, _, flags in commands)
-    assert {
-        flags["limit"] for script, _, flags in commands if script == "rl" and "limit" in flags
-    } == {"50", "100", "200"}
-    assert len([1 for script, _, flags in commands if flags.get("n") == "256"]) == 8
-    assert shell.run("runs/explain.sh")[1].count("100% ") == 0
-    assert {script for script, _, _ in shell.commands()} == {"prepare", "pretrain", "eval"}
+    seeds = {flags["seed"] for script, _, flags in commands if script == "prepare"}
+    assert seeds == {"0", "1"}  # not those of a record
+    rates = {flags["lr"] for script, _, flags in commands if script == "rl"}
+    assert rates == {"7.5e-5", "1.5e-4", "3e-4"}
+    # what two tries of sft-rl share is finished before the second one begins
+    calls = [(script, flags.get("out"), flags.get("init")) for script, _, flags in commands]
+    shared = [out for out, times in Counter(out for _, out, _ in calls).items() if times == 2]
+    for out in shared:
+        first, second = (i for i, (script, made, _) in enumerate(calls) if made == out)
+        assert any(start == out for script, _, start in calls[first:second])
+    assert len([out for out in shared if "-sft-s" in out]) == 4
 
 
 def test_gsm8k(shell):
@@ -426,6 +526,7 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     assert (status, err) == (0, "")
     commands = shell.commands()
     assert {"prepare", "pretrain", "eval", "rl", "sft", "mix"} == count(commands).keys()
+    understood(commands)
     assert all(
         int(flags["steps"]) <= 4 for script, _, flags in commands if script in ("rl", "sft", "mix")
     )
@@ -433,11 +534,5 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     recipes = {
         re.sub(r".*?step\d+-(.*)-s\d+.*", r"\1", flags.get("out", "")) for _, _, flags in commands
     }
-    assert {
-        "rl-n5-split-easy",
-        "text",
-        "rl-text",
-        "mix-text",
-        "sft-gold-rl",
-        "mix--share-0.1",
-    } <= recipes
+    expected = "rl-n5-split-easy rl-n64-split-hard rl-hard sft-gold-rl sft-rl-many mix"
+    assert {*expected.split()} <= recipes

@@ -33,6 +33,7 @@ MIX = dict(
     eval_questions=0,
     lr=1e-3,
     batch=8,
+    sft_lr=2e-3,
     sft_warmup=2,
     compile=False,
     dtype="float64",

@@ -213,6 +213,55 @@ def test_user_errors_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------------- easy and hard questions
+
+
+def test_split_keeps_a_calculation_in_one_part(tmp_path, capsys):
+    """Questions that differ in their words alone: val and test have one of them, train has all."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    rows = [
+        {
+            "id": f"{i}-{word}",
+            "question": f"{word} {i} ?",
+            "answer": f"{i}",
+            "solutions": [f"#### {i}"],
+            "calculation": f"+{i}",
+        }
+        for i in range(60)
+        for word in ("red", "blue", "green")[: 1 + i % 3]
+    ]
+    files.write_rows(folder / "train.jsonl", rows)
+    files.write_rows(folder / "shots.jsonl", rows[:2])
+    problems.write_form(folder, problems.Form("Task: {}\nReply:", "\n"))
+    right = [4 * (int(row["answer"]) < 30) for row in rows]
+    sample = {"kind": "pass", "n": 4, "checkpoint": "a.pt", "correct": right}
+    sample["ids"] = [row["id"] for row in rows]
+    files.write_rows(tmp_path / "samples.jsonl", [sample])
+    command = ["split", "--questions", folder, "--samples", tmp_path / "samples.jsonl"]
+    command += ["--levels", "4,0", "--held_out", "0.2", "--out", tmp_path / "out"]
+    prepare.main([str(word) for word in command])
+    for level, calculations in (("easy", range(30)), ("hard", range(30, 60))):
+        parts = {
+            split: problems.load(tmp_path / "out" / f"split-{level}", split)
+            for split in ("train", "val", "test")
+        }
+        used = {split: [row["calculation"] for row in part] for split, part in parts.items()}
+        assert sorted(sum(map(list, map(set, used.values())), [])) == sorted(
+            f"+{i}" for i in calculations
+        ), "one is in two parts, or in none"
+        assert len(used["val"]) == len({*used["val"]}) == 6
+        assert len(used["test"]) == len({*used["test"]}) == 6
+        expected = [row["id"] for row in rows if row["calculation"] in used["train"]]
+        assert sorted(row["id"] for row in parts["train"]) == sorted(expected)
+    # six hard questions, but of two calculations: too few for three parts
+    sample["correct"] = [4 * (row["answer"] not in ("32", "35")) for row in rows]
+    files.write_rows(tmp_path / "samples.jsonl", [sample])
+    line = refused(capsys, *command[:-1], tmp_path / "other")
+    assert "2 of 120 questions are hard" in line and "--levels" in line
+    assert not (tmp_path / "other").exists()
+
+
 # ------------------------------------------------------------------------------------- text
 
 

@@ -33,7 +33,7 @@ RL = dict(
     lr=1e-3,
     compile="false",
 )
-TASKS = ("agreement", "facts", "lastword")
+TASKS = ("facts", "lastword")
 
 
 @pytest.fixture(scope="module")

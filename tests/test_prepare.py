@@ -40,7 +40,7 @@ def test_toy_world_is_complete_and_deterministic(tmp_path):
         prepare.make_toy(prepare.Toy(out=str(tmp_path / name), seed=seed, **TOY))
     a, b, c = (contents(tmp_path / name) for name in "abc")
     expected = {"train_000.bin", "val_000.bin", "world.json"}
-    expected |= {f"tasks/{name}.jsonl" for name in ("facts", "agreement", "lastword")}
+    expected |= {f"tasks/{name}.jsonl" for name in ("facts", "lastword")}
     for level in ("easy", "hard"):
         expected |= {f"{level}/{split}.jsonl" for split in ("train", "val", "test", "shots")}
         expected.add(f"{level}/prompt.json")

@@ -63,6 +63,11 @@ def run_of(recipe, tokens, model, seed, **more):
     return same | {"step": 300, "split": "test"} | more
 
 
+def with_questions(recipe):
+    """sft->rl -> sft-1600-questions->rl-1600-questions, as the trainers name it."""
+    return "->".join(f"{part}-1600-questions" for part in recipe.split("->"))
+
+
 def made(truth, noise=0.0, models=MODELS):
     """Rows of the shape of record 3. noise: how far a cell's share of questions varies, beside
     what sampling makes of it; tasks and text by half of it."""
@@ -114,7 +119,7 @@ def made(truth, noise=0.0, models=MODELS):
                 watched(run)
                 beside(run, *general)
             if at in (2, 4):
-                run = run_of(f"{recipe}-1600-questions", t, model, 0, **group)
+                run = run_of(with_questions(recipe), t, model, 0, **group)
                 solved(run, share, rate)
                 watched(run)
     for model in models:
@@ -359,8 +364,10 @@ UP, DOWN, NOT_BELOW, EQUAL = (0, INFINITE), (-INFINITE, 0), (-0.02, INFINITE), (
 
 def best(metric, region, size=""):
     at = TWO if size else LATE
-    rivals = [f"{rival}{size}" for rival in ("rl", "sft", "sft->rl")]
-    return [(metric, f"mix{size}", rival, region, at, "easy") for rival in rivals]
+    mix, *rivals = ("mix", "rl", "sft", "sft->rl")
+    if size:
+        mix, *rivals = map(with_questions, (mix, *rivals))
+    return [(metric, mix, rival, region, at, "easy") for rival in rivals]
 
 
 DIFFERENCES = {
@@ -574,7 +581,7 @@ USES = {  # arm -> the claims that rest on it at the last checkpoint
     "mix": "5 A4",
     "rl-1600-questions": "2q 5q",
     "mix-1600-questions": "5q",
-    "sft->rl-1600-questions": "5q",
+    with_questions("sft->rl"): "5q",
     "n=64": "7",
     "n=5": "7",
     "more math": "6",
@@ -715,7 +722,7 @@ def test_one_model_is_a_direction_said_once(tmp_path, capsys, holding):
     level = record(few(holding[0])).level(RL, TOKENS[2], "pass@32")
     assert f"{100 * level.mean:.1f}" in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    names = {"pass1.png", "recipes.png", "curves.png", "rollouts.png", "questions.png"}
+    names = {"pass1.png", "recipes.png", "curves.png", "rollouts.png", "map.png"}
     assert pictures == names
     for name in ("5M", "sft->rl", "base 8-shot", "general", "claimed > 0", "claims 6, 8: not all"):
         assert name in printed, name

@@ -13,18 +13,21 @@ over all claims. So a single difference decides by its interval of 95%: inside o
 
 "Early" is the first checkpoint with base pass@32 of at least 20% on validation questions, and
 "from early on" the mean from there. `base` has the number of solved examples ("shots") that scores
-best. An arm is the end of its run. An arm with RL has to have converged: over models, the upper end
-of the one-sided 95% interval of (mean validation pass@1 of the last 100 steps - that of the 100
-before) is below 2 points. Otherwise the claim is not tested.
+best on validation questions. An arm is the end of its run, after as many steps in every model. An
+arm with RL has to have converged: over models, the upper end of the one-sided 95% interval of (mean
+validation pass@1 of the last 100 steps - that of the 100 before) is below 2 points. Otherwise the
+claim is not tested.
 """
 
 import math
 from typing import NamedTuple
 
 from results.rows import BEST, Arm, Missing, minus, tokens_name
-from results.stats import Estimate, estimate, holm, of_groups, outcome
+from results.stats import Estimate, chances, estimate, holm, of_groups, outcome, spread
 
 MODELS = 8  # what a verdict rests on
+SEEDS = 8  # of one model, where the claim is about seeds
+SPREAD = 0.0275  # standard deviation of seeds: 2 points from the median in the mean, if normal
 MARGIN = 0.02  # "the same" and "unchanged": within 2 points
 LOSS_MARGIN = 0.02  # nats per token
 STEPS = 100  # of RL, that its convergence is judged by
@@ -42,6 +45,7 @@ class Part(NamedTuple):
     high: float
     tokens: list  # checkpoints that it is a mean of
     used: list  # (arm, tokens, question set) that have to have converged
+    chances: tuple  # p-values that it lies inside, outside
 
 
 def early(r) -> int:
@@ -67,7 +71,8 @@ def part(r, metric, first, second, tokens, low=0.0, high=INFINITE, asked=""):
     cells = r.cells(metric, minus(first, second, both), asked)
     used = [(arm, t, asked) for arm in (first, second) for t in both]
     name = f"{first} - {second}, {asked and asked + ' '}{metric}"
-    return Part(name, estimate(cells), low, high, both, used)
+    e = estimate(cells)
+    return Part(name, e, low, high, both, used, chances(e, low, high))
 
 
 def unchanged(r, arm, other, tokens):
@@ -102,17 +107,17 @@ def rollouts(r):
 
 
 def brittle(r):
-    """How far the seeds of one model end from their median, at the earliest checkpoint that has
-    eight of them."""
+    """The standard deviation of the seeds of a model, pooled over the models that have eight of
+    them, at the earliest checkpoint with two such models. It speaks for these models alone; its
+    p-values are of the chi-square distribution, as if seeds were normal."""
     for t in r.tokens:
         ends = r.level(RL, t, "pass@1") and r.values(RL, t, "pass@1").mean()
-        many = [] if ends is None else [g for _, g in ends.groupby(level=0) if len(g) >= MODELS]
-        if many:
-            distances = [(group - group.median()).abs().to_numpy() for group in many]
-            e = of_groups(distances, [group.index[0][0] for group in many])
-            name = "distance of a seed from its model's median, pass@1"
-            return [Part(name, e, MARGIN, INFINITE, [t], [(RL, t, "")])]
-    raise Missing(f"no model with {MODELS} seeds of rl")
+        many = [] if ends is None else [g for _, g in ends.groupby(level=0) if len(g) >= SEEDS]
+        if len(many) > 1:
+            e, p = spread([g.to_numpy() for g in many], [g.index[0][0] for g in many], SPREAD)
+            name = "standard deviation of the seeds of a model, pass@1"
+            return [Part(name, e, SPREAD, INFINITE, [t], [(RL, t, "")], p)]
+    raise Missing(f"needs two models with {SEEDS} seeds of rl")
 
 
 def shots(r):
@@ -147,7 +152,7 @@ FINDINGS = (
         "contradicted",
     ),
     Finding(
-        "2q", "the same, 1,600 questions", "10,000s of questions",
+        "2q", "the same, 1,600 questions, middle and last checkpoint", "10,000s of questions",
         lambda r: [part(r, "pass@1", Arm("rl" + SIZE), Arm("sft" + SIZE), from_early_on(r))],
     ),
     Finding(
@@ -174,7 +179,7 @@ FINDINGS = (
         "not resolved",
     ),
     Finding(
-        "5q", "the same, 1,600 questions", "10,000s of questions",
+        "5q", "the same, 1,600 questions, middle and last checkpoint", "10,000s of questions",
         lambda r: best_of_one_solution(r, ["pass@32"], size=SIZE),
     ),
     Finding(
@@ -188,7 +193,7 @@ FINDINGS = (
         "contradicted, at equal answers",
     ),
     Finding(
-        "8", "early RL is brittle: seeds end more than 2 points from their median",
+        "8", "early RL is brittle: seeds of a model have a standard deviation above 2.75 points",
         "two seeds at 4 to 10B: 15 and 4",
         brittle,
         "not resolved, another rule",
@@ -200,24 +205,27 @@ FINDINGS = (
     ),
     Finding(
         "A1", "RL matches SFT->RL early: at most 2 points below", "from 20B on",
-        lambda r: [part(r, "pass@1", RL, SFT_RL, from_early_on(r), -MARGIN)],
+        lambda r: [part(r, "pass@1", RL, SFT_RL, [early(r)], -MARGIN)],
     ),
     Finding(
-        "A2", "RL sharpens only where it follows SFT, pass@32", "the claims 3s and 3e",
+        "A2", "RL sharpens only where it follows SFT: it lowers pass@32 there, and from the base, "
+        "at 32 answers in the format, by less than 2 points", "10B: -3.1 and +20.5",
         lambda r: [
             part(r, "pass@32", SFT_RL, SFT, from_early_on(r), -INFINITE, 0.0),
-            part(r, "pass@32", RL, BASE, from_early_on(r), -MARGIN),
+            part(r, "32 in format", RL, BASE, from_early_on(r), -MARGIN),
         ],
     ),
     Finding(
-        "A3", "general capability degrades after SFT and not after RL", "44B: sft -6.1, rl +0.4",
+        "A3", "accuracy of the tasks falls after SFT, and by less than 2 points after RL",
+        "44B: sft -6.1, rl +0.4",
         lambda r: [
+            part(r, "accuracy", SFT, BASE, from_early_on(r), -INFINITE, 0.0),
             part(r, "accuracy", SFT, RL, from_early_on(r), -INFINITE, 0.0),
             part(r, "accuracy", RL, BASE, from_early_on(r), -MARGIN),
         ],
     ),
     Finding(
-        "A4", "parallel averaging is the best across all metrics at once",
+        "A4", "parallel averaging is the best at every k, and at most 2 points below any in accuracy",
         "44B: pass@1 47.9, below rl 54.8",
         lambda r: [
             *best_of_one_solution(r, ["pass@1", "pass@8", "pass@32"]),
@@ -269,6 +277,9 @@ def unready(r, parts) -> str:
             return f"{len(e.runs)} model{'s' * (len(e.runs) > 1)}, needs {MODELS}"
         for arm, tokens, asked in p.used:
             if trains_by_rl(arm):
+                steps = {row["step"] for row in r.rows("curve", arm, tokens, asked, split="val")}
+                if len(steps) > 1:
+                    return f"{arm} at {tokens_name(tokens)} has runs of {sorted(steps)} steps"
                 try:
                     g = gain(r, arm, tokens, asked)
                 except Missing as missing:  # the differences are known, and are shown
@@ -288,8 +299,7 @@ def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
             parts, reason = [], str(missing)
         else:
             reason = unready(r, parts)
-        regions = [(p.estimate, p.low, p.high) for p in parts]
-        inside, outside = (1.0, 1.0) if reason else outcome(regions)
+        inside, outside = (1.0, 1.0) if reason else outcome([p.chances for p in parts])
         found[finding.number] = parts, reason, inside, outside
     ps = [min(1.0, 2 * min(inside, outside)) for *_, inside, outside in found.values()]
     verdicts = {}

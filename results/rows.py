@@ -222,10 +222,13 @@ class Record:
         return Arm("rl", group=0 if group == self.group else group)
 
     def best(self, arm, tokens, metric, asked="", split=""):
-        """An arm with BEST shots, as it stands in the rows: of the number that scores best."""
+        """An arm with BEST shots, as it stands in the rows: of the number that scores best on
+        validation questions, if they were asked."""
         same = [other for other in self.arms if other._replace(shots=BEST) == arm]
-        levels = {other: self.level(other, tokens, metric, asked, split) for other in same}
-        levels = {other: e.mean for other, e in levels.items() if e}
+        for chosen_on in ("val", split):
+            levels = {other: self.level(other, tokens, metric, asked, chosen_on) for other in same}
+            if levels := {other: e.mean for other, e in levels.items() if e}:
+                break
         return max(levels, key=levels.get, default=arm)
 
     def values(self, arm, tokens, metric, asked="", split=""):

@@ -86,15 +86,34 @@ def of_groups(groups, names, together=False):
     return Estimate(mean, sqrt(variance / len(values)), df, len(values), 1, told)
 
 
-def outcome(regions):
-    """One-sided p-values that all of [(Estimate, low, high), ...] lie between low and high, and
-    that one of them does not."""
+def chances(e, low, high):
+    """One-sided p-values that the true value of an Estimate lies between low and high, and that it
+    lies outside."""
     from scipy import stats
 
-    inside, outside = [], []
-    for e, low, high in regions:
-        se = max(e.se, 1e-12)
-        above, below = ((x - e.mean) / se for x in (low, high))
-        inside.append(max(stats.t.sf(-above, e.df), stats.t.sf(below, e.df)))
-        outside.append(min(stats.t.sf(above, e.df), stats.t.sf(-below, e.df)))
-    return float(max(inside)), min(1.0, float(min(outside)) * len(outside))
+    se = max(e.se, 1e-12)
+    above, below = ((x - e.mean) / se for x in (low, high))
+    inside = max(stats.t.sf(-above, e.df), stats.t.sf(below, e.df)) if e.df else 1.0
+    outside = min(stats.t.sf(above, e.df), stats.t.sf(-below, e.df)) if e.df else 1.0
+    return float(inside), float(outside)
+
+
+def spread(groups, names, limit):
+    """The standard deviation within groups, pooled: an Estimate, and the one-sided p-values that
+    the true one is above the limit, and below it (chi-square)."""
+    from scipy import stats
+
+    df = sum(len(group) - 1 for group in groups)
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    deviation = sqrt(squares / df)
+    told = {name: float(group.std(ddof=1)) for name, group in zip(names, groups, strict=True)}
+    count = sum(map(len, groups))
+    e = Estimate(deviation, deviation / sqrt(2 * df), df, count, 1, told)
+    ratio = squares / limit**2
+    return e, (float(stats.chi2.sf(ratio, df)), float(stats.chi2.cdf(ratio, df)))
+
+
+def outcome(parts):
+    """[(p inside, p outside) of each difference, ...] -> that all lie inside, that one does not."""
+    inside, outside = zip(*parts, strict=True)
+    return max(inside), min(1.0, min(outside) * len(outside))

@@ -104,8 +104,11 @@ def convergence(r):
                     e = gain(r, arm, t, asked)
                 except Missing:
                     continue
-                rows.append([str(arm), tokens_name(t), asked, shown(e, sign="+"), len(e.runs)])
-    return table(["arm", "tokens", "questions", "last 100 steps - 100 before", "runs"], rows)
+                bound = f"{100 * (e.mean + e.half(0.9)):+.1f}" if e.df else "-"
+                runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
+                rows.append([str(arm), tokens_name(t), asked, f"{100 * e.mean:+.1f}", bound, runs])
+    header = ["arm", "tokens", "questions", "last 100 steps - 100 before", "upper bound", "by run"]
+    return table(header, rows)
 
 
 def references(r, arm):

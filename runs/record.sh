@@ -2,7 +2,7 @@
 # The record that RESULTS.md rests on: eight pre-trained models, each with text, questions and
 # seeds of its own, five checkpoints of each, RL until it converges.
 #
-#   bash runs/record.sh                 twelve hours on two cores
+#   bash runs/record.sh                 some fifteen hours on two cores
 #   MODELS="30 31" bash runs/record.sh  only these models
 #
 # Models come one after the other, and what most claims rest on comes first, so a record that is not
@@ -12,11 +12,13 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source ./matrix.sh
 MODELS=${MODELS:-30 31 32 33 34 35 36 37} KEPT=${KEPT-results/record-3/rows.jsonl}
-MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]} MANY=${MANY:-1600}
+MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]}
+MANY=${MANY:-1600} FEW=${FEW:-100}  # questions, beside QUESTIONS
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
+LONGER=${LONGER:-}  # STEP:RECIPE of what has not converged: 600 steps of it, in all models
 [[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"
-whole MANY && whole SEEDED
+whole MANY && whole FEW && whole SEEDED
 
 arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
   local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume --limit "$QUESTIONS") to sft data
@@ -36,7 +38,9 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
       python eval.py "$M.pt" --results "$pool/samples" --tasks= --limit 0 --n 64 --k 1,64 \
         --questions "$pool/easy/train.jsonl" --temperature 1 --shots 0 &&
       python data/prepare.py split --questions "$pool/easy" --levels 6,2 --held_out 0.25 \
-        --samples "$pool/samples/$(basename "$M").jsonl" --out "$pool/split" ;;
+        --samples "$pool/samples/$(basename "$M").jsonl" --out "$pool/split" &&
+      python eval.py "$M.pt" "${eval[@]}" --tasks= --shots 0 --shot_seed "$2" \
+        --questions "$pool/split/split-easy,$pool/split/split-hard" ;;
     rl-n5-split-*) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" --questions "$level" \
         --group 5 --questions_per_step 8 --steps 600 &&
       python eval.py "$to.pt" "${eval[@]}" --questions "$level" --tasks= ;;
@@ -78,12 +82,15 @@ for seed in $MODELS; do  # what most claims are about
   each arm "${cells[@]}"
   keep
 done
-for seed in $MODELS; do  # four times the questions; 5 and 64 answers
+for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 and 64 answers
   run=p$seed cells=()
   for step in $MIDDLE $LAST; do
     cells+=("$run/step$step $seed rl --limit $MANY --recipe rl-$MANY-questions")
     cells+=("$run/step$step $seed sft-rl-many")
     cells+=("$run/step$step $seed mix --limit $MANY --batch 27 --recipe mix-$MANY-questions")
+    for recipe in rl sft; do
+      cells+=("$run/step$step $seed $recipe --limit $FEW --recipe $recipe-$FEW-questions")
+    done
   done
   for level in easy hard; do
     for n in 5 64; do cells+=("$run/step$LAST $seed rl-n$n-split-$level"); done
@@ -114,6 +121,19 @@ for seed in $MODELS; do  # more math in the text, or a larger model
   pretrain "$run" "$DATA-$run" "$seed"
   pretrain "$run-math60" "$DATA-$run-math60" "$seed"
   pretrain "$run-large" "$DATA-$run" "$seed" --preset toy-large --lr 2e-3
+  each arm "${cells[@]}"
+  keep
+done
+for seed in $MODELS; do  # twice the steps
+  run=p$seed cells=()
+  for longer in $LONGER; do
+    batch=()
+    [ "${longer#*:}" != mix ] || batch=(--batch 4)  # about as many epochs of SFT
+    cells+=("$run/step${longer%:*} $seed ${longer#*:} --steps 600 ${batch[*]}")
+  done
+  left "${cells[@]}" || continue
+  world ""
+  pretrain "$run" "$DATA-$run" "$seed"
   each arm "${cells[@]}"
   keep
 done

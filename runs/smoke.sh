@@ -8,7 +8,7 @@
 # JOBS, OUT, DATA, RESULTS: as in matrix.sh.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT=${OUT:-ckpt/smoke} DATA=${DATA:-data/out/smoke} KEPT='' MODELS=30 SAVED=(10 20 40)
-QUESTIONS=32 MANY=64 SEEDED=1 OTHERS=1
+QUESTIONS=32 MANY=64 FEW=16 SEEDED=1 OTHERS=1
 
 python() {
   local small=()

@@ -225,7 +225,8 @@ FINDINGS = (
         ],
     ),
     Finding(
-        "A4", "parallel averaging is the best at every k, and at most 2 points below any in accuracy",
+        "A4", "parallel averaging is the best at every k, and at most 2 points below any in "
+        "accuracy",
         "44B: pass@1 47.9, below rl 54.8",
         lambda r: [
             *best_of_one_solution(r, ["pass@1", "pass@8", "pass@32"]),

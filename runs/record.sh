@@ -16,9 +16,10 @@ MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]}
 MANY=${MANY:-1600} FEW=${FEW:-100}  # questions, beside QUESTIONS
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
-LONGER=${LONGER:-}  # STEP:RECIPE of what has not converged: 600 steps of it, in all models
+LONGER=${LONGER:-}  # STEP:RECIPE of what has not converged: 600 steps in all models and seeds
 [[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"
 whole MANY && whole FEW && whole SEEDED
+BRITTLE_MODELS=$(head -n "$SEEDED" <<< "${MODELS// /$'\n'}" | tr '\n' ' ')
 
 arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
   local M=$OUT/$1 run=${1%/*} go=(--seed "$2" --resume --limit "$QUESTIONS") to sft data
@@ -30,9 +31,9 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
     sft-rl-many) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" --limit "$MANY" \
         --recipe "sft-$MANY-questions" &&
       python rl.py --init "$sft.pt" --out "$to.pt" "${go[@]}" --limit "$MANY" \
-        --recipe "rl-$MANY-questions" &&
+        --recipe "rl-$MANY-questions" "${@:4}" &&
       python eval.py "$sft.pt" "$to.pt" "${eval[@]}" --text "$data" ;;
-    rl-hard) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${hard[@]}" &&
+    rl-hard) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${hard[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" "${hard[@]}" --tasks= ;;
     split)  # easy: the base solves 6 or more of 64 at T = 1; hard: 2 or fewer
       python eval.py "$M.pt" --results "$pool/samples" --tasks= --limit 0 --n 64 --k 1,64 \
@@ -42,10 +43,10 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
       python eval.py "$M.pt" "${eval[@]}" --tasks= --shots 0 --shot_seed "$2" \
         --questions "$pool/split/split-easy,$pool/split/split-hard" ;;
     rl-n5-split-*) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" --questions "$level" \
-        --group 5 --questions_per_step 8 --steps 600 &&
+        --group 5 --questions_per_step 8 --steps 600 "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" --questions "$level" --tasks= ;;
     rl-n64-split-*) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" --questions "$level" \
-        --group 64 --questions_per_step 8 &&
+        --group 64 --questions_per_step 8 "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" --questions "$level" --tasks= ;;
     *) cell "$@" ;;
   esac
@@ -99,11 +100,11 @@ for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 an
   world ""
   world -pool --tokens 1000 --train_questions 4800
   pretrain "$run" "$DATA-$run" "$seed"
-  [ -d "$DATA-$run-pool/split" ] || each arm "$run/step$LAST $seed split"
+  each arm "$run/step$LAST $seed split"  # each time: what it has made already is kept
   each arm "${cells[@]}"
   keep
 done
-for seed in $(head -n "$SEEDED" <<< "${MODELS// /$'\n'}"); do  # eight seeds of one model
+for seed in $BRITTLE_MODELS; do  # eight seeds of one model
   run=p$seed cells=()
   for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl"); done
   left "${cells[@]}" || continue
@@ -130,6 +131,8 @@ for seed in $MODELS; do  # twice the steps
     batch=()
     [ "${longer#*:}" != mix ] || batch=(--batch 4)  # about as many epochs of SFT
     cells+=("$run/step${longer%:*} $seed ${longer#*:} --steps 600 ${batch[*]}")
+    [[ $longer == "$BRITTLE:rl" && " $BRITTLE_MODELS" == *" $seed "* ]] || continue
+    for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl --steps 600"); done
   done
   left "${cells[@]}" || continue
   world ""

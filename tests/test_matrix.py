@@ -72,8 +72,8 @@ def default(name) -> list[str]:
 
 SAVED = default("SAVED")  # steps of the checkpoints
 LAST, EARLY = default("CHECKPOINTS")
-FIRST, MIDDLE, BRITTLE = SAVED[0], SAVED[len(SAVED) // 2], SAVED[1]
-(QUESTIONS,), (MANY,) = default("QUESTIONS"), default("MANY")
+FIRST, MIDDLE = SAVED[0], SAVED[len(SAVED) // 2]
+(QUESTIONS,), (MANY,), (FEW,) = default("QUESTIONS"), default("MANY"), default("FEW")
 
 
 def count(commands) -> dict[str, int]:
@@ -225,7 +225,14 @@ def test_wrong_settings_are_one_line(shell, wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"MODELS": "a[$(touch x)]"}, {"MODELS": "30,31"}, {"SEEDED": "two"}, {"MANY": "*"}]
+    "wrong",
+    [
+        {"MODELS": "a[$(touch x)]"},
+        {"MODELS": "30,31"},
+        {"SEEDED": "two"},
+        {"MANY": "*"},
+        {"FEW": "x"},
+    ],
 )
 def test_wrong_settings_of_a_record(shell, wrong):
     refused(shell, "runs/record.sh", *wrong, **wrong)
@@ -337,17 +344,89 @@ def test_a_record(shell, recorded):
             assert f"p{run}/step{LAST}-rl-n{count}-split-{level}-s{run}.pt" in names
         for model in (f"p{run}", f"p{run}-math60", f"p{run}-large"):
             assert f"{model}/step{LAST}-rl-hard-s{run}.pt" in names
-    seeds = {name for name in names if f"step{BRITTLE}-rl-s" in name}
-    assert seeds == {f"p30/step{BRITTLE}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
-        f"p31/step{BRITTLE}-rl-s31.pt"
+    seeds = {name for name in names if f"step{MIDDLE}-rl-s" in name}
+    assert seeds == {f"p30/step{MIDDLE}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
+        f"p31/step{MIDDLE}-rl-s31.pt"
     }
-    hard = {flags["questions"] for _, _, flags in commands if flags.get("max_new") == "84"}
+    hard = {flags["questions"] for _, _, flags in commands if "/hard" in str(flags)}
     assert hard == {str(shell.folder / f"data/toy-p{run}/hard") for run in (30, 31)}
     # the name of the SFT comes before that of the RL: "sft-1600-questions->rl-1600-questions"
     recipes = {flags["recipe"] for _, _, flags in commands if "recipe" in flags}
-    assert recipes == {f"{stage}-{MANY}-questions" for stage in TRAINERS}
-    limits = {flags.get("limit", "") for script, _, flags in commands if script in TRAINERS}
-    assert limits == {QUESTIONS, MANY, ""}
+    sizes = {f"{stage}-{FEW}-questions" for stage in ("rl", "sft")}
+    assert recipes == {f"{stage}-{MANY}-questions" for stage in TRAINERS} | sizes
+    limits = Counter(flags.get("limit", "") for script, _, flags in commands if script in TRAINERS)
+    assert limits.keys() == {QUESTIONS, MANY, FEW}
+    # two models, two checkpoints, 100 questions: rl, sft; 1,600: rl, sft, sft->rl, mix
+    assert (limits[FEW], limits[MANY]) == (2 * 2 * 2, 2 * 2 * 4)
+    for flags in (flags for script, _, flags in commands if script in TRAINERS):
+        size = re.search(r"\d+", flags.get("recipe", QUESTIONS))[0]
+        assert flags["limit"] == size, flags["out"]
+
+
+def test_a_record_measures_the_base_on_the_questions_that_it_divides(shell, recorded):
+    """After they are divided, and before RL on them; its rows are beside those of the base."""
+    asked = [
+        (i, words, flags)
+        for i, (script, words, flags) in enumerate(recorded.commands)
+        if script == "eval" and "split-easy," in flags.get("questions", "")
+    ]
+    assert len(asked) == 2
+    for (i, words, flags), run in zip(asked, (30, 31), strict=True):
+        assert words == [f"{shell.folder}/ckpt/p{run}/step{LAST}.pt"]
+        split = f"{shell.folder}/data/toy-p{run}-pool/split"
+        assert flags["questions"] == f"{split}/split-easy,{split}/split-hard"
+        assert (flags["shots"], flags["shot_seed"], flags["final"]) == ("0", str(run), "true")
+        assert flags["tasks"] == "" and flags["results"] == f"{shell.folder}/ckpt/results/p{run}"
+        divided, (script, words, _) = (recorded.commands[at] for at in (i - 1, i - 1))
+        assert divided[2]["out"] == split and (script, words) == ("prepare", ["split"])
+        trained = [
+            at for at, (_, _, more) in enumerate(recorded.commands)
+            if more.get("questions", "").startswith(split) and "init" in more
+        ]  # fmt: skip
+        assert len(trained) == 4 and min(trained) > i
+
+
+def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shell, recorded):
+    split = f"{shell.folder}/data/toy-p31-pool/split"
+    last = f"step{LAST}-rl-n5-split-easy-s31.jsonl"
+    (shell.folder / f"ckpt/results/p31/{last}").unlink()
+    kept = [line for line in recorded.kept.read_text().splitlines() if last[:-6] not in line]
+    recorded.kept.write_text("".join(f"{line}\n" for line in kept))
+    Path(split).mkdir(exist_ok=True)
+    status, _, err = shell.run("runs/record.sh", **recorded.how)
+    assert (status, err) == (0, "")
+    asked = [
+        flags.get("questions", "") for script, _, flags in shell.commands() if script == "eval"
+    ]
+    assert f"{split}/split-easy,{split}/split-hard" in asked
+
+
+def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded):
+    longer = f"{MIDDLE}:rl {MIDDLE}:sft-rl {LAST}:mix {LAST}:rl {LAST}:sft-rl-many {LAST}:rl-hard"
+    status, _, err = shell.run("runs/record.sh", LONGER=longer, **recorded.how)
+    assert (status, err) == (0, "")
+    commands = shell.commands()
+    understood(commands)
+    made = {
+        flags["out"].removeprefix(f"{shell.folder}/ckpt/"): (script, flags)
+        for script, _, flags in commands
+        if script in ("rl", "mix")
+    }
+    places = [word.split(":") for word in longer.split()]
+    expected = {f"p{m}/step{at}-{name}--steps-600{'--batch-4' * (name == 'mix')}-s{m}.pt"
+                for m in (30, 31) for at, name in places}  # fmt: skip
+    expected |= {f"p30/step{MIDDLE}-rl--steps-600-s{seed}.pt" for seed in range(3001, 3008)}
+    assert made.keys() == expected
+    for script, flags in made.values():
+        assert flags["steps"] == "600" and flags.get("batch") == ("4" if script == "mix" else None)
+        many = "sft-rl-many" in flags["out"]
+        assert flags.get("recipe") == (f"rl-{MANY}-questions" if many else None)
+        assert flags["limit"] == (MANY if many else QUESTIONS)
+    lines = recorded.kept.read_text().splitlines()
+    assert {*lines} == rows_in(shell.folder / "ckpt/results")
+    status, _, err = shell.run("runs/record.sh", LONGER=longer, **recorded.how)
+    assert (status, err) == (0, "") and count(shell.commands()) == dict(eval=1)  # the report
+    assert recorded.kept.read_text().splitlines() == lines
 
 
 def test_a_record_keeps_each_row_once(shell, recorded):
@@ -534,5 +613,7 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     recipes = {
         re.sub(r".*?step\d+-(.*)-s\d+.*", r"\1", flags.get("out", "")) for _, _, flags in commands
     }
+    limits = {flags["limit"] for script, _, flags in commands if script in ("rl", "sft", "mix")}
+    assert limits == {"16", "32", "64"}  # 100, 400 and 1,600 questions
     expected = "rl-n5-split-easy rl-n64-split-hard rl-hard sft-gold-rl sft-rl-many mix"
     assert {*expected.split()} <= recipes

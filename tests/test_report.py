@@ -14,12 +14,22 @@ from scipy import stats as reference
 
 from helpers import ROOT
 from results import figures, findings, report, tables
-from results.findings import FINDINGS, RL, SFT, Finding, Part, decide
+from results.findings import BASE, FINDINGS, RL, SFT, Finding, Part, decide
 from results.rows import OPTIONAL, Arm, Missing, Record, combined, read
-from results.stats import Estimate, estimate, holm, outcome, pass_at_k, standard_error
+from results.stats import (
+    Estimate,
+    chances,
+    estimate,
+    holm,
+    outcome,
+    pass_at_k,
+    spread,
+    standard_error,
+)
 
 TOKENS = [1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000]
 MODELS, QUESTIONS, N = range(8), 40, 64
+SEEDED = (0, 1)  # models with eight seeds of rl at the second checkpoint
 INFINITE = math.inf
 
 # What is true in a made world: arm -> (share of questions that it can solve, how often it solves
@@ -36,7 +46,7 @@ HOLDS = {
     "n=5": (0.60, 0.50),
     "more math": (0.60, 0.50),
     "larger": (0.40, 0.50),
-    "seeds": (-0.2, -0.15, -0.1, -0.05, 0.05, 0.1, 0.15, 0.2),  # of one model, around their mean
+    "seeds": (-0.2, -0.15, -0.1, -0.05, 0.05, 0.1, 0.15, 0.2),  # of two models, around their mean
 }
 CONTRADICTED = {
     "base": (0.60, 0.35, 0.80, 0.60, 1.20),
@@ -69,14 +79,17 @@ def with_questions(recipe):
 
 
 def made(truth, noise=0.0, models=MODELS):
-    """Rows of the shape of record 3. noise: how far a cell's share of questions varies, beside
-    what sampling makes of it; tasks and text by half of it."""
+    """Rows of the shape of record 3. noise: how far a cell's share of questions varies, which the
+    seeds of a model have in common, beside what sampling makes of it; tasks and text by half of
+    it."""
     rng = np.random.default_rng(5)
     rows = []
 
+    def varied(share):
+        return share + noise * rng.normal()
+
     def solved(run, share, rate, asked="easy", shots=0):
-        good = round(QUESTIONS * (share + noise * rng.normal()))
-        good = min(max(good, 1), QUESTIONS)
+        good = min(max(round(QUESTIONS * share), 1), QUESTIONS)
         counts = np.clip(np.rint(N * rate + rng.normal(0, 1, QUESTIONS)), 1, N).astype(int)
         counts[good:] = 0
         ids = [f"{run['pretrain_seed']}-{asked}-{q}" for q in range(QUESTIONS)]
@@ -107,32 +120,35 @@ def made(truth, noise=0.0, models=MODELS):
             run = run_of("base", t, model, model) | {"split": split}
             for shots, name in ((0, "base"), (8, "base 8-shot")):
                 share, rate, *_ = truth[name] if at else (0.1, 0.1)
-                solved(run, share, rate, shots=shots)
+                solved(run, varied(share), rate, shots=shots)
         beside(run_of("base", t, model, model), *truth["base"][2:])
         for recipe in ("rl", "sft", "sft->rl", "mix"):
             share, rate, *general = truth[recipe]
-            many = recipe == "rl" and at == 1 and model == 0
+            here = varied(share)
+            many = recipe == "rl" and at == 1 and model in SEEDED
             for seed, away in enumerate(truth["seeds"] if many else (0,)):
                 group = {} if recipe == "sft" else {"group": 8}
                 run = run_of(recipe, t, model, seed, **group)
-                solved(run, share, rate + away)
+                solved(run, here, rate + away)
                 watched(run)
                 beside(run, *general)
             if at in (2, 4):
                 run = run_of(with_questions(recipe), t, model, 0, **group)
-                solved(run, share, rate)
+                solved(run, varied(share), rate)
                 watched(run)
     for model in models:
         for group, asked in itertools.product((5, 64), ("easy", "hard")):
             run = run_of("rl", TOKENS[-1], model, 0, group=group, asked=asked)
-            solved(run, *truth[f"n={group}"][:2], asked)
+            share, rate, *_ = truth[f"n={group}"]
+            solved(run, varied(share), rate, asked)
             watched(run)
         for name, where in (
             ("more math", {"world": "toy-math60"}),
             ("larger", {"model": "toy-large"}),
         ):
             run = run_of("rl", TOKENS[-1], model, 0, group=8, asked=name) | where
-            solved(run, *truth[name][:2], "hard")
+            share, rate, *_ = truth[name]
+            solved(run, varied(share), rate, "hard")
             watched(run)
     return rows
 
@@ -247,38 +263,64 @@ def below(values, x):
     return reference.ttest_1samp(values, x, alternative="less").pvalue
 
 
-def test_the_outcome_of_a_region_is_one_or_two_t_tests():
+def test_the_chances_of_a_region_are_one_or_two_t_tests():
     values = [0.013, -0.002, 0.021, 0.008, 0.006, 0.012, -0.004, 0.009]
     e = of(values)
-    assert outcome([(e, 0.0, INFINITE)]) == pytest.approx((above(values, 0), below(values, 0)))
-    assert outcome([(e, -INFINITE, 0.0)]) == pytest.approx((below(values, 0), above(values, 0)))
+    assert chances(e, 0.0, INFINITE) == pytest.approx((above(values, 0), below(values, 0)))
+    assert chances(e, -INFINITE, 0.0) == pytest.approx((below(values, 0), above(values, 0)))
     tost = max(above(values, -0.02), below(values, 0.02))
     outside = min(below(values, -0.02), above(values, 0.02))
-    assert outcome([(e, -0.02, 0.02)]) == pytest.approx((tost, outside))
+    assert chances(e, -0.02, 0.02) == pytest.approx((tost, outside))
     far = [x + 0.05 for x in values]
-    inside, outside = outcome([(of(far), -0.02, 0.02)])
+    inside, outside = chances(of(far), -0.02, 0.02)
     assert inside == pytest.approx(below(far, 0.02)) and outside == pytest.approx(above(far, 0.02))
     assert outside < 0.01 < 0.99 < inside
-    assert outcome([(of([0.01] * 8), 0.0, 0.02)])[0] < 1e-9  # no spread at all
+    assert chances(of([0.01] * 8), 0.0, 0.02)[0] < 1e-9  # no spread at all
+    assert chances(of([0.01]), 0.0, 0.02) == chances(of([0.5]), 0.0, 0.02) == (1.0, 1.0)
 
 
 def test_several_differences_hold_together_and_one_of_them_contradicts():
     """Intersection-union: the largest p-value inside, the smallest times their number outside."""
     values = [0.013, -0.002, 0.021, 0.008, 0.006, 0.012, -0.004, 0.009]
     other = [0.030, 0.010, 0.025, 0.031, 0.012, 0.040, 0.018, 0.027]
-    regions = [(of(values), 0.0, INFINITE), (of(other), 0.0, INFINITE), (of(other), -0.1, 0.1)]
-    inside, outside = outcome(regions)
+    parts = [chances(of(values), 0.0, INFINITE), chances(of(other), 0.0, INFINITE)]
+    parts += [chances(of(other), -0.1, 0.1)]
+    inside, outside = outcome(parts)
     assert inside == pytest.approx(max(above(values, 0), above(other, 0)))
     assert inside == pytest.approx(above(values, 0)) and outside == 1.0
-    regions[1] = of([-x for x in other]), 0.0, INFINITE
-    inside, outside = outcome(regions)
+    parts[1] = chances(of([-x for x in other]), 0.0, INFINITE)
+    inside, outside = outcome(parts)
     assert outside == pytest.approx(3 * above(other, 0)) and outside < 0.01
     assert inside == pytest.approx(1 - above(other, 0))
+    assert outcome([(0.2, 0.01), (0.001, 0.3)]) == (0.2, 0.02)
+    assert outcome([(0.03, 0.4)]) == (0.03, 0.4)  # of one difference: its own
+
+
+def test_the_spread_of_seeds_is_a_chi_square_test_of_their_pooled_variance():
+    groups = [np.array([0.10, 0.16, 0.13, 0.05, 0.12, 0.20, 0.09, 0.15])]
+    groups += [np.array([0.41, 0.44, 0.40, 0.43, 0.38, 0.42, 0.45, 0.39, 0.41, 0.47])]
+    e, (over, under) = spread(groups, [30, 31], 0.0275)
+    squares = 7 * statistics.variance(groups[0]) + 9 * statistics.variance(groups[1])
+    assert e.mean == pytest.approx(math.sqrt(squares / 16)) and e.df == 16 and e.seeds == 18
+    assert e.se == pytest.approx(e.mean / math.sqrt(32))
+    assert e.runs == pytest.approx(dict(zip([30, 31], map(statistics.stdev, groups), strict=True)))
+    assert over == pytest.approx(reference.chi2(16).sf(squares / 0.0275**2))
+    assert under == pytest.approx(reference.chi2(16).cdf(squares / 0.0275**2))
+    # with an even number of degrees the upper tail is a sum: exp(-x) x^i / i!, x half the ratio
+    half = squares / 0.0275**2 / 2
+    assert over == pytest.approx(
+        math.exp(-half) * sum(half**i / math.factorial(i) for i in range(8))
+    )
+    apart = [group + shift for group, shift in zip(groups, (0.3, -0.2), strict=True)]
+    assert spread(apart, [30, 31], 0.0275)[1] == pytest.approx((over, under))  # within models alone
+    wide = spread([3 * group for group in groups], [30, 31], 0.0275)[1]
+    assert wide[0] < 1e-6 and spread([group / 9 for group in groups], [0, 1], 0.0275)[1][1] < 1e-6
+    assert spread([np.full(8, 0.5)] * 2, [0, 1], 0.0275)[1] == (1.0, 0.0)
 
 
 def fixed(number, *regions):
     """A claim whose differences are known."""
-    parts = [Part("", e, low, high, [], []) for e, low, high in regions]
+    parts = [Part("", e, low, high, [], [], chances(e, low, high)) for e, low, high in regions]
     return Finding(number, "", "", lambda r: parts)
 
 
@@ -322,6 +364,33 @@ def test_intervals_cover_the_truth_and_verdicts_err_in_5_percent(monkeypatch):
         assert np.mean([word != "not resolved" for word in words]) <= 0.055
     assert 0.015 <= np.mean([word == "holds" for word in both[0]]) <= 0.035
     assert 0.015 <= np.mean([word == "contradicted" for word in both[0]]) <= 0.035
+
+
+def test_the_spread_of_normal_seeds_errs_in_2_and_a_half_percent_on_either_side(monkeypatch):
+    """2,000 experiments of two models with 8 seeds, whose standard deviation is the limit."""
+    rng = np.random.default_rng(4)
+    limit = findings.SPREAD
+    monkeypatch.setattr(findings, "holm", list)  # each experiment is one of its own
+
+    def of_seeds(number, deviation):
+        groups = [level + rng.normal(0, deviation, 8) for level in (0.2, 0.5)]
+        e, p = spread(groups, [0, 1], limit)
+        parts = [Part("", e, limit, INFINITE, [], [], p)]
+        return Finding(number, "", "", lambda r: parts)
+
+    def shares(deviation, count):
+        found = decide(None, [of_seeds(i, deviation) for i in range(count)])
+        counts = [v.verdict for v in found.values()]
+        return [counts.count(word) / count for word in ("holds", "contradicted")]
+
+    assert all(0.015 <= share <= 0.035 for share in shares(limit, 2000))
+    assert shares(2 * limit, 200)[0] > 0.9 and shares(limit / 2, 200)[1] > 0.9
+
+
+def test_the_limit_of_the_spread_is_2_points_from_the_median_for_normal_seeds():
+    seeds = np.random.default_rng(6).normal(0, findings.SPREAD, (50_000, 8))
+    away = np.abs(seeds - np.median(seeds, axis=1, keepdims=True)).mean()
+    assert away == pytest.approx(0.02, rel=0.02)
 
 
 def test_a_base_serves_every_seed_with_the_mean_of_its_draws_and_pairs_them_with_itself():
@@ -386,12 +455,13 @@ DIFFERENCES = {
     "6": [("pass@1", "more math", "larger", UP, LAST, "hard")],
     "7": [("pass@1", "n=64", "n=5", EQUAL, LAST, asked) for asked in ("easy", "hard")],
     "9": [("pass@1", "base 8-shot", "base 0-shot", UP, LAST, "easy")],
-    "A1": [("pass@1", "rl", "sft->rl", NOT_BELOW, LATE, "easy")],
+    "A1": [("pass@1", "rl", "sft->rl", NOT_BELOW, [1], "easy")],
     "A2": [
         ("pass@32", "sft->rl", "sft", DOWN, LATE, "easy"),
-        ("pass@32", "rl", "base", NOT_BELOW, LATE, "easy"),
+        ("pass@40", "rl", "base", NOT_BELOW, LATE, "easy"),
     ],
     "A3": [
+        ("accuracy", "sft", "base", DOWN, LATE, "easy"),
         ("accuracy", "sft", "rl", DOWN, LATE, "easy"),
         ("accuracy", "rl", "base", NOT_BELOW, LATE, "easy"),
     ],
@@ -408,8 +478,8 @@ FILTERS = {
 KINDS = {"accuracy": "general", "probability": "general", "loss": "text"}
 
 
-def matching(rows, metric, arm, tokens, model, asked):
-    where = {"model": "toy", "world": "toy-math", "split": "test", "tokens": tokens}
+def matching(rows, metric, arm, tokens, model, asked, split="test"):
+    where = {"model": "toy", "world": "toy-math", "split": split, "tokens": tokens}
     where |= {"pretrain_seed": model, "kind": KINDS.get(metric, "pass")}
     where |= FILTERS.get(arm, {"recipe": arm})
     where |= {} if metric in KINDS else {"benchmark": asked}
@@ -426,19 +496,24 @@ def value(row, metric):
     return statistics.fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in row["correct"])
 
 
-def ends(rows, metric, arm, tokens, model, asked):
-    """{seed: mean} of a model; the better one of the bases that there are."""
+def better_base(rows, metric, tokens, asked, split="val"):
+    """The number of shots that is ahead on validation questions, over all models."""
+    names = "base 0-shot", "base 8-shot"
+    means = [
+        statistics.fmean(
+            x for m in MODELS for x in ends(rows, metric, name, tokens, m, asked, split).values()
+        )
+        for name in names
+    ]
+    return names[means.index(max(means))]
+
+
+def ends(rows, metric, arm, tokens, model, asked, split="test"):
+    """{seed: mean} of a model; of the base the better number of shots."""
     if arm == "base" and metric not in KINDS:
-        names = "base 0-shot", "base 8-shot"
-        means = [
-            statistics.fmean(
-                x for m in MODELS for x in ends(rows, metric, name, tokens, m, asked).values()
-            )
-            for name in names
-        ]
-        arm = names[means.index(max(means))]
+        arm = better_base(rows, metric, tokens, asked)
     found = {}
-    for row in matching(rows, metric, arm, tokens, model, asked):
+    for row in matching(rows, metric, arm, tokens, model, asked, split):
         found.setdefault(row["seed"], []).append(value(row, metric))
     return {seed: statistics.fmean(tasks) for seed, tasks in found.items()}
 
@@ -461,7 +536,7 @@ def difference(rows, metric, first, second, tokens, model, asked):
 
 
 def test_each_claim_again_from_its_rows(noisy):
-    """Differences by hand, t-tests of scipy, Holm by hand."""
+    """Differences by hand, t-tests of scipy, the spread by hand, Holm by hand."""
     rows, _, verdicts = noisy
     ps = {}
     for number, differences in DIFFERENCES.items():
@@ -475,6 +550,8 @@ def test_each_claim_again_from_its_rows(noisy):
             test = reference.ttest_1samp(gaps, 0)
             e = part.estimate
             assert part.tokens == tokens and (part.low, part.high) == (low, high), number
+            steps = [(name, t) for name, t, _ in part.used]
+            assert len(steps) == 2 * len(tokens) and {t for _, t in steps} == {*tokens}
             assert e.mean == pytest.approx(statistics.fmean(gaps)), (number, part.name)
             assert e.half() == pytest.approx(e.mean - test.confidence_interval(0.95).low)
             assert [*e.runs] == [*MODELS] and [*e.runs.values()] == pytest.approx(gaps)
@@ -485,16 +562,72 @@ def test_each_claim_again_from_its_rows(noisy):
         smaller = min(max(inside), len(outside) * min(outside))
         ps[number] = min(1, 2 * smaller)
         assert verdicts[number].p == pytest.approx(ps[number]), number
-    seeds = ends(rows, "pass@1", "rl", TOKENS[1], 0, "easy").values()
-    away = [abs(end - statistics.median(seeds)) for end in seeds]
+    seeds = [ends(rows, "pass@1", "rl", TOKENS[1], m, "easy").values() for m in SEEDED]
+    squares = sum(7 * statistics.variance(found) for found in seeds)
     (part,) = verdicts["8"].parts
-    assert part.estimate.mean == pytest.approx(statistics.fmean(away)) and len(away) == 8
-    ps["8"] = 2 * min(above(away, 0.02), below(away, 0.02))
+    assert [*map(len, seeds)] == [8, 8] and part.tokens == [TOKENS[1]]
+    assert part.used == [(RL, TOKENS[1], "")] and (part.low, part.high) == (0.0275, INFINITE)
+    assert part.estimate.mean == pytest.approx(math.sqrt(squares / 14))
+    assert part.estimate.runs == pytest.approx({0: statistics.stdev(seeds[0]),
+                                                1: statistics.stdev(seeds[1])})  # fmt: skip
+    tail = reference.chi2(14).cdf(squares / 0.0275**2)
+    ps["8"] = 2 * min(tail, 1 - tail)
     assert verdicts["8"].p == pytest.approx(ps["8"])
+    assert {*ps} == {*verdicts} == {finding.number for finding in FINDINGS}
     largest = 0
     for i, number in enumerate(sorted(ps, key=ps.get)):
         largest = max(largest, (len(FINDINGS) - i) * ps[number])
         assert verdicts[number].holm == pytest.approx(min(1, largest)), number
+
+
+def test_the_base_has_the_shots_that_are_best_on_validation_questions(noisy, holding):
+    """On the test questions only if no others were asked."""
+    rows, r, _ = noisy
+    shots = {"base 0-shot": 0, "base 8-shot": 8}
+    metrics = [("pass@1", "pass@1"), ("pass@32", "pass@32"), ("32 in format", "pass@40")]
+    metrics.append(("flexible@1", "flexible@1"))
+    base = [row for row in rows if row["recipe"] == "base"]
+    without = record([row for row in base if row["split"] == "test"])
+    others = 0
+    for t, (metric, by_hand) in itertools.product(TOKENS, metrics):
+        on_val, on_test = (better_base(rows, by_hand, t, "easy", x) for x in ("val", "test"))
+        assert r.best(BASE, t, metric).shots == shots[on_val]
+        assert without.best(BASE, t, metric).shots == shots[on_test]
+        level = statistics.fmean(
+            x for m in MODELS for x in ends(rows, by_hand, on_val, t, m, "easy").values()
+        )
+        assert r.level(BASE, t, metric).mean == pytest.approx(level)
+        others += on_val != on_test
+    assert others  # it does matter
+    assert holding[1].best(BASE, TOKENS[-1], "pass@1", "hard") == BASE  # was not asked at all
+
+
+def test_claim_8_takes_two_models_with_eight_seeds(holding):
+    """At the earliest checkpoint that has them; those with fewer seeds do not count."""
+    rows, _, verdicts = holding
+    runs = [row for row in rows if row["recipe"] in ("rl", "base") and row["model"] == "toy"]
+    runs = [row for row in runs if row["world"] == "toy-math" and row.get("group", 8) == 8]
+
+    def seeds_of(place):  # (tokens, model) -> those to keep
+        return [row for row in runs if row["recipe"] == "base" or row["seed"] < place(row)]
+
+    one = record(seeds_of(lambda row: 8 - (row["pretrain_seed"] == 1)))
+    assert decide(one)["8"].reason == "needs two models with 8 seeds of rl"
+    assert decide(one)["8"].verdict == "not tested" and not decide(one)["8"].parts
+    assert decide(record(seeds_of(lambda row: 8)))["8"].parts == verdicts["8"].parts
+    early = [  # eight seeds of one model at the first checkpoint
+        row | {"tokens": TOKENS[0], "config_hash": f"{row['config_hash']} early"}
+        for row in runs
+        if row["recipe"] == "rl" and (row["tokens"], row["pretrain_seed"]) == (TOKENS[1], 0)
+    ]
+    early = [row | {"checkpoint": f"{row['config_hash']}.pt"} for row in early]
+    others = [
+        row for row in runs
+        if (row["recipe"], row["tokens"], row["pretrain_seed"]) != ("rl", TOKENS[0], 0)
+    ]  # fmt: skip
+    assert decide(record(others + early))["8"].parts == verdicts["8"].parts
+    (part,) = verdicts["8"].parts
+    assert part.estimate.df == 14 and [*part.estimate.runs] == [*SEEDED]
 
 
 def test_early_is_the_first_checkpoint_with_base_pass32_of_20_percent_on_validation(holding):
@@ -570,41 +703,52 @@ def test_rl_has_converged_if_the_one_sided_interval_of_its_gain_ends_below_2_poi
     gains = mean + noise
     upper = reference.ttest_1samp(gains, 0, alternative="less").confidence_interval(0.95).high
     assert (upper < 0.02) == ready  # at 0.0165 the two-sided interval ends above
-    part = Part("", of([0.1] * 8), 0.0, INFINITE, [], [(RL, TOKENS[0], ""), (SFT, TOKENS[0], "")])
+    used = [(RL, TOKENS[0], ""), (SFT, TOKENS[0], "")]
+    part = Part("", of([0.1] * 8), 0.0, INFINITE, [], used, (0.01, 0.99))
     reason = findings.unready(gains_of(gains), [part])
     assert reason == ("" if ready else "rl at 1M has not converged")
 
 
-USES = {  # arm -> the claims that rest on it at the last checkpoint
-    "rl": "2 3e 4 5 A1 A2 A3 A4",
-    "sft->rl": "3s 5 A1 A2 A4",
-    "mix": "5 A4",
-    "rl-1600-questions": "2q 5q",
-    "mix-1600-questions": "5q",
-    with_questions("sft->rl"): "5q",
-    "n=64": "7",
-    "n=5": "7",
-    "more math": "6",
-    "larger": "6",
-    "sft": "",
+USES = {  # arm -> the claims that rest on it at the early and at the last checkpoint
+    "rl": ("1 1f 2 3e 4 5 8 A1 A2 A3 A4", "2 3e 4 5 A2 A3 A4"),
+    "sft->rl": ("3s 5 A1 A2 A4", "3s 5 A2 A4"),
+    "mix": ("5 A4", "5 A4"),
+    "rl-1600-questions": ("", "2q 5q"),
+    "mix-1600-questions": ("", "5q"),
+    with_questions("sft->rl"): ("", "5q"),
+    "n=64": ("", "7"),
+    "n=5": ("", "7"),
+    "more math": ("", "6"),
+    "larger": ("", "6"),
+    "sft": ("", ""),
 }
 
 
-def test_an_arm_whose_validation_still_rises_makes_its_claims_not_tested(holding, monkeypatch):
-    """By 3 points in the last 100 steps, at the last checkpoint."""
-    _, r, verdicts = holding
-    known = [
-        Finding(number, "", "", lambda r, parts=v.parts: parts) for number, v in verdicts.items()
-    ]
-    still = r.rows
-    for arm, claims in USES.items():
-        where = {"tokens": TOKENS[-1]} | FILTERS.get(arm, {"recipe": arm})
+def rests_on(arm, row, tokens):
+    """Is a row, as a Record has it, one of an arm of USES at a checkpoint?"""
+    where = {"tokens": tokens} | FILTERS.get(arm, {"recipe": arm})
+    main = arm in FILTERS or not (row["world"] or row["model"] or row["group"])
+    return main and all(row.get(key) == value for key, value in where.items())
 
-        def rising(*place, where=where, arm=arm, **more):
+
+def known(verdicts):
+    """Claims whose differences are those of earlier verdicts."""
+    return [Finding(number, "", "", lambda r, v=v: v.parts) for number, v in verdicts.items()]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_arm_whose_validation_still_rises_makes_its_claims_not_tested(
+    holding, monkeypatch, place
+):
+    """By 3 points in the last 100 steps, at the early or the last checkpoint."""
+    _, r, verdicts = holding
+    still, t = r.rows, (TOKENS[1], TOKENS[-1])[place]
+    for arm, claims in USES.items():
+
+        def rising(*asked, arm=arm, **more):
             found = []
-            for row in still(*place, **more):
-                main = arm in FILTERS or not (row["world"] or row["model"] or row["group"])
-                if main and all(row.get(key) == value for key, value in where.items()):
+            for row in still(*asked, **more):
+                if rests_on(arm, row, t):
                     last = [p | {"pass@1": p["pass@1"] + 0.03 * (p["step"] > 200)}
                             for p in row["points"]]  # fmt: skip
                     row = row | {"points": last}
@@ -612,12 +756,68 @@ def test_an_arm_whose_validation_still_rises_makes_its_claims_not_tested(holding
             return found
 
         monkeypatch.setattr(r, "rows", rising)
-        found = decide(r, known)
+        found = decide(r, known(verdicts))
         not_tested = [number for number, v in found.items() if v.verdict == "not tested"]
-        assert not_tested == claims.split(), arm
+        assert not_tested == claims[place].split(), arm
         assert all("has not converged" in found[number].reason for number in not_tested)
         assert all(found[number].p == found[number].holm == 1 for number in not_tested)
         assert all(found[number].parts for number in not_tested)  # they are shown
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_runs_of_an_arm_with_different_numbers_of_steps_make_its_claims_not_tested(
+    holding, monkeypatch, place
+):
+    """One model has 600 steps; where all of them have, the claims are tested."""
+    _, r, verdicts = holding
+    still, t = r.rows, (TOKENS[1], TOKENS[-1])[place]
+    for (arm, claims), models in itertools.product(USES.items(), ([3], MODELS)):
+
+        def longer(*asked, arm=arm, models=models, **more):
+            return [
+                row | {"step": 600} if rests_on(arm, row, t) and row["pretrain_seed"] in models
+                else row
+                for row in still(*asked, **more)
+            ]  # fmt: skip
+
+        monkeypatch.setattr(r, "rows", longer)
+        found = decide(r, known(verdicts))
+        not_tested = {number: v.reason for number, v in found.items() if v.reason}
+        expected = claims[place].split() if models == [3] else []
+        assert [*not_tested] == expected, arm
+        at = f" at {t // 1_000_000}M has runs of [300, 600] steps"
+        assert all(reason.endswith(at) for reason in not_tested.values())
+        tested = {number: v.verdict for number, v in found.items() if number not in not_tested}
+        assert all(found[number].p == verdicts[number].p for number in tested)
+        assert expected or tested == words(verdicts)
+
+
+def test_a_run_that_went_on_counts_as_it_is_at_its_last_step(holding):
+    """The rows of 300 steps stay beside those of 600. In seven of eight models: not tested."""
+    rows, _, verdicts = holding
+    main = [row for row in rows if row["recipe"] in ("base", "rl", "sft")]
+    main = [row for row in main if row["world"] == "toy-math" and row["model"] == "toy"]
+    main = [row for row in main if row.get("group") in (8, None)]
+    ours = [row for row in main if (row["recipe"], row["tokens"]) == ("rl", TOKENS[-1])]
+    further = [row | {"step": 600, "config_hash": f"{row['config_hash']} 600"} for row in ours]
+    further = [row | {"checkpoint": f"{row['config_hash']}.pt"} for row in further]
+    further = [
+        row | {"correct": [max(c - 16, 0) for c in row["correct"]]} if "correct" in row else row
+        for row in further
+    ]
+    assert len({*(row["checkpoint"] for row in ours + further)}) == 16
+    found = decide(record(further + main))
+    gaps = [
+        difference([row for row in main if row not in ours] + further, "pass@1", "rl", "sft",
+                   TOKENS[1:], m, "easy")
+        for m in MODELS
+    ]  # fmt: skip
+    assert found["2"].parts[0].estimate.mean == pytest.approx(statistics.fmean(gaps))
+    assert found["2"].parts[0].estimate.mean < verdicts["2"].parts[0].estimate.mean - 0.03
+    assert found["2"].reason == "" and found["2"].verdict == "holds"
+    seven = decide(record([row for row in further if row["pretrain_seed"] != 5] + main))
+    assert seven["2"].reason == "rl at 5M has runs of [300, 600] steps"
+    assert seven["2"].p == 1 and seven["2"].parts and seven["1"].verdict == "holds"
 
 
 def test_seven_models_or_no_curves_test_nothing_and_show_what_there_is(holding):
@@ -626,7 +826,8 @@ def test_seven_models_or_no_curves_test_nothing_and_show_what_there_is(holding):
              for v in verdicts.values()]  # fmt: skip
     for v in fewer:
         assert findings.unready(r, v.parts) == "7 models, needs 8"
-    assert findings.unready(r, [Part("", of([0.1]), 0, 1, [], [])]) == "1 model, needs 8"
+    few_models = Part("", of([0.1]), 0, 1, [], [], (1.0, 1.0))
+    assert findings.unready(r, [few_models]) == "1 model, needs 8"
     without = [row for row in rows if row["kind"] != "curve"]
     arms = ("base", "rl", "sft")
     found = decide(record([row for row in without if row["recipe"] in arms]))
@@ -731,7 +932,7 @@ def test_one_model_is_a_direction_said_once(tmp_path, capsys, holding):
 def test_the_claims_in_full_have_their_units():
     """Text loss in nats, everything else in points."""
     e = Estimate(0.01, 0.002, 7, 8, 5, {3: 0.0126})
-    accuracy = Part("rl - base, accuracy", e, -0.02, 0.02, [TOKENS[0]], [])
+    accuracy = Part("rl - base, accuracy", e, -0.02, 0.02, [TOKENS[0]], [], (0.01, 0.99))
     loss = accuracy._replace(name="rl - base, loss")
     half = 0.002 * reference.t.ppf(0.975, 7)
     assert tables.span(accuracy) == f"+1.0 [{1 - 100 * half:+.1f}, {1 + 100 * half:+.1f}]"
@@ -739,12 +940,60 @@ def test_the_claims_in_full_have_their_units():
     assert [tables.region(part) for part in (accuracy, loss)] == ["-2 to +2", "-0.02 to +0.02"]
     assert tables.region(accuracy._replace(high=INFINITE)) == "> -2"
     assert tables.region(accuracy._replace(low=-INFINITE, high=0.0)) == "< 0"
+    seeds = accuracy._replace(low=findings.SPREAD, high=INFINITE)
+    assert tables.region(seeds) == "> 2.75"
     one = e._replace(df=0)
     assert tables.span(loss._replace(estimate=one)) == "+0.010 ±0.002 SE"
     assert tables.span(loss._replace(estimate=one._replace(se=0.0))) == "+0.010"
     v = findings.Verdict("holds", "", [accuracy, loss], 0.001, 0.01)
     page = tables.in_full({f.number: v for f in FINDINGS})
     assert "| 3: +1.3 |" in page and "| 3: +0.013 |" in page
+
+
+def cells_of(text):
+    """A Markdown table -> its header and its rows."""
+    lines = [line.strip("| \n").split(" | ") for line in text.strip().splitlines()]
+    return lines[0], lines[2:]
+
+
+def test_the_convergence_of_each_arm_has_its_gain_the_bound_and_each_model():
+    gains = [0.011, 0.024, 0.006, 0.019, 0.013, 0.008, 0.021, 0.002]
+    r = gains_of(gains)
+    r.benchmarks = [r.main]  # no questions are asked in it
+    header, (row,) = cells_of(tables.convergence(r))
+    names = ["arm", "tokens", "questions", "last 100 steps - 100 before", "upper bound", "by run"]
+    assert header == [name for name in names if name != "questions"]  # of one empty name
+    bound = reference.ttest_1samp(gains, 0, alternative="less").confidence_interval(0.95).high
+    assert row[:2] == ["rl", "1M"] and row[2:4] == ["+1.3", f"{100 * bound:+.1f}"]
+    assert row[4] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
+
+
+def test_the_convergence_of_all_arms_of_a_record(holding):
+    """A row for each arm with RL, checkpoint and question set, and none for SFT or the base."""
+    rows, r, _ = holding
+    header, lines = cells_of(tables.convergence(r))
+    assert header[2] == "questions" and len(header) == 6 == len({*header})
+    curves = [row for row in rows if row["kind"] == "curve" and row["recipe"] != "sft"]
+    places = {
+        (row["recipe"], row["group"], row["world"], row["model"], row["tokens"],
+         row.get("asked") if row["group"] != 8 else None)
+        for row in curves if row["recipe"] != "sft-1600-questions"
+    }  # fmt: skip
+    assert len(lines) == len(places)
+    line = next(line for line in lines if line[:3] == ["sft->rl", "5M", "easy"])
+    gains = []
+    for row in curves:
+        if (row["recipe"], row["tokens"]) == ("sft->rl", TOKENS[-1]):
+            late = {p["step"]: p["pass@1"] for p in row["points"]}
+            last, before = (
+                [late[s] for s in steps] for steps in (range(220, 301, 20), range(120, 201, 20))
+            )
+            gains.append(statistics.fmean(last) - statistics.fmean(before))
+    bound = reference.ttest_1samp(gains, 0, alternative="less").confidence_interval(0.95).high
+    assert line[3:5] == [f"{100 * statistics.fmean(gains):+.1f}", f"{100 * bound:+.1f}"]
+    assert line[5] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
+    _, few_lines = cells_of(tables.convergence(record(few(rows, "rl", "base"))))
+    assert len(few_lines[0]) == 5  # no bound without four models
 
 
 def test_an_unknown_recipe_has_rows_a_colour_and_a_place_beside_what_it_varies(

@@ -820,14 +820,14 @@ class Sampler:
     def _batches(self, prompts, n: int, max_new: int, prefix: int) -> list[list[int]]:
         """Questions of each batch, by number: prompts of like length share one."""
         order = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))
-        question = self._bytes(n, len(prompts[order[0]]), max_new, prefix)
+        one, two = (self._bytes(q, n, len(prompts[order[0]]), max_new, prefix) for q in (1, 2))
         most = min(len(order), max(1, self.rows // n))
         held = self.buffers.nbytes if self.buffers else 0
-        fit = 0.9 * (free_bytes(self.embed.device) + held) / question
+        fit = 1 + (0.9 * (free_bytes(self.embed.device) + held) - one) / (two - one)
         if fit < most:
             need = (
                 f"{n} answers of {max_new} tokens to a prompt of {len(prompts[order[0]])} "
-                f"need {question / 2**30:.3g} GiB"
+                f"need {one / 2**30:.3g} GiB"
             )
             if fit < 1:
                 raise ValueError(
@@ -843,8 +843,8 @@ class Sampler:
         edges = [i * len(order) // count for i in range(count + 1)]
         return [order[first:end] for first, end in itertools.pairwise(edges)]
 
-    def _bytes(self, n: int, prompt: int, max_new: int, prefix: int) -> int:
-        """Memory that a question with n answers takes in a batch, in bytes."""
+    def _bytes(self, questions: int, n: int, prompt: int, max_new: int, prefix: int) -> int:
+        """Memory that a batch of so many questions with n answers each takes, in bytes."""
         c = self.model.config
         D = c.width
         size = self.model.compute.itemsize
@@ -868,7 +868,8 @@ class Sampler:
         step = n * (max(decode, draw) + 8 * (c.ffn + 4 * D))
         if self.capture:
             step *= 2  # graphs have memory of their own, beside that of the first run
-        return question + n * row + max(prefill, step)
+        buffers = (questions + 1) * question + (questions * n + 1) * row
+        return buffers + questions * max(prefill, step)
 
     # ---- prefill
 

@@ -314,16 +314,16 @@ def test_what_is_planned_for_a_batch_is_what_it_takes(case, dtype):
     prompts = [[5] * sizes["prompt"]] * 4
     n, max_new = sizes["n"], sizes["max_new"]
     taken = peak(lambda: sampler(prompts, n, max_new, range(4 * n), [99_999], prefix=prefix))
-    assert 0.95 < 4 * sampler._bytes(**sizes) / taken < 1.2
+    assert 0.95 < sampler._bytes(4, **sizes) / taken < 1.2
 
 
 def test_graphs_have_memory_of_their_own():
     """The first run of a step takes its memory from elsewhere. Compiled, products are not kept."""
     sampler = Sampler(network_of(torch.float32, vocab=20_000, padded_vocab=20_032))
-    plain = sampler._bytes(16, 10, 64, 0)
+    plain = sampler._bytes(1, 16, 10, 64, 0)
     sampler.capture = True
     scratch = 16 * (16 * 20_032 + 8 * (128 + 4 * 64))
-    assert sampler._bytes(16, 10, 64, 0) == plain + scratch
+    assert sampler._bytes(1, 16, 10, 64, 0) == plain + scratch
 
 
 MIB = 1 << 20

@@ -359,7 +359,7 @@ def test_what_was_measured_otherwise_is_measured_again(measured, kept, calls, tm
     def again(*words, **values):
         calls.clear()
         call("eval", measured.trained, *words, results=kept, **HOW | values)
-        assert len(rows_in(kept, "rl")) == 5, "in the place of the old ones"
+        assert len(rows_in(kept, "rl")) == 4, "in the place of the old ones"
         return collections.Counter(calls)
 
     assert again(temperature=1.0) == {"solve": 1}

@@ -197,7 +197,8 @@ def test_the_sampler_holds_its_replica_and_cache(monkeypatch):
     holds = plan.memory(model, together=48, max_new=100).holds
     copies = sum(copy.nbytes for copy, _ in sampler.copies)
     assert copies == pytest.approx(holds["replica"], rel=0.01)
-    assert sampler.buffers.own.nbytes == holds["cache"] - 48 * 16 * c.padded_vocab
+    cache = holds["cache"] - 48 * 16 * c.padded_vocab
+    assert sampler.buffers.own.nbytes * 48 == cache * 49  # one row more than is used
 
 
 # ---- what is told

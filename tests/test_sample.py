@@ -39,5 +39,5 @@ def test_answers_to_a_prompt_of_ones_own(world, capsys, name):
         shown.append(capsys.readouterr().out)
     head, *answers = shown[0].strip("\n").split("\n")
     assert head == f" {prompt}" and len(answers) == 3
-    assert all(re.match(r" +-[\d.]+ \| ", line) for line in answers)
+    assert all(re.match(r" +-[\d.]+ \|", line) for line in answers)
     assert shown[0] == shown[1]

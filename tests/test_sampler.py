@@ -343,10 +343,14 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
     # bytes of keys and values, and beside them 4 of a prompt and 4 * 8 + 24 of an answer. The
     # prefill takes more than a decoded token: the keys and values again, and of a layer
     # 4 * 48 and 8 * 32 numbers a token.
-    buffers = 16 * (1024 + 4) + 4 * 32 * (1024 + 56)
-    question = buffers + 8 * (1024 + 8 * (4 * 48 + 8 * 32))
-    assert sampler._bytes(4, 7, 24, 0) == question
-    monkeypatch.setattr(network, "free_bytes", lambda device: 2.5 * question)
+    # There is a prompt and an answer more than are used.
+    prompt, answer = 16 * (1024 + 4), 32 * (1024 + 56)
+    prefill = 8 * (1024 + 8 * (4 * 48 + 8 * 32))
+    one = 2 * prompt + 5 * answer + prefill
+    assert sampler._bytes(1, 4, 7, 24, 0) == one
+    question = prompt + 4 * answer + prefill
+    assert sampler._bytes(3, 4, 7, 24, 0) == one + 2 * question
+    monkeypatch.setattr(network, "free_bytes", lambda device: (one + 1.25 * question) / 0.9)
     with pytest.warns(UserWarning, match="sampling 8 answers at a time, not 20; a lower --max_new"):
         same(sampler(PROMPTS, 4, 24, range(20), [END, 1, 2]), whole)
     assert sizes == [1, 2, 2]

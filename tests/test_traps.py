@@ -151,7 +151,7 @@ def test_one_group_that_is_not_flat_is_enough(world, capsys, tmp_path):
     call("rl", *words_of("rl", world, tmp_path / "step6.pt"))
     assert said_of(capsys) == 0
     text = Path(f"{tmp_path}/step6.pt.metrics.jsonl").read_text(encoding="utf-8")
-    assert '"correct": 0.' in text and '"correct": 0.0,' not in text.splitlines()[1]
+    assert '"flat": 0.' in text.splitlines()[1] and '"flat": 1.0' not in text
 
 
 SMALL = """#!/usr/bin/env bash

@@ -48,6 +48,16 @@ def plot(axis, x, found, **look):
     axis.errorbar([at for at, _ in points], mean, half, capsize=2, elinewidth=0.8, **look)
 
 
+def tick_names(tokens):
+    """Names of the checkpoints on a log scale, without those that would touch the next one."""
+    names, right = [], np.inf
+    for t in reversed(tokens):
+        far = np.log(right / t) > 0.2 * np.log(tokens[-1] / tokens[0])
+        names.append(tokens_name(t) if far else "")
+        right = t if far else right
+    return names[::-1]
+
+
 def of_questions(recipe):
     """("sft-5-epochs", "50") of "sft-50-questions-5-epochs"; None where all questions train."""
     found = re.fullmatch(r"(.+?)-(\d+)-questions(-.+)?", recipe)
@@ -116,7 +126,7 @@ def draw_pass1(r, path):
             known = theirs.loc[arm.recipe].notna()
             axis.plot(right[known], theirs.loc[arm.recipe][known], **look)
     few = [0, 1, 3, 6, 8]
-    names = [*map(tokens_name, r.tokens), *(f"{t:g}B" for t in billions[few])]
+    names = [*tick_names(r.tokens), *(f"{t:g}B" for t in billions[few])]
     axis.set_xticks([*ours, *right[few]], names)
     axis.axvspan(1.175, 2.75, color="#000000", alpha=0.05, linewidth=0)
     axis.set(xlim=(-0.15, 2.75), ylim=(0, max(60, axis.get_ylim()[1])))
@@ -150,7 +160,7 @@ def draw_recipes(r, path):
             below.plot(known.index.astype(float), known, **style(r, arm))
         name = metric.replace("accuracy", "general capability")
         above.set(title=f"{name}, ours", xscale="log", xlabel="pre-training tokens")
-        above.set_xticks(r.tokens, map(tokens_name, r.tokens))
+        above.set_xticks(r.tokens, tick_names(r.tokens))
         below.set(title=f"{name}, paper", xscale="log", xlabel="pre-training tokens")
         below.set_xticks([2, 4, 10, 20, 44], ["2B", "4B", "10B", "20B", "44B"])
     for (axis, *_), name in zip(axes, (SPLITS[r.split], "GSM8K"), strict=True):
@@ -217,7 +227,7 @@ def draw_map(r, path):
                     at[run] = value - sft[run][max(sft[run])]
     if not found:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(0.4 + 3.6 * len(found), 3.9), sharey=True)
+    figure, axes = plt.subplots(1, len(found), figsize=(2.4 + 3 * len(found), 3.9), sharey=True)
     for axis, (size, lines) in zip(np.atleast_1d(axes), found.items(), strict=True):
         for t, steps in sorted(lines.items()):
             place = r.tokens.index(t)
@@ -229,7 +239,7 @@ def draw_map(r, path):
         axis.axhline(0, color="#444444", linewidth=0.8)
         axis.set(title=f"{int(size):,} training questions", xlabel="steps of RL")
     np.atleast_1d(axes)[0].set_ylabel("rl - sft, pass@1 (points)")
-    note = "above the line RL is ahead; colours: tokens of pre-training; validation questions"
+    note = "validation; above the line RL is ahead; lines: tokens of pre-training"
     return save(figure, path, note)
 
 

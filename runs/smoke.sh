@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a record does, with small numbers: to see that it works. Three minutes on two
+# Everything that a record does, with small numbers: to see that it works. Five minutes on two
 # cores; nothing is downloaded.
 #
 #   bash runs/smoke.sh

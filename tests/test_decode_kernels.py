@@ -177,7 +177,7 @@ def test_total_variation_is_within_its_bound(temperature, small_blocks):
 # ---- the sampler
 
 
-@pytest.mark.parametrize("prefix", [(), (21, 22, 23)])
+@pytest.mark.parametrize("prefix", [pytest.param((), marks=pytest.mark.slow), (21, 22, 23)])
 def test_sampler_draws_the_same_with_kernels(monkeypatch, prefix, small_blocks):
     """Rows are dropped; the block is one piece for a compiler; a captured step serves all
     columns."""
@@ -212,7 +212,7 @@ def test_a_batch_with_kernels_needs_no_room_for_products(monkeypatch):
     sampler = Sampler(small_model(37, 64, torch.float32))
     monkeypatch.setattr(network, "use_triton", lambda x: False)
     plain = Sampler(sampler.model)
-    assert sampler._bytes(512, 7, 24, 0) < plain._bytes(512, 7, 24, 0)
+    assert sampler._bytes(1, 512, 7, 24, 0) < plain._bytes(1, 512, 7, 24, 0)
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ FINDINGS = (
         "contradicted",
     ),
     Finding(
-        "2q", "the same, 1,600 questions, middle and last checkpoint", "10,000s of questions",
+        "2q", "the same, 1,600 questions, middle and last checkpoint", "no figures",
         lambda r: [part(r, "pass@1", Arm("rl" + SIZE), Arm("sft" + SIZE), from_early_on(r))],
     ),
     Finding(
@@ -179,7 +179,7 @@ FINDINGS = (
         "not resolved",
     ),
     Finding(
-        "5q", "the same, 1,600 questions, middle and last checkpoint", "10,000s of questions",
+        "5q", "the same, 1,600 questions, middle and last checkpoint", "no figures",
         lambda r: best_of_one_solution(r, ["pass@32"], size=SIZE),
     ),
     Finding(

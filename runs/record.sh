@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The record that RESULTS.md rests on: eight pre-trained models, each with text, questions and
-# seeds of its own, five checkpoints of each, RL until it converges.
+# seeds of its own, five checkpoints of each, RL of 300 steps (LONGER: 600 where that is too few).
 #
 #   bash runs/record.sh                 some fifteen hours on two cores
 #   MODELS="30 31" bash runs/record.sh  only these models

@@ -1,7 +1,7 @@
 """What is claimed, each claim as a region for one or more differences, and the rules of a verdict.
 
-Fixed before the first row of record 3, but for what results/record-3/protocol.md lists. A claim holds if each of its
-differences lies inside its region, and is contradicted if one lies outside:
+Fixed before the first row of record 3, but for what results/record-3/protocol.md lists. A claim
+holds if each of its differences lies inside its region, and is contradicted if one lies outside:
 
     RL beats SFT                  0 < rl - sft                      in pass@1
     RL leaves capability as it is -2 < rl - base < 2                in accuracy, and so on

@@ -1,6 +1,7 @@
 """The committed rows: that they are read, and differences again, from the raw counts and without a
 line of results/. The verdicts of records 1 and 2 had other rules, and are in their reports."""
 
+import collections
 import functools
 import json
 import statistics
@@ -86,6 +87,40 @@ def test_the_records_run_with_the_rates_that_the_sweep_chose():
         used = [row for row in raw("record-1") if (row["recipe"], row["model"]) == (recipe, "toy")]
         rates = [f" lr={row['lr']:g}" + f" sft_lr={row.get('sft_lr', 0):g}" for row in used]
         assert all(rate.startswith(best.removeprefix(recipe)) for rate in rates)
+
+
+def test_the_claims_of_record_3_from_raw_counts():
+    """Every difference of two trained arms in pass@k, without a line of results/; its mean over
+    models, and with four models or more its standard error over them."""
+    lines = (ROOT / "results/record-3/rows.jsonl").read_text().splitlines()
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in map(json.loads, lines):
+        alike = row["kind"] == "pass" and row["split"] == "test" and row["model"] == "toy"
+        alike = alike and row["seed"] == row["pretrain_seed"]  # not the other seeds of claim 8
+        if alike and row["world"] == "toy-math30" and row["benchmark"] == "easy":
+            for k in (1, 8, 32):
+                none = [comb(row["n"] - c, k) / comb(row["n"], k) for c in row["correct"]]
+                place = row["recipe"], row["tokens"], f"pass@{k}"
+                found[place][row["pretrain_seed"]].append(1 - statistics.fmean(none))
+    checked = 0
+    for v in decide(rows.Record(rows.read(ROOT / "results/record-3")[0])).values():
+        for part in v.parts:
+            arms, _, metric = part.name.rpartition(", ")
+            names = arms.split(" - ")
+            if "base" in arms or metric not in ("pass@1", "pass@8", "pass@32") or len(names) != 2:
+                continue
+            gaps = collections.defaultdict(list)
+            for t in part.tokens:
+                one, other = (found[name, t, metric] for name in names)
+                for model in one.keys() & other.keys():
+                    gaps[model].append(one[model][0] - other[model][0])
+            means = [statistics.fmean(each) for _, each in sorted(gaps.items())]
+            assert part.estimate.mean == pytest.approx(statistics.fmean(means))
+            assert [*part.estimate.runs.values()] == pytest.approx(means)
+            if len(means) > 3:
+                assert part.estimate.se == pytest.approx(reference.sem(means))
+            checked += 1
+    assert checked >= 10
 
 
 def test_at_most_20_files_of_rows():

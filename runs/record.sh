@@ -70,6 +70,24 @@ keep() {  # the rows so far, each once
   mv "$KEPT.new" "$KEPT"
 }
 
+finish() {  # [COMMAND]: of the model `run` its checkpoints, what COMMAND makes, and its cells
+  left "${cells[@]}" || return 0
+  world ""
+  pretrain "$run" "$DATA-$run" "$seed"
+  "$@"
+  each arm "${cells[@]}"
+  keep
+}
+splits() {  # easy and hard questions for `run`; what is there already is kept
+  world -pool --tokens 1000 --train_questions 4800
+  each arm "$run/step$LAST $seed split"
+}
+relatives() {  # more math in the text of `run`, or more weights
+  world -math60 --math_share 0.6
+  pretrain "$run-math60" "$DATA-$run-math60" "$seed"
+  pretrain "$run-large" "$DATA-$run" "$seed" --preset toy-large --lr 2e-3
+}
+
 for seed in $MODELS; do  # what most claims are about
   run=p$seed cells=()
   for step in "${SAVED[@]}"; do
@@ -77,11 +95,7 @@ for seed in $MODELS; do  # what most claims are about
     [[ $step != "$MIDDLE" && $step != "$LAST" ]] || gold+=-rl  # which has the rows of both
     for recipe in base rl sft-rl mix $gold; do cells+=("$run/step$step $seed $recipe"); done
   done
-  left "${cells[@]}" || continue
-  world ""
-  pretrain "$run" "$DATA-$run" "$seed"
-  each arm "${cells[@]}"
-  keep
+  finish
 done
 for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 and 64 answers
   run=p$seed cells=()
@@ -96,34 +110,17 @@ for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 an
   for level in easy hard; do
     for n in 5 64; do cells+=("$run/step$LAST $seed rl-n$n-split-$level"); done
   done
-  left "${cells[@]}" || continue
-  world ""
-  world -pool --tokens 1000 --train_questions 4800
-  pretrain "$run" "$DATA-$run" "$seed"
-  each arm "$run/step$LAST $seed split"  # each time: what it has made already is kept
-  each arm "${cells[@]}"
-  keep
+  finish splits
 done
 for seed in $BRITTLE_MODELS; do  # eight seeds of one model
   run=p$seed cells=()
   for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl"); done
-  left "${cells[@]}" || continue
-  world ""
-  pretrain "$run" "$DATA-$run" "$seed"
-  each arm "${cells[@]}"
-  keep
+  finish
 done
-for seed in $MODELS; do  # more math in the text, or a larger model
+for seed in $MODELS; do  # hard questions
   run=p$seed cells=("p$seed-math60/step$LAST $seed rl-hard" "p$seed-large/step$LAST $seed rl-hard")
   cells+=("$run/step$LAST $seed rl-hard")
-  left "${cells[@]}" || continue
-  world ""
-  world -math60 --math_share 0.6
-  pretrain "$run" "$DATA-$run" "$seed"
-  pretrain "$run-math60" "$DATA-$run-math60" "$seed"
-  pretrain "$run-large" "$DATA-$run" "$seed" --preset toy-large --lr 2e-3
-  each arm "${cells[@]}"
-  keep
+  finish relatives
 done
 for seed in $MODELS; do  # twice the steps
   run=p$seed cells=()
@@ -134,11 +131,7 @@ for seed in $MODELS; do  # twice the steps
     [[ $longer == "$BRITTLE:rl" && " $BRITTLE_MODELS" == *" $seed "* ]] || continue
     for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl --steps 600"); done
   done
-  left "${cells[@]}" || continue
-  world ""
-  pretrain "$run" "$DATA-$run" "$seed"
-  each arm "${cells[@]}"
-  keep
+  finish
 done
 [ "$KEPT" ] && RESULTS=$(dirname "$KEPT")
 run python eval.py --report "$RESULTS"

@@ -72,7 +72,7 @@ def bars(r):
 
 def trained(r):
     """Arms of the main world and model with rows at half of the checkpoints or more, without those
-    that questions.png draws."""
+    that map.png draws."""
     arms = [arm for arm in r.arms if arm == Arm(arm.recipe) and arm.recipe != "base"]
     arms = [arm for arm in arms if not of_questions(arm.recipe)]
     rows = {arm: sum(r.level(arm, t, "pass@1") is not None for t in r.tokens) for arm in arms}
@@ -203,15 +203,6 @@ def draw_curves(r, path, arms, sets, panels, note):
     return save(figure, path, note)
 
 
-def ends_and_ways(r, arm, tokens):
-    """{(pre-training seed, seed): {step: validation pass@1}} along the runs of an arm."""
-    rows = r.rows("curve", arm, tokens, split="val")
-    return {
-        (row["pretrain_seed"], row["seed"]): {p["step"]: p["pass@1"] for p in row["points"]}
-        for row in rows
-    }
-
-
 def draw_map(r, path):
     """Where RL overtakes SFT: pass@1 of rl along its steps less that of sft at its end, a panel per
     number of training questions, a line per checkpoint."""
@@ -220,7 +211,7 @@ def draw_map(r, path):
     for size in sorted({USUAL, *sizes}, key=int):
         name = "" if size == USUAL else f"-{size}-questions"
         for t in r.tokens:
-            rl, sft = (ends_and_ways(r, Arm(x + name), t) for x in ("rl", "sft"))
+            rl, sft = (r.validations(Arm(x + name), t) for x in ("rl", "sft"))
             for run in rl.keys() & sft.keys():
                 for step, value in rl[run].items():
                     at = found.setdefault(size, {}).setdefault(t, {}).setdefault(step, {})

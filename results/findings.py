@@ -247,13 +247,11 @@ def gain(r, arm, tokens, asked="") -> Estimate:
     """Validation pass@1 of the last STEPS steps less that of the STEPS before, over models (over
     runs, where there are fewer than four models)."""
     gains = {}
-    for row in r.rows("curve", arm, tokens, asked, split="val"):
-        points = {p["step"]: p["pass@1"] for p in row["points"] if p.get("pass@1") is not None}
+    for run, points in r.validations(arm, tokens, asked).items():
         end = max(points, default=0)
         last = [x for step, x in points.items() if end - STEPS < step]
         before = [x for step, x in points.items() if end - 2 * STEPS < step <= end - STEPS]
         if last and before:
-            run = row["pretrain_seed"], row["seed"]
             gains[run] = sum(last) / len(last) - sum(before) / len(before)
     if not gains:
         raise Missing(f"{arm} at {tokens_name(tokens)}: no {2 * STEPS} steps with validations")

@@ -276,6 +276,15 @@ class Record:
         except Missing:
             return None
 
+    def validations(self, arm, tokens, asked=""):
+        """-> {(pre-training seed, seed): {step: pass@1}} along each run of an arm."""
+        return {
+            (row["pretrain_seed"], row["seed"]): {
+                p["step"]: p["pass@1"] for p in row["points"] if p.get("pass@1") is not None
+            }
+            for row in self.rows("curve", arm, tokens, asked, split="val")
+        }
+
     def curve(self, arm, tokens, field, asked=""):
         """-> {step: Estimate} of one field of the validations along the runs of an arm.
 

@@ -46,7 +46,7 @@ from model import Sampler, adam, cosine, update
 class Config(common.PostTraining):
     """Flags of GRPO."""
 
-    steps: Count = 300  # rollout batches; here, as in the paper, until validation converges
+    steps: Count = 300  # rollout batches; the paper trains until validation reward converges
     questions_per_step: Count = 16  # over all ranks
     group: Count = 8  # answers per question, the n of the paper
     # solved questions (shots.jsonl) before each, in sampling and in the passes that train, where

@@ -26,6 +26,7 @@ import itertools
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -444,8 +445,9 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 0, floor: float = 0
 
 # -------------------------------------------------------------------------------------- sampler
 #
-# One batch: prefill (each prompt through the network, whole), a draw, then decode (one token of
-# each row through the network) and a draw in turn, until every row has ended or is full.
+# Questions are taken in by prefill (each prompt through the network, whole) and a draw; then decode
+# (one token of each row through the network) and a draw in turn, until every row has ended or is
+# full.
 
 
 class Samples(NamedTuple):
@@ -456,7 +458,7 @@ class Samples(NamedTuple):
     lengths: Tensor  # (R,) int64, tokens sampled, the end token counted
     logp: Tensor  # (R, max_new) fp32, log-prob of each token where it was drawn from
     truncated: Tensor  # (R,) bool, stopped by max_new and not by an end token
-    waste: float  # idle slot-steps / all slot-steps; a slot is a row of the batch
+    waste: float  # of all rows decoded, token by token, the share that had ended
     logp_1: Tensor  # (R, max_new) fp32, log-prob at temperature 1: what the model itself gives it
 
 
@@ -562,10 +564,10 @@ class Cache(NamedTuple):
 class Place(NamedTuple):
     """Where the new tokens stand; the same for all blocks."""
 
-    t: Tensor  # (1,) column of the new token: columns of `own` before it are read
+    t: Tensor  # (R,) column of the new token: columns of `own` before it are read
     cos: Tensor  # (R, 1, K/2) of the rotation
     sin: Tensor
-    group: Tensor  # (R,) question of each row, in ascending order
+    group: Tensor  # (R,) question of each row; for the kernels' speed its rows stand together
     mask: Tensor  # (G, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
     # for the kernels
     length: Tensor  # (R,) columns of `own` that are read: t, and 0 once the answer has ended
@@ -576,7 +578,8 @@ class Step(NamedTuple):
     """All that one decoded token's work depends on beside what tensors hold. On CUDA a graph is
     captured for each value of it."""
 
-    rows: int  # R, those that are still decoded
+    rows: int  # R, those that are decoded
+    max_new: int  # tokens of an answer
     columns: int  # T, columns of the rows' own cache that may be read, a multiple of SPAN
     prompt: int  # P, columns of the prompts' cache that are read, a multiple of SPAN
     prefix: int  # S, 0 without a prefix
@@ -599,7 +602,7 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
     q = q.to(at_least_fp32(compute)) * q.shape[-1] ** -0.5
     # Scores: (R, H, 1), (R, H, T), (R, H, P), (R, H, S)
     new = (q * k).sum(-1, keepdim=True)
-    before = torch.arange(cache.own.shape[3], device=q.device) < place.t
+    before = torch.arange(cache.own.shape[3], device=q.device) < place.t[:, None, None]
     own = (q[:, :, None] * cache.own[0]).sum(-1).masked_fill(~before, -math.inf)
     prompt = (q[:, :, None] * cache.prompt[0][place.group]).sum(-1) + place.mask[place.group]
     top = torch.maximum(own.amax(-1, keepdim=True), new)
@@ -621,6 +624,16 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
     return (y / total).to(compute)
 
 
+class Request(NamedTuple):
+    """What a call of Sampler asks for, A = questions * n answers, and what it has so far."""
+
+    prompts: list[list[int]]
+    n: int
+    noise: Tensor  # (A, max_new), see `uniform_noise`
+    answers: Samples  # on the CPU, filled as rows are dropped
+    held: Tensor  # (R,) on the CPU: the number of the answer in each slot of Buffers, -1: none
+
+
 class Buffers:
     """What a batch reads and writes, at addresses that captured graphs rely on. `sizes` are what
     there is room for: R rows, G questions, P columns of their prompts, T columns of the answers."""
@@ -639,15 +652,14 @@ class Buffers:
         self.own = zeros(c.layers, 2, R, H, T, K, dtype=model.compute)
         self.prompt = zeros(c.layers, 2, G, H, P, K, dtype=model.compute)
         # what a draw and the next token need of each row; rows that go on are kept in front
-        self.t = zeros(1)  # column of the last token, which is not in the cache yet
+        self.t = zeros(R)  # its last column in the cache; -1: none yet
+        self.first = zeros(R)  # position of column 0
         self.token = zeros(R)  # the last token
         self.alive = zeros(R, dtype=torch.bool)  # whether no end token has been drawn
-        self.row = zeros(R)  # where the row's answer goes in the tensors below
-        self.group = zeros(R)  # its question
+        self.slot = zeros(R)  # where the row's answer is in the tensors below
+        self.group = zeros(R)  # its question: where the prompt is
         self.mask = zeros(G, 1, P, dtype=torch.float32)  # see Place
         self.size = zeros(G)  # tokens of each prompt
-        self.cos = zeros(R, T, K // 2, dtype=torch.float32)  # of each of its positions
-        self.sin = zeros(R, T, K // 2, dtype=torch.float32)
         self.noise = zeros(R, T, dtype=torch.float64)  # a uniform number for each draw
         # the answers
         self.tokens = zeros(R, T)
@@ -658,12 +670,12 @@ class Buffers:
         """Move the state of these rows to the front, with the first `columns` of their cache."""
         count = len(rows)
         for x in (
+            self.t,
+            self.first,
             self.token,
             self.alive,
-            self.row,
+            self.slot,
             self.group,
-            self.cos,
-            self.sin,
             self.noise,
         ):
             x[:count] = x[rows]
@@ -681,15 +693,18 @@ class Sampler:
         prefix: S columns,        prompts: P columns         own: a row an answer,
         once                      a question                 T columns so far
         +----------------+        +----------+               +--+--+--+- - - - - -+
-        |                | <- all | q0       | <- its n      |k0|k1|k2|           |  all rows write
+        |                | <- all | q0       | <- its n      |k0|k1|k2|           |  a row writes
         +----------------+        | q1   ----|    answers    +--+--+--+- - - - - -+  column t and
-                                  +----------+    (- mask)                           read 0..t
+                                  +----------+    (- mask)                           reads 0..t
 
     A prompt is run once for its n answers, a few-shot prefix once for all prompts, and their keys
-    are read where they are. Answers begin together, so all rows are equally long and columns past t
-    are not read, but for what rounds T up to SPAN (on CUDA Triton kernels attend, and read none).
-    Rows that finished are dropped as soon as the others fit the next smaller `bucket`. Buffers stay
-    from one batch to the next; on CUDA the work of one token is a captured graph for each `Step`.
+    are read where they are. Rows that finished are dropped as soon as the others fit the next
+    smaller `bucket`. Buffers stay from one call to the next; on CUDA the work of one token is a
+    captured graph for each `Step`.
+
+    Where Triton kernels attend, a row costs what it has written, and the next questions take the
+    places of rows that finished (refill). Elsewhere a row costs what the longest row has written,
+    so a batch is finished before the next begins, and all its rows are equally long.
 
     rows: answers sampled side by side. compile: torch.compile the block, which takes seconds at the
     start, more of them the first time on a machine.
@@ -697,6 +712,7 @@ class Sampler:
     """
 
     CHECK = 4  # tokens from one look for finished rows to the next: a GPU waits for each look
+    REFILL = 8  # refill when one in so many rows has ended, or a question's answers have room
     SPAN = {"cpu": 8, "cuda": 64}  # T and P are multiples of it: few shapes to compile or capture
 
     def __init__(self, model: Model, rows: int = 512, compile: bool = False):
@@ -716,7 +732,12 @@ class Sampler:
         self.capture = on_cuda  # whether a token's work is captured
         # whether Triton kernels attend and draw
         self.fused = use_triton(torch.empty(0, dtype=model.compute, device=self.embed.device))
+        self.refill = self.fused  # whether the next questions join a batch that is not finished
         self.span = self.SPAN[self.embed.device.type]
+        c = model.config
+        # Rows that have ended go on for a while: see `_decode`.
+        positions = torch.arange(c.context + 2 * self.span, device=self.embed.device)
+        self.cos, self.sin = rope_table(positions, c.head_width, c.theta)
         self.graphs = {}  # Step -> its graph; None: has run once, to be captured at the next use
         self.pool = None  # of the graphs' memory
         self.stream = torch.cuda.Stream() if on_cuda else None  # that they are captured on
@@ -773,30 +794,52 @@ class Sampler:
         Raises ValueError for an empty prompt and for more than the context or the memory holds."""
         self._check(prompts, max_new, prefix)
         self._use_prefix(tuple(prefix))
-        noise = uniform_noise(seeds, max_new)
+        batches = self._batches(prompts, n, max_new, len(prefix))
+        most = max(map(len, batches))
+        # One of each more than is used: a slice is then never the whole, which a compiler would
+        # tell apart, and make its code twice.
+        longest = round_up(max(map(len, prompts)), self.span)
+        columns = round_up(max_new, self.span)
+        self._reserve(
+            most * n + 1, self._groups(most, n) + 1, longest + self.span, columns + self.span
+        )
+        A = len(prompts) * n
+        answers = Samples(
+            tokens=torch.full((A, max_new), ends[0]),
+            lengths=torch.zeros(A, dtype=torch.long),
+            logp=torch.zeros(A, max_new),
+            truncated=torch.zeros(A, dtype=torch.bool),
+            waste=0.0,
+            logp_1=torch.zeros(A, max_new),
+        )
+        held = torch.full((most * n,), -1)
+        request = Request(prompts, n, uniform_noise(seeds, max_new), answers, held)
         step = Step(
             rows=0,
-            columns=0,
+            max_new=max_new,
+            columns=columns,
             prompt=0,
             prefix=len(prefix),
             temperature=temperature,
             ends=tuple(ends),
         )
-        parts = []
-        places = []
-        slots = 0
-        for questions in progress(self._batches(prompts, n, max_new, len(prefix))):
-            rows = [q * n + answer for q in questions for answer in range(n)]
-            part, used = self._batch([prompts[q] for q in questions], noise[rows], step)
-            parts.append(part)
-            places += rows
-            slots += used
-        order = torch.tensor(places).argsort()  # back to the order of the prompts
-        tokens, lengths, logp, truncated, logp_1 = (
-            torch.cat(part)[order] for part in zip(*parts, strict=True)
-        )
-        waste = 1 - int(lengths.sum()) / max(1, slots)
-        return Samples(tokens, lengths, logp, truncated, waste, logp_1)
+        decoded = A  # rows, token by token; the first comes with the prompt
+        for batch in progress(batches):
+            waiting = deque(batch)
+            finish = not self.refill or batch is batches[-1]
+            while True:
+                step = self._look(step, waiting, request)
+                if not (waiting or finish and step.rows):
+                    break
+                count = min(self.CHECK, self.left)
+                self.left -= count
+                if not self.refill:
+                    columns = max_new - 1 - self.left
+                    step = step._replace(columns=round_up(columns, self.span))
+                for _ in range(count):
+                    self._advance(step)
+                decoded += count * step.rows
+        return answers._replace(waste=1 - int(answers.lengths.sum()) / decoded)
 
     def _check(self, prompts, max_new: int, prefix):
         if not prompts or not all(prompts):
@@ -843,6 +886,11 @@ class Sampler:
         edges = [i * len(order) // count for i in range(count + 1)]
         return [order[first:end] for first, end in itertools.pairwise(edges)]
 
+    def _groups(self, questions: int, n: int) -> int:
+        """Prompts to keep for so many questions side by side. With refill twice as many: a prompt
+        is there until the last of its answers has ended."""
+        return 2 * questions if self.refill and n > 1 else questions
+
     def _bytes(self, questions: int, n: int, prompt: int, max_new: int, prefix: int) -> int:
         """Memory that a batch of so many questions with n answers each takes, in bytes."""
         c = self.model.config
@@ -854,7 +902,7 @@ class Sampler:
         T = round_up(max_new, self.span)
         # Buffers: keys and values, and what they hold of a column beside; see _batch for the span.
         question = (P + self.span) * (column + 4)
-        row = (T + self.span) * (column + 4 * c.head_width + 24)
+        row = (T + self.span) * (column + 24)
         # Prefill: keys and values as they come, and the activations of one layer; of the prefix
         # keys and values alone.
         prefill = P * (column + 4 * c.ffn * size + 8 * D * wide) + 2 * prefix * D * size
@@ -868,7 +916,7 @@ class Sampler:
         step = n * (max(decode, draw) + 8 * (c.ffn + 4 * D))
         if self.capture:
             step *= 2  # graphs have memory of their own, beside that of the first run
-        buffers = (questions + 1) * question + (questions * n + 1) * row
+        buffers = (self._groups(questions, n) + 1) * question + (questions * n + 1) * row
         return buffers + questions * max(prefill, step)
 
     # ---- prefill
@@ -899,75 +947,101 @@ class Sampler:
             x = block.finish(x, attend(q, k, v, seen))
         return m.norm(x), cache
 
-    def _prefill_prompts(self, prompts: list[list[int]], step: Step) -> tuple[Tensor, Tensor]:
-        """Prompts through the network, their keys and values into the buffers. -> the hidden state
-        of each prompt's last token (G, D), and the prompts' lengths (G,)."""
+    def _prefill_prompts(self, prompts: list[list[int]], groups: Tensor, step: Step) -> Tensor:
+        """Prompts through the network, their keys and values to `groups` (G,) of the buffers. ->
+        the hidden state of each prompt's last token (G, D)."""
         b = self.buffers
-        G = len(prompts)
-        P = step.prompt
         device = self.embed.device
         size = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        P = round_up(max(map(len, prompts)), self.span)
         # Attention is causal, so what fills a row up changes nothing before it.
         ids = [prompt + prompt[:1] * (P - len(prompt)) for prompt in prompts]
         past = [kv[:, None] for kv in self.prefix] if step.prefix else None  # (2, 1, H, S, K) each
         x, cache = self.prefill(torch.tensor(ids, device=device), past)
         for layer, (keys, values) in enumerate(cache):
-            b.prompt[layer, 0, :G, :, :P] = keys
-            b.prompt[layer, 1, :G, :, :P] = values
-        real = torch.arange(P, device=device) < size[:, None]
-        b.mask[:G, 0, :P] = torch.where(real, 0.0, -math.inf)
-        b.size[:G] = size
-        return x[torch.arange(G, device=device), size - 1], size
+            b.prompt[layer, 0, groups, :, :P] = keys
+            b.prompt[layer, 1, groups, :, :P] = values
+        real = torch.arange(b.mask.shape[2], device=device) < size[:, None, None]
+        b.mask[groups] = torch.where(real, 0.0, -math.inf)
+        b.size[groups] = size
+        return x[torch.arange(len(prompts), device=device), size - 1]
 
-    def _start_rows(self, size: Tensor, noise: Tensor, step: Step):
-        """The state of the rows before their first draw. size (G,): lengths of the prompts."""
+    # ---- which rows are decoded
+
+    def _look(self, step: Step, waiting: deque[int], request: Request) -> Step:
+        """Drop rows that have ended, and take in questions that are `waiting` where there is room.
+        -> the step with the rows that go on, or with none."""
         b = self.buffers
-        c = self.model.config
-        R, max_new = noise.shape
+        n = request.n
+        most = len(request.held)
+        alive = b.alive[: step.rows]
+        live = int(alive.sum())
+        new = 0  # questions to take in
+        if waiting and (self.refill or live == 0):
+            used = set(b.group[: step.rows][alive].tolist())
+            groups = [g for g in range(b.sizes[1] - 1) if g not in used]
+            new = min(len(waiting), (most - live) // n, len(groups))
+            if live and (new == 0 or (most - live) * self.REFILL < most):
+                return step
+        rows = min(bucket(live + new * n), step.rows + new * n, most) if live + new else 0
+        if rows == step.rows and not new:
+            return step
+        # The living, and as many others as fill the bucket; rows of a question stay together.
+        kept = alive.to(torch.uint8).argsort(descending=True, stable=True)[: rows - new * n]
+        if live:
+            b.keep(kept.sort().values, int(b.t[: step.rows][alive].max()) + 1)
+        self._collect(len(kept), request, step)
+        if new:
+            questions = [waiting.popleft() for _ in range(new)]
+            self._take_in(questions, groups[:new], slice(len(kept), rows), request, step)
+            longest = round_up(max(len(request.prompts[q]) for q in questions), self.span)
+            step = step._replace(prompt=max(longest, step.prompt if live else 0))
+            self.left = step.max_new - 1
+        return step._replace(rows=rows)
+
+    def _take_in(
+        self, questions: list[int], groups: list[int], rows: slice, request: Request, step: Step
+    ):
+        """Questions' prompts through the network, and the first token of their answers, which are
+        these rows from now on."""
+        b = self.buffers
         device = self.embed.device
-        b.group[:R] = torch.arange(len(size), device=device).repeat_interleave(R // len(size))
-        first = size[b.group[:R], None] + step.prefix  # (R, 1)
-        position = first + torch.arange(max_new, device=device)  # (R, max_new)
-        cos, sin = rope_table(position, c.head_width, c.theta)
-        b.cos[:R, :max_new] = cos
-        b.sin[:R, :max_new] = sin
-        b.noise[:R, :max_new] = noise.to(device)
-        b.row[:R] = torch.arange(R, device=device)
-        b.alive[:R] = True
-        b.tokens[:R] = step.ends[0]
-        b.logp[:, :R] = 0
-        b.lengths[:R] = 0
-        b.t[:] = -1
+        group = torch.tensor(groups, device=device)
+        last = self._prefill_prompts([request.prompts[q] for q in questions], group, step)
+        answers = torch.tensor([q * request.n + i for q in questions for i in range(request.n)])
+        slot = (request.held < 0).nonzero()[: len(answers), 0]
+        request.held[slot] = answers
+        b.slot[rows] = slot.to(device)
+        b.group[rows] = group.repeat_interleave(request.n)
+        b.first[rows] = b.size[b.group[rows]] + step.prefix
+        b.noise[rows, : step.max_new] = request.noise[answers].to(device)
+        b.alive[rows] = True
+        b.t[rows] = -1
+        b.lengths[b.slot[rows]] = 0
+        self._draw(last.repeat_interleave(request.n, 0), rows, step)
 
-    # ---- a batch
-
-    def _batch(self, prompts: list[list[int]], noise: Tensor, step: Step):
-        """Answers to the questions of one batch -> (tokens, lengths, logp, truncated, logp_1) of
-        Samples on the CPU, and slot-steps used. noise (R, max_new); of `step`, the sizes are set
-        here."""
-        R, max_new = noise.shape
-        Q = len(prompts)
-        n = R // Q  # with Q and max_new, what the scripts read when memory runs out
-        P = round_up(max(map(len, prompts)), self.span)
-        # One of each more than is used: a slice is then never the whole, which a compiler would
-        # tell apart, and make its code twice.
-        self._reserve(R + 1, Q + 1, P + self.span, round_up(max_new, self.span) + self.span)
-        step = step._replace(rows=R, prompt=P)
-        last, size = self._prefill_prompts(prompts, step)
-        self._start_rows(size, noise, step)
-        self._draw(last.repeat_interleave(n, 0), step)
-        slots = R
-        for t in range(max_new - 1):  # answers have t + 1 tokens, the last of them not in the cache
-            if t % self.CHECK == self.CHECK - 1:
-                step = step._replace(rows=self._drop_finished(step.rows, t))
-                if step.rows == 0:
-                    break
-            # the kernels read a row's length on the device: one graph for all columns
-            columns = max_new if self.fused else t + 1
-            step = step._replace(columns=round_up(columns, self.span))
-            self._advance(step)
-            slots += step.rows
-        return self._collect(R, max_new, step), slots
+    def _collect(self, rows: int, request: Request, step: Step):
+        """Answers of all but the first `rows` rows, to the CPU; their slots are free then."""
+        b = self.buffers
+        device = self.embed.device
+        ended = request.held >= 0
+        ended[b.slot[:rows].cpu()] = False
+        slot = ended.nonzero()[:, 0]
+        number = request.held[slot]
+        request.held[slot] = -1
+        slot = slot.to(device)
+        lengths = b.lengths[slot]
+        tokens = b.tokens[slot, : step.max_new]
+        last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+        said = torch.arange(step.max_new, device=device) < lengths[:, None]
+        logp, logp_1 = b.logp[:, slot, : step.max_new].where(said, 0.0)
+        answers = request.answers
+        answers.tokens[number] = tokens.where(said, step.ends[0]).cpu()
+        answers.lengths[number] = lengths.cpu()
+        answers.logp[number] = logp.cpu()
+        answers.logp_1[number] = logp_1.cpu()
+        ends = torch.tensor(step.ends, device=device)
+        answers.truncated[number] = ~torch.isin(last, ends).cpu()
 
     def _reserve(self, *sizes: int):
         """Buffers with room for at least these `sizes` of Buffers."""
@@ -978,32 +1052,6 @@ class Sampler:
         self.buffers = None  # freed before new ones are made
         larger = tuple(map(max, have, sizes))
         self.buffers = Buffers(self.model, self.embed.device, larger)
-
-    def _drop_finished(self, rows: int, columns: int) -> int:
-        """Drop finished rows if the others fit a smaller bucket. -> rows that go on, or 0."""
-        alive = self.buffers.alive[:rows]
-        live = int(alive.sum())
-        if live == 0:
-            return 0
-        if bucket(live) >= rows:
-            return rows
-        # The living, and as many others as fill the bucket; rows of a question stay together.
-        order = alive.to(torch.uint8).argsort(descending=True, stable=True)
-        self.buffers.keep(order[: bucket(live)].sort().values, columns)
-        return bucket(live)
-
-    def _collect(self, R: int, max_new: int, step: Step) -> tuple[Tensor, ...]:
-        """The batch's R answers on the CPU. step: the last one, of the rows that were still
-        decoded."""
-        b = self.buffers
-        device = self.embed.device
-        truncated = torch.zeros(R, dtype=torch.bool, device=device)
-        truncated[b.row[: step.rows]] = b.alive[: step.rows]
-        said = torch.arange(max_new, device=device) < b.lengths[:R, None]
-        tokens = b.tokens[:R, :max_new].where(said, step.ends[0])
-        logp, logp_1 = b.logp[:, :R, :max_new].where(said, 0.0)
-        lengths = b.lengths[:R].clone()  # the next batch overwrites the buffers
-        return tuple(x.cpu() for x in (tokens, lengths, logp, truncated, logp_1))
 
     # ---- decode
 
@@ -1051,18 +1099,20 @@ class Sampler:
         """The last token of each row through the network, and a draw of the next."""
         b = self.buffers
         R = step.rows
-        b.t += 1
+        # A row that has ended goes on in columns after its answer, the last one at the latest.
+        t = b.t[:R].add_(1).clamp_(max=b.sizes[3] - 2)
+        position = b.first[:R] + t
         place = Place(
-            t=b.t,
-            cos=b.cos[:R].index_select(1, b.t),
-            sin=b.sin[:R].index_select(1, b.t),
+            t=t,
+            cos=self.cos[position][:, None],
+            sin=self.sin[position][:, None],
             group=b.group[:R],
             mask=b.mask[..., : step.prompt],
-            length=b.t * b.alive[:R],
+            length=t * b.alive[:R],
             size=b.size,
         )
-        # A graph must read the column on the device.
-        column = b.t if self.capture else slice(int(b.t), int(b.t) + 1)
+        rows = torch.arange(R, device=t.device)
+        column = None if self.refill else int(t[0])
         x = F.embedding(b.token[:R], self.embed).to(self.model.compute)
         for layer, weights in enumerate(self.layers):
             cache = Cache(
@@ -1071,9 +1121,13 @@ class Sampler:
                 prefix=self.prefix[layer] if step.prefix else None,
             )
             x, k, v = self.block(x, weights, cache, place)
-            cache.own[0][:, :, column] = k[:, :, None]
-            cache.own[1][:, :, column] = v[:, :, None]
-        self._draw(self.model.norm(x), step)
+            if self.refill:
+                b.own[layer, 0, rows, :, t] = k
+                b.own[layer, 1, rows, :, t] = v
+            else:  # all rows are at the same column: one copy
+                cache.own[0][:, :, column] = k
+                cache.own[1][:, :, column] = v
+        self._draw(self.model.norm(x), slice(0, R), step)
 
     # ---- draw
 
@@ -1086,21 +1140,22 @@ class Sampler:
         head = self.model.head.weight if self.padded else self.head
         return (x @ head.T)[:, : len(self.head)]
 
-    def _draw(self, x: Tensor, step: Step):
-        """One token a row from x (R, D), the network's output for the last one."""
+    def _draw(self, x: Tensor, rows: slice, step: Step):
+        """One token of each of these rows from x (R, D), the network's output for the last one."""
         b = self.buffers
-        R = len(x)
-        t = b.t + 1
-        u = b.noise[:R].index_select(1, t)
+        t = b.t[rows, None] + 1
+        u = b.noise[rows].gather(1, t)
         token, logp = choose(self.logits(x), u, step.temperature)
-        row = b.row[:R, None]
-        b.tokens[row, t] = token
-        b.logp[0][row, t] = logp[0].to(b.logp.dtype)
-        b.logp[1][row, t] = logp[1].to(b.logp.dtype)
-        b.lengths.index_add_(0, b.row[:R], b.alive[:R].long())
-        b.token[:R] = token[:, 0]
+        slot = b.slot[rows, None]
+        b.tokens[slot, t] = token
+        b.logp[0][slot, t] = logp[0].to(b.logp.dtype)
+        b.logp[1][slot, t] = logp[1].to(b.logp.dtype)
+        alive = b.alive[rows]
+        b.lengths.index_add_(0, slot[:, 0], alive.long())
+        b.token[rows] = token[:, 0]
+        alive &= t[:, 0] + 1 < step.max_new
         for end in step.ends:
-            b.alive[:R] &= b.token[:R] != end
+            alive &= token[:, 0] != end
 
 
 def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Sequence[Tensor]]:
@@ -1733,18 +1788,20 @@ if triton is not None:
         d = tl.arange(0, HEAD)
         here = (row.to(tl.int64) * heads + head)[:, None] * K + d[None, :]
         query = tl.load(q + here, mask=(d < K)[None, :], other=0.0)
-        question = tl.load(group + row)
+        question = tl.load(group + row).to(tl.int32)
         m = tl.zeros((ROWS,), tl.float32) - 1e30
         s = tl.zeros((ROWS,), tl.float32)
         y = tl.zeros((ROWS, HEAD), tl.float32)
         keys = prefix + head.to(tl.int64) * prefix_head
         m, s, y = _walk(m, s, y, query, rows >= 0, keys, keys + prefix_values, S, scale, K, TILE)
-        for g in range(tl.min(question), tl.max(question) + 1):
+        g = tl.min(question)
+        while g < 2**30:  # each question that one of the rows has
             mine = question == g
-            length = tl.load(size + g).to(tl.int32) * tl.max(mine.to(tl.int32))  # 0: no row is left
-            keys = prompt + g * prompt_question + head.to(tl.int64) * prompt_head
+            length = tl.load(size + g).to(tl.int32)
+            keys = prompt + g.to(tl.int64) * prompt_question + head.to(tl.int64) * prompt_head
             values = keys + prompt_values
             m, s, y = _walk(m, s, y, query, mine, keys, values, length, scale, K, TILE)
+            g = tl.min(tl.where(question > g, question, 2**30))
         inside = (rows < R)[:, None] & (d < K)[None, :]
         tl.store(shared + here, y / s[:, None], mask=inside)
         tl.store(score + row.to(tl.int64) * heads + head, m + tl.log(s), mask=rows < R)

@@ -45,10 +45,10 @@ class Forced(Sampler):
         self.steps += 1
         super()._advance(*how)
 
-    def _draw(self, x, *how):
-        super()._draw(x, *how)
+    def _draw(self, x, rows, step):
+        super()._draw(x, rows, step)
         b = self.buffers
-        b.alive[: len(x)] &= b.t + 2 < self.lengths[b.row[: len(x)]]
+        b.alive[rows] &= b.t[rows] + 2 < self.lengths[b.slot[rows]]
 
 
 def median_of(work, device, count=9) -> float:

@@ -330,7 +330,7 @@ def attention_of(dtype, questions: int, n: int, S: int) -> tuple[float, dict[str
     length = torch.where(up_to(2, R) == 1, T, up_to(T, R) - 1)
     size = up_to(P, questions)
     mask = torch.where(torch.arange(P, device=DEVICE) < size[:, None, None], 0.0, -torch.inf)
-    place = Place(length[:, None, None], None, None, group, mask, length, size)
+    place = Place(length, None, None, group, mask, length, size)
     prefix = some(2, H, S, K) if S else None
     cache = Cache(some(2, R, H, T, K), some(2, questions, H, P, K), prefix)
     row = some(R, H, K), some(R, H, K), some(R, H, K)
@@ -732,6 +732,7 @@ def token_seconds(drawn: Sampler, rows: int, length: int, prompts) -> float:
     """Seconds of a token when the rows' own cache has `length` columns, after a whole call."""
     step = Step(
         rows=rows,
+        max_new=drawn.buffers.sizes[3] - drawn.span,
         columns=round_up(length, drawn.span),
         prompt=round_up(max(map(len, prompts)), drawn.span),
         prefix=0,
@@ -741,6 +742,7 @@ def token_seconds(drawn: Sampler, rows: int, length: int, prompts) -> float:
     count = min(drawn.span, length) - 4
     for _ in range(2):  # at a whole call's graphs, or the first capture
         drawn.buffers.t.fill_(length - count - 2)
+        drawn.buffers.alive.fill_(True)
         for _ in range(2):
             drawn._advance(step)
         wait()

@@ -285,12 +285,12 @@ def test_noise_is_the_same_in_every_precision_and_bucket(dtype, monkeypatch):
     model.compute = dtype
     real = Sampler._draw
 
-    def watched(self, x, step):
-        t = int(self.buffers.t) + 1
-        rows = self.buffers.row[: len(x)].tolist()
-        numbers = self.buffers.noise[: len(x), t].tolist()
-        used.update({(row, t): u for row, u in zip(rows, numbers, strict=True)})
-        real(self, x, step)
+    def watched(self, x, rows, step):
+        b = self.buffers
+        t = int(b.t[0]) + 1
+        numbers = b.noise[rows, t].tolist()
+        used.update({(row, t): u for row, u in zip(b.slot[rows].tolist(), numbers, strict=True)})
+        real(self, x, rows, step)
 
     monkeypatch.setattr(Sampler, "_draw", watched)
     samples = draw(model, [[5, 6, 7]], n=60)
@@ -331,20 +331,20 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
     """By what is free; the message says what would make it fit."""
     whole = draw(model)
     sizes = []
-    real = Sampler._batch
+    real = Sampler._take_in
 
-    def watched(self, prompts, *rest):
-        sizes.append(len(prompts))
-        return real(self, prompts, *rest)
+    def watched(self, questions, *rest):
+        sizes.append(len(questions))
+        return real(self, questions, *rest)
 
-    monkeypatch.setattr(Sampler, "_batch", watched)
+    monkeypatch.setattr(Sampler, "_take_in", watched)
     sampler = Sampler(model)
     # By hand: prompts of 8 columns and answers of 24, and room for 8 more of each. A column is 1024
-    # bytes of keys and values, and beside them 4 of a prompt and 4 * 8 + 24 of an answer. The
-    # prefill takes more than a decoded token: the keys and values again, and of a layer
-    # 4 * 48 and 8 * 32 numbers a token.
+    # bytes of keys and values, and beside them 4 of a prompt and 24 of an answer. The prefill
+    # takes more than a decoded token: the keys and values again, and of a layer 4 * 48 and 8 * 32
+    # numbers a token.
     # There is a prompt and an answer more than are used.
-    prompt, answer = 16 * (1024 + 4), 32 * (1024 + 56)
+    prompt, answer = 16 * (1024 + 4), 32 * (1024 + 24)
     prefill = 8 * (1024 + 8 * (4 * 48 + 8 * 32))
     one = 2 * prompt + 5 * answer + prefill
     assert sampler._bytes(1, 4, 7, 24, 0) == one
@@ -363,6 +363,69 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
 def test_no_limit_where_the_system_does_not_say_what_is_free(model, monkeypatch):
     monkeypatch.setattr(network, "free_bytes", lambda device: math.inf)
     same(draw(model, rows=8), draw(model))
+
+
+MANY = [[1 + (7 * q + i) % 36 for i in range(1 + 5 * q % 11)] for q in range(23)]
+
+
+class Refilled(Sampler):
+    """With refill, and what was seen of it."""
+
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.refill = True
+        self.among = []  # rows that were still decoded whenever questions were taken in
+        self.apart = set()  # how far decoded rows were from each other, in tokens
+        self.steps = 0
+
+    def _take_in(self, questions, groups, rows, request, step):
+        alive = self.buffers.alive[: rows.start]
+        assert not set(groups) & set(self.buffers.group[: rows.start][alive].tolist())
+        self.among.append(int(alive.sum()))
+        super()._take_in(questions, groups, rows, request, step)
+
+    def _advance(self, step):
+        t = self.buffers.t[: step.rows][self.buffers.alive[: step.rows]]
+        self.apart.add(int(t.max() - t.min()) if len(t) else 0)
+        self.steps += 1
+        super()._advance(step)
+
+
+@pytest.mark.parametrize("n, rows", [(4, 16), (1, 4), (7, 33), (16, 16)])
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_refill_changes_no_answer(model, n, rows, prefix):
+    """The next questions take the places of answers that have ended; nobody's draws change."""
+    request = MANY, n, 24, range(23 * n), [END, 1, 2], 0.8, prefix
+    batches = Sampler(model, rows)(*request)
+    sampler = Refilled(model, rows)
+    same(sampler(*request), batches)
+    if n == 16:  # one question at a time: there is nothing to refill
+        assert not any(sampler.among) and sampler.apart == {0}
+        return
+    assert sum(count > 0 for count in sampler.among) > 4 and max(sampler.apart) > 8
+    one = Sampler(model)(MANY[9:10], n, 24, range(9 * n, 10 * n), [END, 1, 2], 0.8, prefix)
+    same(taken(batches, slice(9 * n, 10 * n)), one)
+
+
+def test_refilled_sampler_is_used_again(model):
+    """Another prefix, fewer columns, one question; what an earlier call left behind is not read."""
+    sampler = Refilled(model, 16)
+    for prefix, count, new in (((), 23, 24), (PREFIX, 23, 12), ((), 1, 1), (PREFIX[:2], 9, 24)):
+        request = MANY[:count], 4, new, range(4 * count), [END, 1, 2], 1.0, prefix
+        same(sampler(*request), Sampler(model)(*request))
+
+
+def test_refill_takes_fewer_steps(model):
+    """Of 32 rows, with answers of 11 tokens on average and 40 at most."""
+    request = MANY, 8, 40, range(23 * 8), [END, 1, 2]
+    refilled = Refilled(model, 32)
+    waste = refilled(*request).waste
+    plain = Refilled(model, 32)
+    plain.refill = False
+    samples = plain(*request)
+    lengths = samples.lengths.float()
+    assert 10 < lengths.mean() < 12 and lengths.max() == 40
+    assert refilled.steps < 0.5 * plain.steps and waste < 0.7 * samples.waste
 
 
 def test_progress_wraps_the_batches(model):

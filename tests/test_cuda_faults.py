@@ -282,7 +282,9 @@ def test_a_draw_takes_16_bytes_a_row_and_id(dtype, temperature, padded):
     sampler.padded = padded
     sampler._reserve(64, 2, 24, 24)
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    step = Step(rows=64, max_new=16, columns=8, prompt=16, prefix=0, temperature=temperature, ends=(END,))
+    step = Step(
+        rows=64, max_new=16, columns=8, prompt=16, prefix=0, temperature=temperature, ends=(END,)
+    )
     with torch.inference_mode():
         taken = peak(lambda: sampler._draw(x, slice(0, 64), step)) / 64 / 20_032
     assert 15.9 < taken < 16.2

@@ -712,7 +712,7 @@ class Sampler:
     """
 
     CHECK = 4  # tokens from one look for finished rows to the next: a GPU waits for each look
-    REFILL = 8  # refill when one in so many rows has ended, or a question's answers have room
+    REFILL = 8  # the next questions are taken in when one row in so many is free
     SPAN = {"cpu": 8, "cuda": 64}  # T and P are multiples of it: few shapes to compile or capture
 
     def __init__(self, model: Model, rows: int = 512, compile: bool = False):
@@ -742,6 +742,7 @@ class Sampler:
         self.pool = None  # of the graphs' memory
         self.stream = torch.cuda.Stream() if on_cuda else None  # that they are captured on
         self.buffers = None
+        self.left = 0  # tokens until every row is certainly full
         self.compiled = compile
         self.block = self.model.blocks[0].decode  # weights are arguments: one code for all blocks
         if compile:
@@ -900,7 +901,7 @@ class Sampler:
         column = 2 * c.layers * D * size  # keys and values of one token
         P = round_up(prompt, self.span)
         T = round_up(max_new, self.span)
-        # Buffers: keys and values, and what they hold of a column beside; see _batch for the span.
+        # Buffers: keys and values, and what they hold of a column beside; see __call__ for the span.
         question = (P + self.span) * (column + 4)
         row = (T + self.span) * (column + 24)
         # Prefill: keys and values as they come, and the activations of one layer; of the prefix
@@ -982,7 +983,7 @@ class Sampler:
             groups = [g for g in range(b.sizes[1] - 1) if g not in used]
             new = min(len(waiting), (most - live) // n, len(groups))
             if live and (new == 0 or (most - live) * self.REFILL < most):
-                return step
+                return step  # a prefill and a move of the others' keys for little
         rows = min(bucket(live + new * n), step.rows + new * n, most) if live + new else 0
         if rows == step.rows and not new:
             return step

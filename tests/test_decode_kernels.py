@@ -53,7 +53,7 @@ def exactly(q, k, v, cache, place):
     return torch.stack(rows)
 
 
-def numbers(rows, H, K, T, P, S, lengths, sizes, dtype, scale=1.0):
+def numbers(rows, H, K, T, P, S, lengths, sizes, dtype, scale=1.0, apart=False):
     """Arguments of attend_to_cache, `rows` of each question; what no row may read is NaN."""
     generator = torch.Generator().manual_seed(len(lengths) + K)
 
@@ -62,6 +62,7 @@ def numbers(rows, H, K, T, P, S, lengths, sizes, dtype, scale=1.0):
 
     R, G = len(lengths), len(sizes)
     group = torch.arange(G).repeat_interleave(torch.tensor(rows))
+    group = group[torch.randperm(R, generator=generator)] if apart else group
     own, prompt = some(2, R + 3, H, T + 8, K)[:, :R, :, :T], some(2, G, H, P + 8, K)[..., :P, :]
     for r, length in enumerate(lengths):
         own[:, r, :, length:] = torch.nan
@@ -83,6 +84,9 @@ CASES = {
     "a prefix": dict(rows=[4, 4, 3], lengths=RAGGED, sizes=[5, 80, 1], S=70),
     "questions without rows": dict(
         rows=[0, 6, 0, 0, 5, 0], lengths=RAGGED, sizes=[3, 9, 0, 4, 1, 2]
+    ),
+    "rows of a question apart": dict(
+        rows=[3, 0, 4, 4], lengths=RAGGED, sizes=[5, 80, 64, 9], apart=True
     ),
     "a question in two tiles": dict(rows=[2, 37, 1], lengths=[7] * 40, sizes=[5, 6, 7], S=3),
     "a head of 24": dict(rows=[4, 4, 3], lengths=RAGGED, sizes=[5, 80, 64], S=9, K=24),

@@ -901,7 +901,7 @@ class Sampler:
         column = 2 * c.layers * D * size  # keys and values of one token
         P = round_up(prompt, self.span)
         T = round_up(max_new, self.span)
-        # Buffers: keys and values, and what they hold of a column beside; see __call__ for the span.
+        # Buffers: keys and values, and what they hold of a column beside; __call__ says why more.
         question = (P + self.span) * (column + 4)
         row = (T + self.span) * (column + 24)
         # Prefill: keys and values as they come, and the activations of one layer; of the prefix

@@ -378,7 +378,7 @@ class Model(nn.Module):
         return self.norm(x)
 
     def takes_blocks(self, x: Tensor) -> bool:
-        """Whether a layout goes to FlexAttention, as blocks, and not to SDPA, as a dense mask.
+        """Whether a layout goes to FlexAttention, as blocks, and not to SDPA, in pieces or dense.
 
         FlexAttention is one kernel only where a compiler makes it one: run as it is, it holds all
         scores in fp32, where SDPA with a mask holds the mask. A CPU has no backward pass of it, and

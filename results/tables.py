@@ -153,11 +153,17 @@ def levels(r, asked):
 
 
 def training(r):
-    """What all runs of the folder took, each counted once."""
+    """What the runs of each arm took, each counted once; arms after SFT without their SFT."""
     seed = r.frame.seed.where(r.frame.recipe != "base", 0)  # those of a base are draws of shots
     runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["config_hash", "seed"])
-    told = f"{len(runs)} runs, {runs.seconds.sum():,.0f} seconds, {runs.flops.sum():.2e} FLOPs"
-    return f"Training, without evaluation, runs side by side: {told}.\n"
+    own = {Arm(*key): some for key, some in runs.groupby(list(Arm._fields))}
+    rows = []
+    for arm, some in ((arm, own[arm]) for arm in r.arms if arm in own):
+        name = "pre-training" if arm.recipe == "base" else arm
+        costs = f"{some.seconds.mean():,.0f}", f"{some.flops.mean():.2e}"
+        rows.append([name, len(some), *costs, f"{some.seconds.sum() / 3600:.2f}"])
+    header = ["arm", "runs", "seconds of a run", "FLOPs of a run", "hours of all"]
+    return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 
 def page(r, verdicts, pictures, torn):

@@ -13,6 +13,7 @@ from scipy import stats as reference
 from helpers import ROOT
 from results import rows
 from results.findings import MIX, RL, SFT, decide
+from results.tables import training
 
 EARLIER = ROOT / "results/earlier"
 MIDDLE, LAST = 4900864, 7000064
@@ -121,6 +122,28 @@ def test_the_claims_of_record_3_from_raw_counts():
                 assert part.estimate.se == pytest.approx(reference.sem(means))
             checked += 1
     assert checked >= 10
+
+
+def test_the_costs_of_record_3_from_raw_rows():
+    """Seconds and FLOPs of pre-training and of one arm, each run once."""
+    lines = (ROOT / "results/record-3/rows.jsonl").read_text().splitlines()
+    shown = training(rows.Record(rows.read(ROOT / "results/record-3")[0]))
+    for name, recipe, questions in (("pre-training", "base", None), ("rl", "rl", "easy")):
+        runs = {}
+        for row in map(json.loads, lines):
+            own = (
+                row["recipe"] == recipe and row["model"] == "toy" and row.get("group") in (8, None)
+            )
+            own = (
+                own and row["world"] == "toy-math30" and row.get("benchmark") in (questions, "text")
+            )
+            if own and row.get("flops"):
+                seed = 0 if recipe == "base" else row["seed"]
+                runs[row["checkpoint"], seed] = row["seconds"], row["flops"]
+        seconds, flops = (statistics.fmean(x) for x in zip(*runs.values(), strict=True))
+        hours = seconds * len(runs) / 3600
+        line = f"| {name} | {len(runs)} | {seconds:,.0f} | {flops:.2e} | {hours:.2f} |"
+        assert line in shown
 
 
 def test_at_most_20_files_of_rows():

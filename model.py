@@ -152,12 +152,10 @@ class Layout(NamedTuple):
         token      p0 p1 p2 | p3 a0 a1 | p3 b0 b1 b2      predicts   .. .. .. | a0 a1 a2 | b0 ...
         branch      0  0  0 |  1  1  1 |  2  2  2  2
         position    0  1  2 |  3  4  5 |  3  4  5  6      (the prompt's last token begins a branch)
-
-    The trunk and each branch are a piece: the tokens of one stand next to each other.
     """
 
     position: Tensor  # (B, T) int64, along the branch from the start of its document
-    document: Tensor  # (B, T) int64, a number that the tokens of a document share; below 0: filling
+    document: Tensor  # (B, T) int64, any number that the tokens of a document share
     branch: Tensor  # (B, T) int64, 0 in the trunk
 
     def mask(self) -> Tensor:
@@ -185,76 +183,12 @@ class Layout(NamedTuple):
         B, T = document.shape
         return flex.create_block_mask(sees, B, None, T, T, device=document.device)
 
-    def pieces(self, most: float) -> "Pieces | None":
-        """The same with a row for each of the N pieces, filled up to the longest; None where that
-        makes more than so many scores."""
-        B, T = self.branch.shape
-        device = self.branch.device
-        token = torch.arange(B * T, device=device)
-        kinds = torch.stack([token // T, self.document.reshape(-1), self.branch.reshape(-1)])
-        (row, document, branch), piece, length = torch.unique_consecutive(
-            kinds, return_inverse=True, return_counts=True, dim=1
-        )
-        start = length.cumsum(0) - length  # (N,), as all that is of a piece
-        number = torch.arange(len(start), device=device)
-        trunk = torch.where(branch == 0, number, 0).cummax(0).values  # the last one so far
-        mine = (branch > 0) & (row[trunk] == row) & (document[trunk] == document)
-        before = length[trunk] * mine  # tokens of the trunk that the piece sees
-        P = int(before.max())
-        L = int((length * (document >= 0)).max())
-        if len(start) * L * (P + L) > most:
-            return None
-        column = torch.arange(P + L, device=device)
-        query = (start[:, None] + column[:L]).clamp_(max=B * T - 1)
-        shared = (start[trunk, None] + column[:P]).clamp_(max=B * T - 1)
-        seen = torch.cat(
-            [
-                (column[:P] < before[:, None])[:, None].expand(-1, L, -1),
-                (column[:L] <= column[:L, None]).expand(len(start), -1, -1),
-            ],
-            dim=2,
-        )
-        place = piece * L + (token - start[piece]).clamp_(max=L - 1)
-        return Pieces(query, torch.cat([shared, query], 1), seen[:, None], place)
 
-
-class Pieces(NamedTuple):
-    """Attention over the pieces of a Layout, where a dense mask is mostly empty: 8 answers of 42
-    tokens to a prompt of 33 have 136,000 scores in one row, and 26,000 as
-
-        queries  p0 p1 p2        keys   -- -- -- p0 p1 p2        (N = 3 pieces, L = 4, P = 3;
-                 p3 a0 a1               p0 p1 p2 p3 a0 a1         what fills rows up is not shown)
-                 p3 b0 b1 b2            p0 p1 p2 p3 b0 b1 b2
-
-    Numbers of tokens count through all rows, end to end."""
-
-    query: Tensor  # (N, L) the token of each query
-    key: Tensor  # (N, P + L) the token of each key: the trunk's, then the piece's own
-    seen: Tensor  # bool (N, 1, L, P + L)
-    place: Tensor  # (B * T,) where in (N * L) the result of each token is
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        B, H, T, K = q.shape
-
-        def rows(x: Tensor, tokens: Tensor) -> Tensor:
-            """(B, H, T, K) -> (N, H, columns of `tokens`, K)"""
-            flat = x.transpose(1, 2).reshape(B * T, H * K)
-            return flat[tokens].view(*tokens.shape, H, K).transpose(1, 2)
-
-        y = F.scaled_dot_product_attention(
-            rows(q, self.query), rows(k, self.key), rows(v, self.key), attn_mask=self.seen
-        )
-        y = y.transpose(1, 2).reshape(-1, H * K)[self.place]
-        return y.view(B, T, H, K).transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: "Tensor | flex.BlockMask | Pieces | None"):
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | flex.BlockMask | None) -> Tensor:
     """Causal attention, all (B, H, T, K). seen: which keys each query sees (None: all before it),
     as `Layout` has it."""
     if isinstance(seen, flex.BlockMask):
         return flex.flex_attention(q, k, v, block_mask=seen)
-    if isinstance(seen, Pieces):
-        return seen.attend(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
 
 
@@ -363,10 +297,7 @@ class Model(nn.Module):
         if layout is not None:
             layout = Layout(*layout)
             position = layout.position[:, None]  # (B, 1, T)
-            if self.takes_blocks(x):
-                seen = layout.blocks()
-            else:  # a dense mask has B * T * T scores
-                seen = layout.pieces(B * T * T) or layout.mask()
+            seen = layout.blocks() if self.takes_blocks(x) else layout.mask()
         elif T > c.context:
             raise ValueError(f"{T} tokens in a row, the model's context is {c.context}")
         cos, sin = rope_table(position, c.head_width, c.theta)
@@ -378,7 +309,7 @@ class Model(nn.Module):
         return self.norm(x)
 
     def takes_blocks(self, x: Tensor) -> bool:
-        """Whether a layout goes to FlexAttention, as blocks, and not to SDPA, in pieces or dense.
+        """Whether a layout goes to FlexAttention, as blocks, and not to SDPA, as a dense mask.
 
         FlexAttention is one kernel only where a compiler makes it one: run as it is, it holds all
         scores in fp32, where SDPA with a mask holds the mask. A CPU has no backward pass of it, and
@@ -804,14 +735,13 @@ class Sampler:
         self.refill = self.fused  # whether the next questions join a batch that is not finished
         self.span = self.SPAN[self.embed.device.type]
         c = model.config
-        # Rows that have ended go on for a while: see `_decode`.
-        positions = torch.arange(c.context + 2 * self.span, device=self.embed.device)
+        positions = torch.arange(c.context, device=self.embed.device)
         self.cos, self.sin = rope_table(positions, c.head_width, c.theta)
         self.graphs = {}  # Step -> its graph; None: has run once, to be captured at the next use
         self.pool = None  # of the graphs' memory
         self.stream = torch.cuda.Stream() if on_cuda else None  # that they are captured on
         self.buffers = None
-        self.left = 0  # tokens until every row is certainly full
+        self.steps_left = 0  # tokens until every row is certainly full
         self.compiled = compile
         self.block = self.model.blocks[0].decode  # weights are arguments: one code for all blocks
         if compile:
@@ -898,13 +828,13 @@ class Sampler:
             waiting = deque(batch)
             finish = not self.refill or batch is batches[-1]
             while True:
-                step = self._look(step, waiting, request)
+                step = self._change_rows(step, waiting, request)
                 if not (waiting or finish and step.rows):
                     break
-                count = min(self.CHECK, self.left)
-                self.left -= count
+                count = min(self.CHECK, self.steps_left)
+                self.steps_left -= count
                 if not self.refill:
-                    columns = max_new - 1 - self.left
+                    columns = max_new - 1 - self.steps_left
                     step = step._replace(columns=round_up(columns, self.span))
                 for _ in range(count):
                     self._advance(step)
@@ -981,13 +911,14 @@ class Sampler:
         product = wide if size == wide else 2 * wide  # bf16 keys are cast before
         no_products = self.compiled or self.fused
         decode = 0 if no_products else D * max(T * product, P * (size + product))
+        if self.refill:  # the keys of a layer, when rows move
+            decode = max(decode, D * T * size)
         # Draw: logits and their exponentials in 4 bytes, their sums in 8; a kernel: logits alone.
         draw = (size if self.fused else 16) * c.padded_vocab
         step = n * (max(decode, draw) + 8 * (c.ffn + 4 * D))
-        if self.capture:
-            step *= 2  # graphs have memory of their own, beside that of the first run
+        graphs = step if self.capture else 0  # memory of their own, beside what comes and goes
         buffers = (self._groups(questions, n) + 1) * question + (questions * n + 1) * row
-        return buffers + questions * max(prefill, step)
+        return buffers + questions * (graphs + max(prefill, step))
 
     # ---- prefill
 
@@ -1038,22 +969,21 @@ class Sampler:
 
     # ---- which rows are decoded
 
-    def _look(self, step: Step, waiting: deque[int], request: Request) -> Step:
+    def _change_rows(self, step: Step, waiting: deque[int], request: Request) -> Step:
         """Drop rows that have ended, and take in questions that are `waiting` where there is room.
         -> the step with the rows that go on, or with none."""
         b = self.buffers
         n = request.n
-        most = len(request.held)
+        slots = len(request.held)
         alive = b.alive[: step.rows]
         live = int(alive.sum())
         new = 0  # questions to take in
-        if waiting and (self.refill or live == 0):
+        # One at a time would be a prefill and a move of the others' keys for little.
+        if live == 0 or self.refill and (slots - live) * self.REFILL >= slots:
             used = set(b.group[: step.rows][alive].tolist())
             groups = [g for g in range(b.sizes[1] - 1) if g not in used]
-            new = min(len(waiting), (most - live) // n, len(groups))
-            if live and (new == 0 or (most - live) * self.REFILL < most):
-                return step  # a prefill and a move of the others' keys for little
-        rows = min(bucket(live + new * n), step.rows + new * n, most) if live + new else 0
+            new = min(len(waiting), (slots - live) // n, len(groups))
+        rows = min(bucket(live + new * n), step.rows + new * n, slots) if live + new else 0
         if rows == step.rows and not new:
             return step
         # The living, and as many others as fill the bucket; rows of a question stay together.
@@ -1066,7 +996,7 @@ class Sampler:
             self._take_in(questions, groups[:new], slice(len(kept), rows), request, step)
             longest = round_up(max(len(request.prompts[q]) for q in questions), self.span)
             step = step._replace(prompt=max(longest, step.prompt if live else 0))
-            self.left = step.max_new - 1
+            self.steps_left = step.max_new - 1
         return step._replace(rows=rows)
 
     def _take_in(
@@ -1169,8 +1099,8 @@ class Sampler:
         """The last token of each row through the network, and a draw of the next."""
         b = self.buffers
         R = step.rows
-        # A row that has ended goes on in columns after its answer, the last one at the latest.
-        t = b.t[:R].add_(1).clamp_(max=b.sizes[3] - 2)
+        # A row that has ended goes on in the columns after its answer, and stays in the last one.
+        t = b.t[:R].add_(1).clamp_(max=step.max_new - 1)
         position = b.first[:R] + t
         place = Place(
             t=t,
@@ -1182,7 +1112,8 @@ class Sampler:
             size=b.size,
         )
         rows = torch.arange(R, device=t.device)
-        column = None if self.refill else int(t[0])
+        apart = self.refill or self.capture  # a graph must read the columns on the device
+        column = None if apart else int(t[0])
         x = F.embedding(b.token[:R], self.embed).to(self.model.compute)
         for layer, weights in enumerate(self.layers):
             cache = Cache(
@@ -1191,7 +1122,7 @@ class Sampler:
                 prefix=self.prefix[layer] if step.prefix else None,
             )
             x, k, v = self.block(x, weights, cache, place)
-            if self.refill:
+            if apart:
                 b.own[layer, 0, rows, :, t] = k
                 b.own[layer, 1, rows, :, t] = v
             else:  # all rows are at the same column: one copy

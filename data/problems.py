@@ -389,7 +389,6 @@ def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
     weight = torch.zeros(shape)
     logp = torch.zeros(shape)
     position = torch.zeros(shape, **integers)
-    document = torch.full(shape, -1)
     branch = torch.zeros(shape, **integers)
     for row, (prompt, numbers) in enumerate(rows):
         trunk = len(prompt) - 1
@@ -408,9 +407,8 @@ def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
             position[row, place] = torch.arange(trunk, trunk + len(answer))
             branch[row, place] = which
             begin += len(answer)
-        document[row, :begin] = 0
     several = any(len(numbers) > 1 for _, numbers in rows)
-    layout = (position, document, branch) if several else None
+    layout = (position, torch.zeros(shape, **integers), branch) if several else None
     return Batch(ids, target, mask, weight, logp, layout)
 
 

@@ -398,9 +398,11 @@ def test_refill_changes_no_answer(model, n, rows, prefix):
     request = MANY, n, 24, range(23 * n), [END, 1, 2], 0.8, prefix
     batches = Sampler(model, rows)(*request)
     sampler = Refilled(model, rows)
-    same(sampler(*request), batches)
+    refilled = sampler(*request)
+    same(refilled, batches)
     if n == 16:  # one question at a time: there is nothing to refill
         assert not any(sampler.among) and sampler.apart == {0}
+        assert refilled.waste == batches.waste
         return
     assert sum(count > 0 for count in sampler.among) > 4 and max(sampler.apart) > 8
     one = Sampler(model)(MANY[9:10], n, 24, range(9 * n, 10 * n), [END, 1, 2], 0.8, prefix)
@@ -408,11 +410,16 @@ def test_refill_changes_no_answer(model, n, rows, prefix):
 
 
 def test_refilled_sampler_is_used_again(model):
-    """Another prefix, fewer columns, one question; what an earlier call left behind is not read."""
+    """Another prefix, fewer columns, one question; what an earlier call left behind is not read.
+    Rows that have ended go on among others, and never past the model's context."""
     sampler = Refilled(model, 16)
     for prefix, count, new in (((), 23, 24), (PREFIX, 23, 12), ((), 1, 1), (PREFIX[:2], 9, 24)):
         request = MANY[:count], 4, new, range(4 * count), [END, 1, 2], 1.0, prefix
         same(sampler(*request), Sampler(model)(*request))
+    width = model.config.context - 9
+    long = [(prompt * width)[:width] for prompt in MANY * 3]
+    request = long, 5, 9, range(5 * len(long)), [END, 1, 2]
+    same(sampler(*request), Sampler(model)(*request))
 
 
 def test_refill_takes_fewer_steps(model):

@@ -1,7 +1,6 @@
 """Rows that hold a prompt once and several answers give what a row for each answer gives."""
 
 import dataclasses
-import math
 import random
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import model as network
 import rl
 from data import problems, tokens
-from eval import layout_of
 from helpers import ALONE, setup
 from model import PRESETS, Layout, Model, ModelConfig, flex
 
@@ -101,49 +99,6 @@ def test_log_probs_are_those_of_the_plain_sequence(model, rolled):
             torch.testing.assert_close(entropy[row, place], expected, rtol=0, atol=1e-12)
             begin += len(answer)
         assert int(batch.mask[row].sum()) == begin - len(prompt) + 1
-
-
-def layouts(rolled):
-    """Rows of answers with a filling, prompts of one token among them; documents that end within a
-    row and at its end; documents with branches, two to a row."""
-    for per_row in (2, 5, 6):
-        yield Layout(*make(rolled, per_row).layout)
-    rows = torch.tensor([[5, 5, 0, 5, 5, 5, 5, 0, 5], [5, 0, 0, 5, 5, 5, 0, 5, 0]])
-    yield Layout(*(torch.as_tensor(x) for x in layout_of(rows.numpy(), 0)))
-    document = torch.tensor([[3] * 12 + [0] * 6 + [-1] * 2])
-    branch = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 1, 1, 2, 2, 2, 2, 0, 0]])
-    yield Layout(torch.zeros(1, 20), document, branch)
-
-
-def test_pieces_see_what_the_mask_shows(rolled, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    for layout in layouts(rolled):
-        B, T = layout.branch.shape
-        q, k, v = torch.randn(3, B, 4, T, 8, dtype=torch.float64, generator=generator)
-        pieces = layout.pieces(math.inf)
-        expected = network.attend(q, k, v, layout.mask()).transpose(1, 2)
-        real = layout.document >= 0
-        found = network.attend(q, k, v, pieces).transpose(1, 2)
-        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-14)
-        assert torch.isfinite(found).all()
-
-
-def test_pieces_are_taken_where_they_have_fewer_scores(model, monkeypatch):
-    """Eight answers of three tokens; or one long answer and seven of one token."""
-    ids = torch.arange(26)[None]
-    taken = []
-
-    def watched(q, k, v, seen, real=network.attend):
-        taken.append(seen)
-        return real(q, k, v, seen)
-
-    monkeypatch.setattr(network, "attend", watched)
-    for lengths in ([3] * 8, [17, *[1] * 7]):
-        branch = [0, 0, *(which for which, n in enumerate(lengths, 1) for _ in range(n))]
-        branch = torch.tensor([branch])
-        model.hidden(ids, Layout(torch.zeros_like(ids), torch.zeros_like(ids), branch))
-    pieces, mask = taken[0], taken[-1]
-    assert pieces.seen.shape == (9, 1, 3, 5) and mask.shape == (1, 1, 26, 26)
 
 
 def test_an_answer_does_not_see_its_neighbour(model, rolled):
@@ -262,7 +217,6 @@ def test_memory_of_64_answers_to_a_long_prompt(monkeypatch):
     """At 1B, answers of 200 tokens to a prompt of 1,000, without a number being computed."""
     monkeypatch.setattr(network, "attend", Fused.apply)
     monkeypatch.setattr(Layout, "mask", lambda layout: None)
-    monkeypatch.setattr(Layout, "pieces", lambda layout, most: None)
     with torch.device("meta"):
         config = ModelConfig(**PRESETS["1b"], vocab=100278, padded_vocab=100352)
         model = Model(config, torch.bfloat16)

@@ -216,8 +216,11 @@ def test_sampler_draws_the_same_with_kernels(monkeypatch, prefix, rows, small_bl
 
 
 def test_a_batch_with_kernels_needs_no_room_for_products(monkeypatch):
-    """Nor for sums of the draw."""
+    """Nor for sums of the draw; with refill for more prompts, and for keys that move."""
     sampler = Sampler(small_model(37, 64, torch.float32))
+    whole = sampler._bytes(1, 512, 7, 24, 0)
+    sampler.refill = False
+    assert sampler._bytes(1, 512, 7, 24, 0) < whole
     monkeypatch.setattr(network, "use_triton", lambda x: False)
     plain = Sampler(sampler.model)
     assert sampler._bytes(1, 512, 7, 24, 0) < plain._bytes(1, 512, 7, 24, 0)

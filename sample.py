@@ -89,8 +89,8 @@ def main(given: dict):
     show = functools.partial(show_answers, Sampler(model), encoding, cfg, max_new)
     folder = cfg.questions or meta["questions"]
     if cfg.prompt:
-        # words of the toy world begin with their space
-        text = f" {cfg.prompt.strip()}" if encoding.name == "toy" else cfg.prompt
+        # words of the toy world begin with their space, and there is no other white space in it
+        text = f" {' '.join(cfg.prompt.split())}" if encoding.name == "toy" else cfg.prompt
         print(f"\n{text}")
         return show({"id": "prompt"}, text)
     form = problems.form(folder)

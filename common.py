@@ -627,9 +627,7 @@ def load(path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"no checkpoint at {path}; pretrain.py makes them, --init takes their path"
-        )
+        raise ValueError(f"no checkpoint at {path}; pretrain.py makes them, as step*.pt")
     try:
         check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -31,13 +31,13 @@ def test_answers_and_their_rewards(world, capsys, name):
 
 @pytest.mark.parametrize("name", ["base", "taught"])
 def test_answers_to_a_prompt_of_ones_own(world, capsys, name):
-    """With or without the space that words of the toy world begin with."""
+    """With or without the space that words of the toy world begin with, or over two lines."""
     prompt = "Q : sam has 2 apples . he finds 3 . how many now ? A :"
     shown = []
-    for space in ("", " "):
-        call("sample", getattr(world, name), prompt=space + prompt, n=3, max_new=8)
+    for typed in (prompt, f" {prompt}", prompt.replace(" how", "\nhow")):
+        call("sample", getattr(world, name), prompt=typed, n=3, max_new=8)
         shown.append(capsys.readouterr().out)
     head, *answers = shown[0].strip("\n").split("\n")
     assert head == f" {prompt}" and len(answers) == 3
     assert all(re.match(r" +-[\d.]+ \|", line) for line in answers)
-    assert shown[0] == shown[1]
+    assert shown[0] == shown[1] == shown[2]

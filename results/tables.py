@@ -53,8 +53,15 @@ def span(part):
 
 
 def said(v):
+    """The verdict, and the difference that it hangs on: of several the one that is least likely to
+    lie where the claim says."""
     reason = f" ({v.reason})" if v.reason else ""
-    return f"**{v.verdict}**{reason} {'; '.join(map(span, v.parts))}".strip()
+    words = f"**{v.verdict}**{reason}"
+    if not v.parts:
+        return words
+    part = max(v.parts, key=lambda part: part.chances[0])
+    which = f" ({part.name}, the weakest of {len(v.parts)})" if len(v.parts) > 1 else ""
+    return f"{words} {span(part)}{which}"
 
 
 def block(records):

@@ -16,7 +16,7 @@ MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]}
 MANY=${MANY:-1600} FEW=${FEW:-100}  # questions, beside QUESTIONS
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
-LONGER=${LONGER:-}  # STEP:RECIPE of what has not converged: 600 steps in all models and seeds
+LONGER=${LONGER:-}  # what has not converged, "STEP RECIPE [FLAGS]; ...": 600 steps in all models
 [[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"
 whole MANY && whole FEW && whole SEEDED
 BRITTLE_MODELS=$(head -n "$SEEDED" <<< "${MODELS// /$'\n'}" | tr '\n' ' ')
@@ -97,6 +97,13 @@ for seed in $MODELS; do  # what most claims are about
   done
   finish
 done
+for seed in $MODELS; do  # twice the steps
+  run=p$seed cells=()
+  while read -r step recipe; do
+    [ ! "$step" ] || cells+=("$run/step$step $seed $recipe --steps 600")
+  done <<< "${LONGER//; /$'\n'}"
+  finish
+done
 for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 and 64 answers
   run=p$seed cells=()
   for step in $MIDDLE $LAST; do
@@ -113,25 +120,15 @@ for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 an
   finish splits
 done
 for seed in $BRITTLE_MODELS; do  # eight seeds of one model
-  run=p$seed cells=()
-  for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl"); done
+  run=p$seed cells=() steps=""
+  [[ "; $LONGER;" != *"; $BRITTLE rl;"* ]] || steps="--steps 600"
+  for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl $steps"); done
   finish
 done
 for seed in $MODELS; do  # hard questions
   run=p$seed cells=("p$seed-math60/step$LAST $seed rl-hard" "p$seed-large/step$LAST $seed rl-hard")
   cells+=("$run/step$LAST $seed rl-hard")
   finish relatives
-done
-for seed in $MODELS; do  # twice the steps
-  run=p$seed cells=()
-  for longer in $LONGER; do
-    batch=()
-    [ "${longer#*:}" != mix ] || batch=(--batch 4)  # about as many epochs of SFT
-    cells+=("$run/step${longer%:*} $seed ${longer#*:} --steps 600 ${batch[*]}")
-    [[ $longer == "$BRITTLE:rl" && " $BRITTLE_MODELS" == *" $seed "* ]] || continue
-    for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl --steps 600"); done
-  done
-  finish
 done
 [ "$KEPT" ] && RESULTS=$(dirname "$KEPT")
 run python eval.py --report "$RESULTS"

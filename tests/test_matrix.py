@@ -402,7 +402,10 @@ def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shel
 
 
 def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded):
-    longer = f"{MIDDLE}:rl {MIDDLE}:sft-rl {LAST}:mix {LAST}:rl {LAST}:sft-rl-many {LAST}:rl-hard"
+    cells = [(MIDDLE, "rl"), (MIDDLE, "sft-rl"), (LAST, "mix --batch 4"), (LAST, "rl"),
+             (LAST, "sft-rl-many"), (LAST, "rl-hard"),
+             (LAST, f"rl --limit {MANY} --recipe rl-{MANY}-questions")]  # fmt: skip
+    longer = "; ".join(f"{step} {recipe}" for step, recipe in cells)
     status, _, err = shell.run("runs/record.sh", LONGER=longer, **recorded.how)
     assert (status, err) == (0, "")
     commands = shell.commands()
@@ -412,14 +415,13 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
         for script, _, flags in commands
         if script in ("rl", "mix")
     }
-    places = [word.split(":") for word in longer.split()]
-    expected = {f"p{m}/step{at}-{name}--steps-600{'--batch-4' * (name == 'mix')}-s{m}.pt"
-                for m in (30, 31) for at, name in places}  # fmt: skip
+    expected = {f"p{m}/step{step}-{recipe.replace(' ', '-')}--steps-600-s{m}.pt"
+                for m in (30, 31) for step, recipe in cells}  # fmt: skip
     expected |= {f"p30/step{MIDDLE}-rl--steps-600-s{seed}.pt" for seed in range(3001, 3008)}
     assert made.keys() == expected
     for script, flags in made.values():
         assert flags["steps"] == "600" and flags.get("batch") == ("4" if script == "mix" else None)
-        many = "sft-rl-many" in flags["out"]
+        many = "sft-rl-many" in flags["out"] or f"-limit-{MANY}" in flags["out"]
         assert flags.get("recipe") == (f"rl-{MANY}-questions" if many else None)
         assert flags["limit"] == (MANY if many else QUESTIONS)
     lines = recorded.kept.read_text().splitlines()

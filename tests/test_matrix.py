@@ -415,8 +415,10 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
         for script, _, flags in commands
         if script in ("rl", "mix")
     }
-    expected = {f"p{m}/step{step}-{recipe.replace(' ', '-')}--steps-600-s{m}.pt"
-                for m in (30, 31) for step, recipe in cells}  # fmt: skip
+    names = [
+        f"step{step}-{recipe}".replace(" --", "--").replace(" ", "-") for step, recipe in cells
+    ]
+    expected = {f"p{m}/{name}--steps-600-s{m}.pt" for m in (30, 31) for name in names}
     expected |= {f"p30/step{MIDDLE}-rl--steps-600-s{seed}.pt" for seed in range(3001, 3008)}
     assert made.keys() == expected
     for script, flags in made.values():

@@ -408,10 +408,9 @@ class World(NamedTuple):
 
     def max(self, *values) -> list[float]:
         """The largest over the ranks, of numbers and tensors of one element. All ranks call."""
-        if self.size == 1:
-            return [float(x) for x in values]
         most = self.stack(values)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
     def stack(self, values) -> torch.Tensor:
@@ -499,7 +498,7 @@ def gradients(model, world: World, clip: float) -> tuple[list, float]:
     return taken, float(whole_tensor(norm))
 
 
-def place(model, world: World):
+def materialize(model, world: World):
     """A model of the meta device onto the world's, sharded if the world is; weights to be set."""
     master = torch.float64 if world.compute == torch.float64 else torch.float32
     model.to(master)
@@ -704,7 +703,7 @@ def fill_model(model, saved: dict, world: World):
                 f"{path} is of another model than its config says: "
                 f"{name} is {there.get(name)}, not {here.get(name)}"
             )
-    place(model, world)
+    materialize(model, world)
     for name, p in model.named_parameters():
         source = saved["model"][name]
         if not source.isfinite().all():
@@ -754,18 +753,18 @@ def new_meta(cfg, contents: dict, **meta) -> dict:
     }
 
 
-def child_meta(cfg, contents: dict, parent: dict, stage: str, recipe: str, step: int) -> dict:
+def child_meta(cfg, contents: dict, parent: dict, stage: str, step: int) -> dict:
     """The meta of a checkpoint made from another: recipe `rl` of a `sft` parent is `sft->rl`."""
     names = ("tokens", "length", "preset", "encoding", "world", "pretrain_seed", "tasks")
-    kept = {name: parent[name] for name in names}
+    before = "" if parent["recipe"] == "base" else f"{parent['recipe']}->"
     return new_meta(
         cfg,
         contents,
-        **kept,
+        **{name: parent[name] for name in names},
         stage=stage,
         step=step,
-        recipe=recipe if parent["recipe"] == "base" else f"{parent['recipe']}->{recipe}",
-        questions=getattr(cfg, "questions", "") or parent["questions"],
+        recipe=before + cfg.recipe,
+        questions=cfg.questions or parent["questions"],
         parent=cfg.init,
         parent_hash=config_hash(parent),
     )
@@ -817,11 +816,6 @@ def configure(Config, given: dict, paper: dict, check, job_of):
     cfg = Config(**(defaults | given))
     check(cfg)
     return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
-
-
-def validations(cfg, steps: int) -> int:
-    """How often a trainer answers the validation questions: before, after, and in between."""
-    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
 
 
 def begin(
@@ -891,7 +885,7 @@ def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> li
     is left out, and one line says how many are.
     """
     rows = problems.load(cfg.questions, split)[:count]
-    path = problems.place(cfg.questions, split)
+    path = problems.split_path(cfg.questions, split)
     rows, left_out = problems.check_lengths(rows, path, encoding, form, room, cfg.skip_long)
     if left_out and is_first():
         say(left_out)
@@ -931,8 +925,9 @@ def check_same_run(path, meta: dict, cfg, contents: dict):
     # a flag that has been added since had its default then
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     was = json.loads(json.dumps(defaults | meta["run"], default=str))
+    free = OPERATIONAL | {"verify", "save_steps", "save_tokens"}
     for name, value in now.items():
-        if name not in OPERATIONAL and was[name] != value:
+        if name not in free and was[name] != value:
             raise ValueError(
                 f"{path} was made with --{name} {was[name]}, now {value}: "
                 "keep the setting or --overwrite"
@@ -1031,6 +1026,15 @@ def validates(cfg, step: int) -> bool:
     return step == 0 or bool(cfg.eval_every) and step % cfg.eval_every == 0
 
 
+def validations(cfg, steps: int) -> int:
+    """How often a trainer answers the validation questions: before, after, and in between."""
+    return 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
+
+
+SHOWN_QUESTIONS = 4  # in OUT.answers.jsonl at each validation
+SHOWN_ANSWERS = 8  # to each of them
+
+
 def examples(rows: list[dict], answers: list[dict]) -> list[dict]:
     """Some questions of `rows`, each with some of its answers, for Log.add_answers.
 
@@ -1042,10 +1046,6 @@ def examples(rows: list[dict], answers: list[dict]) -> list[dict]:
         shown = answers[place * group :][: min(group, SHOWN_ANSWERS)]
         kept.append({name: row[name] for name in ("id", "question", "answer")} | {"answers": shown})
     return kept
-
-
-SHOWN_QUESTIONS = 4  # in OUT.answers.jsonl at each validation
-SHOWN_ANSWERS = 8  # to each of them
 
 
 class Log:

@@ -175,11 +175,13 @@ def validate(run: common.Setup, sampler, log: common.Log, step: int):
     """
     if not run.held_out:
         return
+    sampler.refresh()
     cfg = run.cfg
     log.doing(f"answering {len(run.held_out)} validation questions {cfg.eval_n} times")
     asked = Asked(run.encoding, run.form, run.held_out)
     ks = (1, 2, 4, 8, 16, 32)
     shown = []
+    # at the temperature of an evaluation, not of a trainer's own sampling
     how = (cfg.eval_n, cfg.max_new, Config.temperature, cfg.seed, run.world, ks)
     log.add(step, validation=solve(sampler, asked, *how, shown=shown))
     # a wrong answer in the right form has a reward in RL only
@@ -265,8 +267,7 @@ def held_out_losses(model, rows, micro: int, world, end: int | None = None) -> l
         if end is not None:
             layout = [x.to(world.device) for x in layout_of(part, end)]
         ids = torch.from_numpy(part).to(world.device)
-        weight = torch.ones(len(ids), ids.shape[1] - 1, device=world.device)
-        _, logp, _ = model(ids[:, :-1], ids[:, 1:], weight=weight, layout=layout)
+        logp, _ = model(ids[:, :-1], ids[:, 1:], layout=layout)
         losses[places] = -logp.double().mean(1).cpu()
     return world.sum(*losses.tolist())[: len(rows)]
 

@@ -26,13 +26,9 @@ cell() {  # CHECKPOINT SEED RECIPE [FLAGS of its last training]: train, then eva
     base)  # validation questions, too: they say which checkpoint is "early"
       python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --final false &&
         python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --shot_seed "$2" ;;
-    rl) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
-      python eval.py "$to.pt" "${eval[@]}" ;;
-    sft) python sft.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
+    rl | sft | mix) python "$3.py" --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" ;;
     sft-gold) python sft.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${gold[@]}" "${@:4}" &&
-      python eval.py "$to.pt" "${eval[@]}" ;;
-    mix) python mix.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" ;;
     sft-rl) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" &&
       python rl.py --init "$sft.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&

@@ -102,8 +102,7 @@ def main(given: dict):
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
     text = text_stream(cfg, before)
-    how = dict(shots=cfg.shots, reward=cfg.reward)
-    run = common.begin(cfg, before, recipe_of(cfg), text, **how)
+    run = common.begin(cfg, before, recipe_of(cfg), text, shots=cfg.shots, reward=cfg.reward)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
     start = common.load_model(before, world) if cfg.kl else None
@@ -115,7 +114,7 @@ def main(given: dict):
     if compiled:
         common.compile_blocks(model)
     log = common.Log(cfg, world, cfg.steps, run.state, "reward correct flat truncated sft_loss")
-    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "mix", cfg.recipe)
+    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "mix")
     optimizers = [rl_optimizer, sft_optimizer]
     save = functools.partial(common.save_state, cfg, model, meta, optimizers, log)
 
@@ -148,7 +147,7 @@ def main(given: dict):
                 second = sft_batch(run, pairs, done)
             sft_loss, sft_gradient, sft_norm = sft_gradients(run, second)
             share = share_of(cfg, step)
-            rl_lr = share * cosine(done, steps, cfg.lr, cfg.warmup, floor=1.0)
+            rl_lr = share * cosine(done, steps, cfg.lr, cfg.warmup, floor=1.0)  # then constant
             sft_lr = (1 - share) * cosine(done, steps, cfg.sft_lr, cfg.sft_warmup)
             watched = dict(sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
             if log.healthy(step, functools.partial(rows, step, done), watched, loss=loss):
@@ -160,7 +159,8 @@ def main(given: dict):
         sampler.refresh()
         costs = rl.rl_costs(model, numbers, cfg, began)
         size = second.mask.shape[1]
-        costs["flops"] += cfg.updates * cfg.batch * size * model.flops_per_token(size)
+        rows_read = len(second.ids) * world.size
+        costs["flops"] += cfg.updates * rows_read * size * model.flops_per_token(size)
         speed = numbers["sampled_tokens"] / costs["seconds"]
         log(step, costs, loss=loss, share=share, **watched, **numbers, tokens_per_s=speed)
     validate(run, sampler, log, cfg.steps)

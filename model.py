@@ -1,5 +1,5 @@
 """OLMo2 in one file: the network, the optimizer, the KV-cache sampler, the loss head with its
-Triton kernels. Tensors in, tensors out; nothing here knows of files, flags or questions.
+Triton kernels. Tensors and lists of ids in, tensors out; no text and no checkpoints.
 
 Shape letters: B rows, T tokens, D width, H heads, K = D/H head width, V vocabulary, N tokens in a
 flat list, G questions of a batch, P columns of their prompts, R answers being sampled, S tokens of
@@ -21,6 +21,7 @@ What differs from the usual code of it:
     softmax
 """
 
+import functools
 import gc
 import itertools
 import math
@@ -197,7 +198,6 @@ class Block(nn.Module):
         super().__init__()
         self.heads = c.heads
         self.head_width = c.head_width
-        self.ffn = c.ffn
         self.qkv = Linear(c.width, 3 * c.width)
         self.q_norm = RMSNorm(c.width, c.eps)
         self.k_norm = RMSNorm(c.width, c.eps)
@@ -229,23 +229,6 @@ class Block(nn.Module):
         x = x + self.attention_norm(self.out(joined))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return x + self.mlp_norm(self.down(F.silu(gate) * up))
-
-    def decode(self, x: Tensor, weights: "Weights", cache: "Cache", place: "Place"):
-        """The block for one new token of each row: `forward` as the sampler needs it, which brings
-        its own copy of the weights. x (R, D) -> x after the block, and the token's key and value
-        (R, H, K)."""
-        H = self.heads
-        K = self.head_width
-        eps = self.mlp_norm.eps
-        x = x.view(-1, H * K)  # numbers that a compiler can rely on
-        q, k, v = (x @ weights.qkv.T).split(H * K, dim=1)
-        q = rotate(rms_norm(q, weights.q_norm, eps).view(-1, H, K), place.cos, place.sin)
-        k = rotate(rms_norm(k, weights.k_norm, eps).view(-1, H, K), place.cos, place.sin)
-        v = v.view(-1, H, K)
-        attended = attend_to_cache(q, k, v, cache, place).reshape(-1, H * K)
-        x = x + rms_norm(attended @ weights.out.T, weights.attention_norm, eps)
-        gate, up = (x @ weights.gate_up.T).split(self.ffn, dim=1)
-        return x + rms_norm((F.silu(gate) * up) @ weights.down.T, weights.mlp_norm, eps), k, v
 
 
 class Model(nn.Module):
@@ -287,8 +270,8 @@ class Model(nn.Module):
     def hidden(self, ids_BT: Tensor, layout: tuple | None = None) -> Tensor:
         """Final hidden states (B, T, D), what the head is applied to.
 
-        layout: a Layout or its three tensors; None, each row is one sequence. Raises ValueError for
-        a sequence above the context length."""
+        layout: a Layout or its three tensors; None, each row is one sequence, and one above the
+        context length raises ValueError."""
         B, T = ids_BT.shape
         c = self.config
         x = F.embedding(ids_BT, self.embed.weight).to(self.compute)
@@ -402,30 +385,28 @@ class OffloadedAdam(torch.optim.Adam):
             self.state[p][name] = kept[name].copy_(x)
 
 
-def adam(
-    model: Model, offload: bool = False, betas=(0.9, 0.95), eps: float = 1e-8
-) -> torch.optim.Adam:
+def adam(model: Model, offload: bool = False) -> torch.optim.Adam:
     """Adam without decay and with learning rate 0: `update` sets the rate and does the decay."""
     kind = OffloadedAdam if offload else torch.optim.Adam
-    return kind(model.parameters(), lr=0.0, betas=betas, eps=eps, fused=True)
+    return kind(model.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 @torch.profiler.record_function("optimizer")
 @torch.no_grad()
-def update(model: Model, steps: list, weight_decay: float):
+def update(model: Model, parts: list, weight_decay: float):
     """theta <- theta - sum_i lr_i * (weight_decay * theta + Adam_i(gradient_i)), all at one theta.
 
-    steps: (optimizer, lr, gradients) each; gradients in the order of model.parameters().
+    parts: (optimizer, lr, gradients) each; gradients in the order of model.parameters().
     One entry is AdamW (Loshchilov & Hutter 2019, algorithm 2). Two are parallel averaging: an AdamW
     update is linear in its learning rate, so share * Delta_RL + (1 - share) * Delta_SFT needs no
     copy of the weights, only lr_i = share_i * lr. Adam's part depends on gradients alone; the decay
     is done first and once, as both would do it at the same theta. The embedding is not decayed
     (OLMo2)."""
-    decay = 1 - weight_decay * sum(lr for _, lr, _ in steps)
+    decay = 1 - weight_decay * sum(lr for _, lr, _ in parts)
     for p in model.parameters():
         if weight_decay and p is not model.embed.weight:
             p.mul_(decay)
-    for optimizer, lr, gradients in steps:
+    for optimizer, lr, gradients in parts:
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.grad = g
         for group in optimizer.param_groups:
@@ -456,7 +437,7 @@ class Samples(NamedTuple):
 
     tokens: Tensor  # (R, max_new) int64, the sampled end token included
     lengths: Tensor  # (R,) int64, tokens sampled, the end token counted
-    logp: Tensor  # (R, max_new) fp32, log-prob of each token where it was drawn from
+    logp: Tensor  # (R, max_new) fp32, log-prob of each token at the temperature of sampling
     truncated: Tensor  # (R,) bool, stopped by max_new and not by an end token
     waste: float  # of all rows decoded, token by token, the share that had ended
     logp_1: Tensor  # (R, max_new) fp32, log-prob at temperature 1: what the model itself gives it
@@ -486,58 +467,6 @@ def bucket(count: int) -> int:
 
 def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def free_bytes(device: torch.device, root: str = "/") -> float:
-    """Memory that a batch may take; no limit where the system does not say.
-
-    On a CPU what the machine has left, or what the process's container or job has left, if that is
-    less. root: the folder that has proc and sys."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    machine = number_in(Path(root, "proc/meminfo"), math.inf, "MemAvailable:")
-    return min(1024 * machine, container_bytes(Path(root)))
-
-
-# of control groups (Linux's limits for containers and jobs), version 1 and 2: where they are, the
-# limit, what is in use, and what of that is files that can be read again
-GROUPS_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-GROUPS_2 = ("", "memory.max", "memory.current", "inactive_file")
-
-
-def container_bytes(root: Path) -> float:
-    """What the control groups of this process leave it; no limit where there is none."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return math.inf
-    room = math.inf
-    for line in groups:  # 4:memory:/jobs/7 in version 1, 0::/jobs/7 in version 2
-        _, controllers, group = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        place, limit, used, files = GROUPS_1 if controllers else GROUPS_2
-        top = root / "sys/fs/cgroup" / place
-        # a container often sees its own group at the top, under a name from outside
-        folder = top / (group.strip("/") if ".." not in group else "")
-        for above in (folder, *folder.parents):
-            held = number_in(above / used, 0) - number_in(above / "memory.stat", 0, files)
-            room = min(room, number_in(above / limit, math.inf) - held)
-            if above == top:  # a limit of a group is one of all below it
-                break
-    return max(0, room)
-
-
-def number_in(path: Path, missing: float, name: str = "") -> float:
-    """The number in a file of the system, or the one beside a name; `missing` if it is not there,
-    or is a word."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        words = next(line for line in lines if line.startswith(name)).removeprefix(name).split()
-        return int(words[0])
-    except (OSError, StopIteration, IndexError, ValueError):
-        return missing
 
 
 class Weights(NamedTuple):
@@ -622,6 +551,23 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
         total = total + prefix.sum(-1, keepdim=True)
         y = y + (prefix.to(compute).transpose(0, 1) @ cache.prefix[1]).transpose(0, 1)
     return (y / total).to(compute)
+
+
+def decode(c: ModelConfig, x: Tensor, weights: Weights, cache: Cache, place: Place):
+    """A block for one new token of each row: `Block.forward` over weights that are arguments, so
+    that all blocks share one code. x (R, D) -> x after the block, and the token's key and value
+    (R, H, K)."""
+    H = c.heads
+    K = c.head_width
+    x = x.view(-1, H * K)  # numbers that a compiler can rely on
+    q, k, v = (x @ weights.qkv.T).split(H * K, dim=1)
+    q = rotate(rms_norm(q, weights.q_norm, c.eps).view(-1, H, K), place.cos, place.sin)
+    k = rotate(rms_norm(k, weights.k_norm, c.eps).view(-1, H, K), place.cos, place.sin)
+    v = v.view(-1, H, K)
+    attended = attend_to_cache(q, k, v, cache, place).reshape(-1, H * K)
+    x = x + rms_norm(attended @ weights.out.T, weights.attention_norm, c.eps)
+    gate, up = (x @ weights.gate_up.T).split(c.ffn, dim=1)
+    return x + rms_norm((F.silu(gate) * up) @ weights.down.T, weights.mlp_norm, c.eps), k, v
 
 
 class Request(NamedTuple):
@@ -743,7 +689,7 @@ class Sampler:
         self.buffers = None
         self.steps_left = 0  # tokens until every row is certainly full
         self.compiled = compile
-        self.block = self.model.blocks[0].decode  # weights are arguments: one code for all blocks
+        self.block = functools.partial(decode, model.config)
         if compile:
             self.block = torch.compile(self.block, dynamic=True)
         self.refresh()
@@ -1195,6 +1141,58 @@ def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Seque
     return token, (chosen * scale - log_mass, chosen - log_sum)
 
 
+def free_bytes(device: torch.device, root: str = "/") -> float:
+    """Memory that a batch may take; no limit where the system does not say.
+
+    On a CPU what the machine has left, or what the process's container or job has left, if that is
+    less. root: the folder that has proc and sys."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    machine = number_in(Path(root, "proc/meminfo"), math.inf, "MemAvailable:")
+    return min(1024 * machine, container_bytes(Path(root)))
+
+
+# of control groups (Linux's limits for containers and jobs), version 1 and 2: where they are, the
+# limit, what is in use, and what of that is files that can be read again
+GROUPS_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUPS_2 = ("", "memory.max", "memory.current", "inactive_file")
+
+
+def container_bytes(root: Path) -> float:
+    """What the control groups of this process leave it; no limit where there is none."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    room = math.inf
+    for line in groups:  # 4:memory:/jobs/7 in version 1, 0::/jobs/7 in version 2
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, limit, used, files = GROUPS_1 if controllers else GROUPS_2
+        top = root / "sys/fs/cgroup" / place
+        # a container often sees its own group at the top, under a name from outside
+        folder = top / (group.strip("/") if ".." not in group else "")
+        for above in (folder, *folder.parents):
+            held = number_in(above / used, 0) - number_in(above / "memory.stat", 0, files)
+            room = min(room, number_in(above / limit, math.inf) - held)
+            if above == top:  # a limit of a group is one of all below it
+                break
+    return max(0, room)
+
+
+def number_in(path: Path, missing: float, name: str = "") -> float:
+    """The number in a file of the system, or the one beside a name; `missing` if it is not there,
+    or is a word."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        words = next(line for line in lines if line.startswith(name)).removeprefix(name).split()
+        return int(words[0])
+    except (OSError, StopIteration, IndexError, ValueError):
+        return missing
+
+
 # ------------------------------------------------------------------------------------ loss head
 #
 # Log-probs without ever holding the N x V logits.
@@ -1319,7 +1317,8 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.save_for_backward(hidden, head, target, weight)
         ctx.settings = settings
         ctx.mark_non_differentiable(logp, entropy)
-        return _total(weight, logp, lse, settings[-1]), logp, entropy
+        loss = (settings[-1] * lse.sum(0).square() - weight * logp).sum()
+        return loss, logp, entropy
 
     @staticmethod
     def backward(ctx, d_loss, *_):
@@ -1329,10 +1328,6 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.gradients = None
         d_hidden, d_head = (g.mul_(d_loss) for g in gradients)
         return d_hidden, d_head, None, None, None, None, None
-
-
-def _total(weight, logp, lse, z_loss):
-    return (z_loss * lse.sum(0).square() - weight * logp).sum()
 
 
 @torch.profiler.record_function("loss head")
@@ -1357,10 +1352,7 @@ def weighted_nll(
     hidden = hidden.contiguous()
     target = target.contiguous()
     weight = weight.to(at_least_fp32(hidden.dtype)).contiguous()
-    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
-    logp, entropy, lse = _measure(hidden, head, target, vocab, temperature)
-    return _total(weight, logp, lse, z_loss), logp, entropy
+    return _WeightedNLL.apply(hidden, head, target, weight, vocab, temperature, z_loss)
 
 
 def _measure(hidden, head, target, vocab, temperature):
@@ -1403,9 +1395,8 @@ class _LogProbs(torch.autograd.Function):
                 settings = ctx.vocab, ctx.temperature
                 grad = _launch_gradient(hidden[i:j], real, *row, room, *settings)
             else:
-                logits = torch.mm(hidden[i:j], real.T, out=room).to(
-                    wide
-                )  # recomputed, never stored
+                # recomputed, never stored
+                logits = torch.mm(hidden[i:j], real.T, out=room).to(wide)
                 grad = _log_prob_rows(logits, *row, ctx.temperature).to(hidden.dtype)
             _add_products(grad, real, hidden[i:j], d_hidden[i:j], d_head)
         return d_hidden, d_head.to(head.dtype), None, None, None

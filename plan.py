@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 
 from data import problems, tokens
-from model import PRESETS, ROWS_CUDA, Model, ModelConfig, Sampler
+from model import PRESETS, ROWS_CUDA, Model, ModelConfig, Sampler, round_up
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
 TRAINING = 0.4  # share of it that training reaches
@@ -90,8 +90,9 @@ TOY = Questions(400, 200, 300, 24 * 400)
 
 @functools.cache
 def questions(folder: str, preset: str) -> Questions:
-    """What is in a folder of questions; if it is not there, what is assumed."""
-    if folder and Path(folder).exists():
+    """What is in a folder of questions; if it is not there, or without --plan (preset ""), what is
+    assumed: a run that trains does not open the test questions."""
+    if preset and folder and Path(folder).exists():
         counts = {}
         for split in ("train", "val", "test"):
             there = Path(folder).is_file() or (Path(folder) / f"{split}.jsonl").is_file()
@@ -133,9 +134,7 @@ def shape(preset: str, encoding: str = "") -> Model:
     usual = "toy" if preset.startswith("toy") else "cl100k_base"
     vocab = tokens.VOCABULARY[encoding or usual]
     with torch.device("meta"):
-        return Model(
-            ModelConfig(**PRESETS[preset], vocab=vocab, padded_vocab=-(-vocab // 128) * 128)
-        )
+        return Model(ModelConfig(**PRESETS[preset], vocab=vocab, padded_vocab=round_up(vocab, 128)))
 
 
 def weights_of(model: Model) -> int:
@@ -360,8 +359,7 @@ def show(cfg, job: Job, given: dict) -> Cost:
         lines[-1] += f"; {cost.text[1] / 1e9:.3g} GB of text"
     lines += memory_lines(cfg, job, held)
     if job.optimizers:
-        rooms = [ROOM * card * 1e9 for card in CARDS]
-        chosen = tuple(fitting(cfg, given, job, model, room) for room in rooms)
+        chosen = tuple(fitting(cfg, given, job, model, room) for room in ROOMS)
         cost = cost._replace(chosen=chosen)
         lines += choice_lines(chosen)
     assumed = f"{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling"

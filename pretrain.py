@@ -25,7 +25,7 @@ import plan
 from common import Count, NonNegative, Positive, Whole
 from data import tokens
 from eval import held_out_losses, layout_of
-from model import PRESETS, Model, ModelConfig, adam, cosine, update
+from model import PRESETS, Model, ModelConfig, adam, cosine, round_up, update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +180,17 @@ def new_model(cfg: Config, encoding, world: common.World) -> Model:
     vocab = tokens.vocab_size(encoding)
     shape = dict(PRESETS[cfg.preset])
     shape["context"] = max(cfg.length, shape["context"])
-    padded = -(-vocab // 128) * 128
+    padded = round_up(vocab, 128)
     with torch.device("meta"):
         model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=padded), world.compute)
-    return common.place(model, world).init_weights(cfg.seed, cfg.embed_std, common.put)
+    return common.materialize(model, world).init_weights(cfg.seed, cfg.embed_std, common.put)
 
 
 def meta_of(cfg: Config, contents: dict, parent: dict, encoding, step: int) -> dict:
     """What the checkpoint of step `step` says of itself."""
     read = step * cfg.batch_tokens
     if parent:
-        meta = common.child_meta(cfg, contents, parent, "pretrain", cfg.recipe, step)
+        meta = common.child_meta(cfg, contents, parent, "pretrain", step)
         tasks = cfg.tasks or parent["tasks"]
         return meta | {"tokens": parent["tokens"] + read, "length": cfg.length, "tasks": tasks}
     world_file = Path(cfg.data) / "world.json"
@@ -232,7 +232,7 @@ def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, f
     """
 
     def make(step):
-        rows = stream.rows(step, batch, world.rank, world.size)
+        rows = stream.rows(step, batch, world.share(batch, "--batch_tokens / --length ="))
         return [pinned(rows[i : i + cfg.micro]) for i in range(0, len(rows), cfg.micro)]
 
     def pinned(rows):

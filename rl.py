@@ -54,8 +54,8 @@ class Config(common.PostTraining):
     shots: Whole = 0
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
-    # a file with your own reward(question, answer, text) -> float in place of both: each answer has
-    # 2 s and 1 GiB, or its reward is 0, as that of a truncated one
+    # a file with your own reward(question, answer, text) -> float in place of 1 and
+    # --format_reward: each answer has 2 s and 1 GiB, or its reward is 0, as that of a truncated one
     reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
     batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead
@@ -325,7 +325,9 @@ def answer_means(values, micro: problems.Batch):
 
     Of log ratios: the log of GSPO's ratio (arXiv 2507.18071, section 4.1).
     """
-    branch = micro.layout[2] if micro.layout else micro.mask.long()  # the answers of a row: 1, 2, .
+    branch = (
+        micro.layout[2] if micro.layout else micro.mask.long()
+    )  # number of the answer in its row; 0: prompt
     sums = values.new_zeros(len(values), int(branch.max()) + 1)
     counts = sums.scatter_add(1, branch, micro.mask.to(values))
     sums = sums.scatter_add(1, branch, values * micro.mask)
@@ -369,15 +371,10 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
 def log_probs_of(model, batch: problems.Batch, cfg, world) -> list[torch.Tensor]:
     """Log-probs of each micro-batch under `model`, by the forward pass that training uses."""
     parts = problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)
+    t = cfg.temperature
     return [
-        model(
-            micro.ids,
-            micro.target,
-            mask=micro.mask,
-            temperature=cfg.temperature,
-            layout=micro.layout,
-        )[0]
-        for micro in parts
+        model(part.ids, part.target, mask=part.mask, temperature=t, layout=part.layout)[0]
+        for part in parts
     ]
 
 
@@ -387,7 +384,7 @@ def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
     old, reference: None, or what `log_probs_of` gives for the policy that sampled and for the
     start. -> loss, gradients, their norm, and a dict: "mismatch" (|log-prob| per token between
     sampler and trainer), "mismatch_max", "mismatch_kl", and "entropy" (nats per token), over groups
-    that are not flat.
+    that are not flat (with --kl over all).
     """
     cfg, world = run.cfg, run.world
     loss = 0.0
@@ -407,13 +404,12 @@ def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU
         gaps.append(compare(micro, logp.detach(), entropy.detach()))
     gaps = torch.stack(gaps)
-    sums = world.sum(loss, *gaps[:, :4].sum(0))
-    tokens_seen = sums.pop()
-    means = [total / tokens_seen if tokens_seen else None for total in sums[1:]]
-    known = dict(zip(("mismatch", "mismatch_kl", "entropy"), means, strict=True))
+    loss, gap, kl, entropy, count = world.sum(loss, *gaps[:, :4].sum(0))
+    known = {"mismatch": gap, "mismatch_kl": kl, "entropy": entropy}
+    known = {name: total / count if count else None for name, total in known.items()}
     known["mismatch_max"] = world.max(gaps[:, 4].max())[0]
     gradients, norm = common.gradients(run.model, world, cfg.clip)
-    return sums[0], gradients, norm, known
+    return loss, gradients, norm, known
 
 
 def compare(micro: problems.Batch, logp, entropy) -> torch.Tensor:
@@ -424,7 +420,7 @@ def compare(micro: problems.Batch, logp, entropy) -> torch.Tensor:
     gap = torch.where(micro.mask, logp - micro.logp, 0).double()
     found = (
         gap.abs().sum(),
-        (gap.exp() - gap - 1).sum(),
+        kl_to(gap, 0.0).sum(),
         entropy.double().sum(),
         micro.mask.sum(),
         gap.abs().amax(),
@@ -446,7 +442,9 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
     prompts = cfg.questions_per_step * numbers["prompt_length"]
-    trained = (sampled + prompts * -(-cfg.group // cfg.answers_per_row)) * (1 - numbers["flat"])
+    trained = sampled + prompts * -(-cfg.group // cfg.answers_per_row)
+    if not cfg.kl:
+        trained *= 1 - numbers["flat"]  # flat groups are left out
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
     sampled += numbers.get("dropped_tokens", 0)
     passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
@@ -521,7 +519,7 @@ def main(given: dict):
     if compiled:
         common.compile_blocks(model)
     log = common.Log(cfg, world, cfg.steps, run.state, "reward correct flat truncated")
-    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl", cfg.recipe)
+    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl")
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     all_flat = first == 0
@@ -538,8 +536,10 @@ def main(given: dict):
                 check_mismatch(step, known["mismatch"], cfg)
                 numbers |= known
             done = step * cfg.updates + again
-            lr = cosine(done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
-            rows = functools.partial(
+            lr = cosine(
+                done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0
+            )  # then constant
+            rows = functools.partial(  # those drawn first, before --resample
                 problems.shuffled, len(run.train), cfg.questions_per_step, cfg.seed, step
             )
             if log.healthy(step, rows, dict(gradient_norm=norm), loss=loss):

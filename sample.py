@@ -113,7 +113,7 @@ def on_terminal() -> bool:
 def chat(show, form: problems.Form, folder: str):
     """Ask for questions, one after the other, and show the answers to each."""
     example = ""
-    if problems.place(folder, "val").is_file():
+    if problems.split_path(folder, "val").is_file():
         example = f", for instance: {problems.load(folder, 'val')[0]['question']}"
     print(f"Type a question{example}\nAn empty line, or Ctrl-D, ends.")
     for turn in itertools.count():

@@ -121,12 +121,11 @@ def main(given: dict):
     if compiled:
         common.compile_blocks(model)
     log = common.Log(cfg, world, steps, run.state, "loss")
-    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "sft", cfg.recipe)
+    meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "sft")
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)
 
     for step in common.loop(first, steps, cfg, world, save):
-        if run.held_out and common.validates(cfg, step):
-            sampler.refresh()
+        if common.validates(cfg, step):
             validate(run, sampler, log, step)
         began = time.monotonic()
         batch = sft_batch(run, pairs, step)
@@ -141,9 +140,7 @@ def main(given: dict):
         trained = int(world.sum(float(batch.mask.sum()))[0])
         speed = trained / costs["seconds"]
         log(step, costs, loss=loss, gradient_norm=norm, tokens=trained, tokens_per_s=speed)
-    if run.held_out:
-        sampler.refresh()
-        validate(run, sampler, log, steps)
+    validate(run, sampler, log, steps)
     common.finish(cfg, model, meta(steps), log)
 
 

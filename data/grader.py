@@ -148,7 +148,7 @@ def reward(correct, well_formed, format_reward):
 # ---- a reward of one's own
 
 
-def own_workers(path):
+def own_worker(path):
     """A worker (algebra.one_of) for the function reward(question, answer, text) of a file."""
     if not Path(path).is_file():
         raise ValueError(f"--reward {path}: there is no such file")
@@ -157,7 +157,7 @@ def own_workers(path):
 
 def check_own_reward(path):
     """Raises ValueError, with the line at fault, for a file that has no reward function."""
-    with own_workers(path) as worker:
+    with own_worker(path) as worker:
         if worker.process is None:
             worker.start()
 
@@ -165,7 +165,7 @@ def check_own_reward(path):
 def own_reward_of(path, question, answer, text):
     """The reward of one text; None if it takes more than algebra.SECONDS of processor time, or
     five times as long on the clock. An error in the file is a ValueError with the line at fault."""
-    with own_workers(path) as worker:
+    with own_worker(path) as worker:
         line = worker.line([question, answer, text], tries=1, patience=5)
     said = json.loads(line) if line else {"reward": None}
     if "error" in said:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from common import Count, Whole  # noqa: E402
 from data import files, tokens  # noqa: E402
-from model import PRESETS, ModelConfig  # noqa: E402
+from model import PRESETS, ModelConfig, round_up  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def read_config(path) -> tuple[ModelConfig, str]:
 
 
 def padded(vocab: int) -> int:
-    return -(-vocab // 128) * 128
+    return round_up(vocab, 128)
 
 
 def check_tokenizer(path, enc):

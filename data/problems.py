@@ -21,7 +21,7 @@ FIELDS = {"id": str, "question": str, "answer": str, "solutions": list}
 # --------------------------------------------------------------------------------- questions
 
 
-def place(path, split):
+def split_path(path, split):
     """A folder's {split}.jsonl, or the .jsonl file itself whatever the split.
 
     Shots always lie in shots.jsonl: or a question's own solution would be shown before it.
@@ -36,7 +36,7 @@ def load(path, split):
     Raises ValueError with the file and line at fault, and for a file that prepare.py listed in
     world.json and that has changed since.
     """
-    path = place(path, split)
+    path = split_path(path, split)
     files.check_listed(path)
     if not path.is_file():
         here = "" if path.is_absolute() else f" (looked for from {Path.cwd()})"
@@ -80,7 +80,7 @@ def shots(folder, count, questions, seed=None, exactly=True):
     if there are fewer; not `exactly`: as many as there are (MATH has four).
     """
     asked = {row["question"] for row in questions}
-    path = place(folder, "shots")
+    path = split_path(folder, "shots")
     known = []
     if count and not exactly:
         files.check_listed(path)
@@ -128,7 +128,7 @@ def form(folder) -> Form:
 
     Raises ValueError for a prompt.json that is no Form.
     """
-    path = place(folder, "train").with_name("prompt.json")
+    path = split_path(folder, "train").with_name("prompt.json")
     files.check_listed(path)
     if not path.is_file():
         return Form()
@@ -316,13 +316,13 @@ class Batch(NamedTuple):
         return self.each(lambda x: x.to(device))
 
 
-def answer_seeds(seed, step, rows, n):
+def answer_seeds(seed, turn, rows, n):
     """One 63-bit seed for each of n answers to each question.
 
-    A function of (seed, step, question id, answer number), so that neither the batch nor the rank
-    an answer is sampled in changes it.
+    A function of (seed, turn, question id, answer number), so that neither the batch nor the rank
+    an answer is sampled in changes it. turn: what tells draws apart, the step or "eval".
     """
-    keys = [f"{seed} {step} {row['id']} {answer}" for row in rows for answer in range(n)]
+    keys = [f"{seed} {turn} {row['id']} {answer}" for row in rows for answer in range(n)]
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
     return [int.from_bytes(digest, "little") >> 1 for digest in digests]
 
@@ -350,7 +350,7 @@ def text_batch(stream, batch, step, world):
 
     Every token of them, whichever rank has it, weighs 1/n.
     """
-    rows = torch.from_numpy(stream.rows(step, batch, world.rank, world.size))
+    rows = torch.from_numpy(stream.rows(step, batch, world.share(batch, "--batch")))
     ids = rows[:, :-1]
     mask = torch.ones(ids.shape, dtype=torch.bool)
     return Batch(ids, rows[:, 1:], mask, mask / (batch * stream.length), torch.zeros(ids.shape))
@@ -420,7 +420,7 @@ def micro_batches(batch: Batch, answers: int, world, idle=False):
     each pass: where some have fewer parts, theirs are filled up with rows that count for nothing.
     """
     width = batch.ids.shape[1]
-    last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # targets that count
+    last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # columns that count
     order = last.argsort(descending=True, stable=True)
     order = order if idle else order[batch.weight[order].any(1)]
     per_row = int(batch.layout[2].amax()) if batch.layout else 1

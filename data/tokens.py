@@ -194,14 +194,14 @@ def list_shards(folder) -> dict:
     return listed
 
 
-def checked_shards(folder, split, encoding_name=None) -> dict[Path, Header]:
+def checked_shards(folder, split) -> dict[Path, Header]:
     """The shards of a split with their headers, in order; {} if there are none, nor listed.
 
     They are compared with the list in the folder's world.json. Raises ValueError for the first
     that is missing, was added or has another content. In a folder without a list (older, or made
     by other means) a gap in the numbers and two shards of one content are refused.
     """
-    headers = {path: read_header(path, encoding_name) for path in shard_paths(folder, split)}
+    headers = {path: read_header(path) for path in shard_paths(folder, split)}
     way_out = "put the folder back as it was, or prepare it again"
     listed = files.read_world(folder).get("shards")
     if listed is None:
@@ -341,15 +341,6 @@ class Stream:
         places = (divmod(place, self.windows) for place in range(first, first + batch))
         return [int(self.order(epoch)[index]) for epoch, index in places]
 
-    def rows(self, step, batch, rank=0, world=1):
-        """The rows of step `step` (from 0) that belong to `rank`: int64 (B / world, length + 1)."""
-        if batch % world:
-            below = batch - batch % world
-            raise ValueError(
-                f"a batch of {batch} rows does not divide over {world} ranks, take "
-                f"{below or world} or {below + world}"
-            )
-        share = batch // world
-        return np.stack(
-            [self.window(i) for i in self.chosen(step, batch)[rank * share : (rank + 1) * share]]
-        )
+    def rows(self, step, batch, part=slice(None)):
+        """The rows of step `step` (from 0), or that part of them: int64 (B, length + 1)."""
+        return np.stack([self.window(i) for i in self.chosen(step, batch)[part]])

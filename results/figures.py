@@ -10,7 +10,7 @@ from PIL import Image
 
 from results.findings import BASE, RL, SFT, SFT_RL
 from results.rows import RECIPES, Arm, tokens_name
-from results.stats import of_groups
+from results.stats import of_models
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
@@ -225,7 +225,7 @@ def draw_map(r, path):
             colour = plt.get_cmap("viridis")(0.9 * place / max(1, len(r.tokens) - 1))
             look = {"color": colour, "marker": MARKERS[place], "ms": 4, "label": tokens_name(t)}
             many = {s: at for s, at in steps.items() if len(at) == max(map(len, steps.values()))}
-            ends = [of_groups([[x] for x in at.values()], [*at], True) for at in many.values()]
+            ends = [of_models(at) for at in many.values()]
             plot(axis, sorted(many), [e for _, e in sorted(zip(many, ends, strict=True))], **look)
         axis.axhline(0, color="#444444", linewidth=0.8)
         axis.set(title=f"{int(size):,} training questions", xlabel="steps of RL")

@@ -23,7 +23,7 @@ import math
 from typing import NamedTuple
 
 from results.rows import BEST, Arm, Missing, minus, tokens_name
-from results.stats import Estimate, chances, estimate, holm, of_groups, outcome, spread
+from results.stats import Estimate, chances, estimate, holm, of_models, outcome, spread
 
 MODELS = 8  # what a verdict rests on
 SEEDS = 8  # of one model, where the claim is about seeds
@@ -237,7 +237,7 @@ FINDINGS = (
 
 class Verdict(NamedTuple):
     verdict: str  # holds, contradicted, not resolved, or not tested
-    reason: str  # of the last
+    reason: str  # why it is not tested, else ""
     parts: list  # [Part, ...]
     p: float
     holm: float
@@ -259,8 +259,7 @@ def gain(r, arm, tokens, asked="") -> Estimate:
     for (run, _), x in gains.items():
         models.setdefault(run, []).append(x)
     means = {run: sum(xs) / len(xs) for run, xs in models.items()}
-    found = means if len(means) >= 4 else gains
-    return of_groups([[x] for x in found.values()], found, together=True)
+    return of_models(means if len(means) >= 4 else gains)
 
 
 def trains_by_rl(arm) -> bool:

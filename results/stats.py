@@ -64,26 +64,21 @@ def estimate(cells):
     first.
     """
     names = cells.columns.get_level_values(0)
-    tables = [cells.loc[:, names == name].dropna() for name in names.unique()]
-    means = [table.to_numpy().mean() for table in tables]
-    over = [standard_error(table.mean(axis=1).to_numpy()) for table in tables]
-    e = of_groups([[mean] for mean in means], names.unique(), together=True)
+    tables = {name: cells.loc[:, names == name].dropna() for name in names.unique()}
+    e = of_models({name: table.to_numpy().mean() for name, table in tables.items()})
+    over = [standard_error(table.mean(axis=1).to_numpy()) for table in tables.values()]
     se = e.se if e.df else sqrt(sum(error**2 for error in over)) / len(over)
-    return e._replace(se=se, seeds=len(names), questions=max(map(len, tables)))
+    return e._replace(se=se, seeds=len(names), questions=max(map(len, tables.values())))
 
 
-def of_groups(groups, names, together=False):
-    """Estimate of the mean of all values, their variance taken within each group (a model's seeds),
-    or, together, over all of them if there are four or more."""
-    values = np.concatenate([np.asarray(group, dtype=float) for group in groups])
-    around = np.concatenate([np.full(len(group), np.mean(group)) for group in groups])
-    df = len(values) - len(groups)
-    if together:
-        around, df = values.mean(), len(values) - 1 if len(values) >= 4 else 0
-    variance = ((values - around) ** 2).sum() / df if df else 0.0
-    mean = round(float(values.mean()), 12)  # a tie in print does not hang on the last bit
-    told = {name: float(np.mean(group)) for name, group in zip(names, groups, strict=True)}
-    return Estimate(mean, sqrt(variance / len(values)), df, len(values), 1, told)
+def of_models(values):
+    """Estimate of the mean of {model: value}; its error where there are four or more."""
+    x = np.array([*values.values()], dtype=float)
+    df = len(x) - 1 if len(x) >= 4 else 0
+    variance = ((x - x.mean()) ** 2).sum() / df if df else 0.0
+    told = {name: float(value) for name, value in values.items()}
+    mean = round(float(x.mean()), 12)  # a tie in print does not hang on the last bit
+    return Estimate(mean, sqrt(variance / len(x)), df, len(x), 1, told)
 
 
 def chances(e, low, high):

@@ -9,7 +9,7 @@ ABOUT = """In %, differences in points. ±: half of the 95% interval over models
 error over questions, where there are fewer than four models. By run: the means of the models, by
 their pre-training seed. The rules are in results/findings.py.
 """
-METRICS = {  # heading -> metric; those below the line are of the main questions alone
+METRICS = {  # metric -> heading; the last two are measured once, not per set of questions
     "pass@1": "pass@1",
     "pass@8": "pass@8",
     "pass@32": "pass@32",
@@ -30,8 +30,10 @@ def table(header, rows):
 
 
 def shown(e, metric="", sign=""):
-    if not e or metric == "flops":
-        return f"{e.mean:.3g}" if e and not sign else "-"
+    if not e:
+        return "-"
+    if metric == "flops":
+        return f"{e.mean:.3g}"
     scale, digits = (1, 3) if metric == "loss" else (100, 1)
     error = f" ±{scale * e.half():.{digits}f}{'' if e.df else ' SE'}" if e.half() else ""
     return f"{scale * e.mean:{sign}.{digits}f}{error}"

@@ -42,11 +42,9 @@ cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
   local eval=(--results "$RESULTS/$run" --questions "$data" --limit 0 --final)
   case $3 in
     as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
-    rl) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&
+    rl | mix) gpus "$3.py" --init "$M.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
     rl-n5 | rl-n64) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" --group "${3#rl-n}" &&
-      gpus eval.py "$to.pt" "${eval[@]}" ;;
-    mix) gpus mix.py --init "$M.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
     sft-rl) gpus sft.py --init "$M.pt" --out "$sft.pt" "${train[@]}" &&
       gpus rl.py --init "$sft.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from data import tokens  # noqa: E402
-from model import PRESETS, ModelConfig  # noqa: E402
+from model import PRESETS, ModelConfig, round_up  # noqa: E402
 
 
 def parser(doc: str, turns: int) -> argparse.ArgumentParser:
@@ -107,4 +107,4 @@ def config_of(preset: str, length: int = 0) -> ModelConfig:
     vocab = tokens.VOCABULARY["toy" if preset.startswith("toy") else "cl100k_base"]
     shape = dict(PRESETS[preset])
     shape["context"] = max(length, shape["context"])
-    return ModelConfig(**shape, vocab=vocab, padded_vocab=-(-vocab // 128) * 128)
+    return ModelConfig(**shape, vocab=vocab, padded_vocab=round_up(vocab, 128))

@@ -115,7 +115,7 @@ def bare(args, compute=torch.float32):
 
 
 def built(args, world):
-    return common.place(bare(args, world.compute), world).init_weights(0)
+    return common.materialize(bare(args, world.compute), world).init_weights(0)
 
 
 def rows(args, world, vocab):

@@ -44,7 +44,7 @@ def lm_eval_on(model, batch):
 def model_of(args, encoding, world) -> Model:
     if not args.checkpoint:
         model = Model(ModelConfig(**PRESETS["toy"]), world.compute)
-        return common.place(model, world).init_weights(0)
+        return common.materialize(model, world).init_weights(0)
     saved = common.load(args.checkpoint)
     known = saved["meta"]["encoding"]
     if known != encoding.name:

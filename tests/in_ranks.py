@@ -42,7 +42,7 @@ def parts(dtype):
     """What a rank holds of a sharded model, and that nothing is lost on the way in and out."""
     world = common.start("cpu", dtype, shard=True)
     plain = Model(CONFIG, world.compute).init_weights(3, 0.5)
-    model = common.place(on_meta(world), world).init_weights(3, 0.5, common.put)
+    model = common.materialize(on_meta(world), world).init_weights(3, 0.5, common.put)
     for (name, p), whole in zip(model.named_parameters(), plain.parameters(), strict=True):
         # bit for bit, on any number of ranks
         assert torch.equal(p.full_tensor().to(whole.dtype), whole), name

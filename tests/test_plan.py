@@ -109,7 +109,7 @@ def test_a_step_holds_what_the_formula_says(monkeypatch, layers, size, way, opti
             model = Model(c, torch.bfloat16)
             whole = Model(c)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            common.place(model, world)
+            common.materialize(model, world)
             model.checkpoint_activations = way == "checkpointed"
             adams = [adam(model) for _ in range(optimizers)]
             ids = torch.zeros(2, 513, dtype=torch.long)

@@ -97,6 +97,14 @@ def test_how_and_where_a_run_works_may_change(whole, world, tmp_path):
     goes_on("sft", whole, world, out, [*words, *more])
 
 
+def test_which_checkpoints_are_kept_may_change(whole, world, tmp_path):
+    out = tmp_path / "run/step6.pt"
+    words = words_of("pretrain", world, out)
+    stopped("pretrain", words)
+    call("pretrain", *words, *flags("--resume", "--verify", "false", save_steps=5))
+    assert (tmp_path / "run/step5.pt").exists() and same_weights(out, whole("pretrain"))
+
+
 # ----------------------------------------------------------- a run is known by what is in its data
 
 

@@ -2,11 +2,14 @@
 and parallel averaging's two ends."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
+import rl
+from data import problems
 from helpers import call, largest_difference, metrics, same_weights, weights
 from runs import STAGES, record, steps_of, words_of
 
@@ -26,6 +29,31 @@ def test_the_runs_move(whole, world, stage):
     if stage != "pretrain":
         assert largest_difference(out, world.taught) > 1e-4
         assert [line["step"] for line in record(out) if "validation" in line] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl", "mix"])
+def test_training_never_opens_the_test_questions(world, tmp_path, monkeypatch, stage):
+    opened = []
+    load = problems.load
+    monkeypatch.setattr(
+        problems, "load", lambda path, split: opened.append(split) or load(path, split)
+    )
+    easy = world.data / "easy"
+    assert (easy / "test.jsonl").is_file()
+    call(stage, *words_of(stage, world, tmp_path / "a.pt", questions=easy))
+    assert {"train", "val"} <= {*opened} and "test" not in opened
+
+
+def test_flat_groups_cost_nothing_but_with_a_pull_to_the_start():
+    numbers = dict(length=10, prompt_length=6, sampled_tokens=1280, flat=1.0)
+    model = SimpleNamespace(flops_per_token=lambda length: 1.0)
+    free, pulled = (
+        rl.rl_costs(model, numbers, rl.Config(init="x", kl=kl), 0.0)["flops"] for kl in (0.0, 0.1)
+    )
+    sampled = 1280 + 16 * 6
+    assert free == pytest.approx(sampled / 3)
+    # one row per question; the pull takes a forward pass of the start more
+    assert pulled == pytest.approx(sampled / 3 + sampled * (1 + 1 / 3))
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])

@@ -179,11 +179,19 @@ def validate(run: common.Setup, sampler, log: common.Log, step: int):
     cfg = run.cfg
     log.doing(f"answering {len(run.held_out)} validation questions {cfg.eval_n} times")
     asked = Asked(run.encoding, run.form, run.held_out)
-    ks = (1, 2, 4, 8, 16, 32)
     shown = []
-    # at the temperature of an evaluation, not of a trainer's own sampling
-    how = (cfg.eval_n, cfg.max_new, Config.temperature, cfg.seed, run.world, ks)
-    log.add(step, validation=solve(sampler, asked, *how, shown=shown))
+    found = solve(
+        sampler,
+        asked,
+        n=cfg.eval_n,
+        max_new=cfg.max_new,
+        temperature=Config.temperature,  # an evaluation's, not that of a trainer's own sampling
+        seed=cfg.seed,
+        world=run.world,
+        ks=(1, 2, 4, 8, 16, 32),
+        shown=shown,
+    )
+    log.add(step, validation=found)
     # a wrong answer in the right form has a reward in RL only
     worth = getattr(cfg, "format_reward", 0.0)
     for answer in shown:
@@ -433,8 +441,17 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
     )
     if not rows.missing("pass", settings):
         return
-    how = (cfg.n, max_new, cfg.temperature, rows.noise, world, cfg.k, subject.progress)
-    found = solve(subject.sampler, asked, *how)
+    found = solve(
+        subject.sampler,
+        asked,
+        n=cfg.n,
+        max_new=max_new,
+        temperature=cfg.temperature,
+        seed=rows.noise,
+        world=world,
+        ks=cfg.k,
+        progress=subject.progress,
+    )
     told = [f"{settings['benchmark']} {rows.split} {settings['shots']}-shot"]
     for k in cfg.k:
         told.append(f"pass@{k} {100 * found[f'pass@{k}']:.1f} ± {100 * found[f'se@{k}']:.1f}")

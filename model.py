@@ -2,7 +2,7 @@
 Triton kernels. Tensors and lists of ids in, tensors out; no text and no checkpoints.
 
 Shape letters: B rows, T tokens, D width, H heads, K = D/H head width, V vocabulary, N tokens in a
-flat list, G questions of a batch, P columns of their prompts, R answers being sampled, S tokens of
+flat list, Q questions of a batch, P columns of their prompts, R answers being sampled, S tokens of
 a few-shot prefix that all prompts share. `ids_BT` is a tensor (B, T).
 
 What differs from a textbook transformer (this is what OLMo2 is, arXiv 2501.00656, section 3.2):
@@ -486,7 +486,7 @@ class Cache(NamedTuple):
     """What a block's new token attends to, keys [0] and values [1] of it."""
 
     own: Tensor  # (2, R, H, T, K) of each row's own tokens
-    prompt: Tensor  # (2, G, H, P, K) of the questions' prompts
+    prompt: Tensor  # (2, Q, H, P, K) of the questions' prompts
     prefix: Tensor | None  # (2, H, S, K) of what precedes every prompt, None without
 
 
@@ -497,10 +497,10 @@ class Place(NamedTuple):
     cos: Tensor  # (R, 1, K/2) of the rotation
     sin: Tensor
     group: Tensor  # (R,) question of each row; for the kernels' speed its rows stand together
-    mask: Tensor  # (G, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
+    mask: Tensor  # (Q, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
     # for the kernels
     length: Tensor  # (R,) columns of `own` that are read: t, and 0 once the answer has ended
-    size: Tensor  # (G,) tokens of each prompt
+    size: Tensor  # (Q,) tokens of each prompt
 
 
 class Step(NamedTuple):
@@ -582,11 +582,11 @@ class Request(NamedTuple):
 
 class Buffers:
     """What a batch reads and writes, at addresses that captured graphs rely on. `sizes` are what
-    there is room for: R rows, G questions, P columns of their prompts, T columns of the answers."""
+    there is room for: R rows, Q questions, P columns of their prompts, T columns of the answers."""
 
     def __init__(self, model: Model, device: torch.device, sizes: tuple[int, int, int, int]):
         self.sizes = sizes
-        R, G, P, T = sizes
+        R, Q, P, T = sizes
         c = model.config
         H = c.heads
         K = c.head_width
@@ -596,7 +596,7 @@ class Buffers:
 
         # keys and values of all layers: see Cache
         self.own = zeros(c.layers, 2, R, H, T, K, dtype=model.compute)
-        self.prompt = zeros(c.layers, 2, G, H, P, K, dtype=model.compute)
+        self.prompt = zeros(c.layers, 2, Q, H, P, K, dtype=model.compute)
         # what a draw and the next token need of each row; rows that go on are kept in front
         self.t = zeros(R)  # its last column in the cache; -1: none yet
         self.first = zeros(R)  # position of column 0
@@ -604,8 +604,8 @@ class Buffers:
         self.alive = zeros(R, dtype=torch.bool)  # whether no end token has been drawn
         self.slot = zeros(R)  # where the row's answer is in the tensors below
         self.group = zeros(R)  # its question: where the prompt is
-        self.mask = zeros(G, 1, P, dtype=torch.float32)  # see Place
-        self.size = zeros(G)  # tokens of each prompt
+        self.mask = zeros(Q, 1, P, dtype=torch.float32)  # see Place
+        self.size = zeros(Q)  # tokens of each prompt
         self.noise = zeros(R, T, dtype=torch.float64)  # a uniform number for each draw
         # the answers
         self.tokens = zeros(R, T)
@@ -895,8 +895,8 @@ class Sampler:
         return m.norm(x), cache
 
     def _prefill_prompts(self, prompts: list[list[int]], groups: Tensor, step: Step) -> Tensor:
-        """Prompts through the network, their keys and values to `groups` (G,) of the buffers. ->
-        the hidden state of each prompt's last token (G, D)."""
+        """Prompts through the network, their keys and values to `groups` (Q,) of the buffers. ->
+        the hidden state of each prompt's last token (Q, D)."""
         b = self.buffers
         device = self.embed.device
         size = torch.tensor([len(prompt) for prompt in prompts], device=device)

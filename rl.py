@@ -117,8 +117,8 @@ def rollout(run: common.Setup, sampler: Sampler, step: int, again: int = 0, grou
     seeds = problems.answer_seeds(cfg.seed, turn, questions, cfg.group)
     ends = [run.encoding.eot_token]
     with record_function("sampling"):
-        how = (cfg.group, cfg.max_new, seeds, ends, cfg.temperature, run.prefix)
-        samples = sampler(asked, *how)
+        how = dict(temperature=cfg.temperature, prefix=run.prefix)
+        samples = sampler(asked, cfg.group, cfg.max_new, seeds, ends, **how)
     if not samples.logp.isfinite().all():
         raise ValueError(f"sampled log-probs are NaN at step {step}: start with a lower --lr")
     lengths = samples.lengths.tolist()

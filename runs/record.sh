@@ -16,7 +16,9 @@ MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]}
 MANY=${MANY:-1600} FEW=${FEW:-100}  # questions, beside QUESTIONS
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
-LONGER=${LONGER:-}  # what has not converged, "STEP RECIPE [FLAGS]; ...": 600 steps in all models
+# what has not converged after 300 steps has 600 in all models: "STEP RECIPE [FLAGS]; ..."
+longer=$(for step in "${SAVED[@]:2}"; do echo -n "$step rl; $step sft-rl; $step mix --batch 4; "; done)
+LONGER=${LONGER-$longer}
 [[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"
 whole MANY && whole FEW && whole SEEDED
 BRITTLE_MODELS=$(head -n "$SEEDED" <<< "${MODELS// /$'\n'}" | tr '\n' ' ')

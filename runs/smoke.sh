@@ -18,7 +18,8 @@ python() {
     data/prepare.py\ split*) small=(--levels "0,64") ;;  # nothing is solved yet
     sft.py*) small=(--steps 4 --eval_questions 4 --max_new 32 --compile false) ;;
     rl.py* | mix.py*) small=(--steps 2 --questions_per_step 4 --eval_questions 4 --max_new 32
-      --compile false) ;;
+      --compile false)
+      [[ $* != *"--steps 600"* ]] || small[1]=3 ;;
     eval.py*--report* | *--k\ 1,64*) ;;  # the samples of all questions
     eval.py*) small=(--limit 8 --n 32 --max_new 32 --compile false) ;;
   esac

@@ -316,7 +316,7 @@ def rows_in(folder) -> set[str]:
 @pytest.fixture
 def recorded(shell):
     """A record of two models, one of them with more seeds: what it has called, and its rows."""
-    how = dict(MODELS="30 31", SEEDED=1, KEPT=shell.folder / "kept/rows.jsonl", JOBS=4)
+    how = dict(MODELS="30 31", SEEDED=1, KEPT=shell.folder / "kept/rows.jsonl", JOBS=4, LONGER="")
     status, out, err = shell.run("runs/record.sh", **how)
     assert (status, err) == (0, "")
     return SimpleNamespace(how=how, commands=shell.commands(), out=out, kept=how["KEPT"])
@@ -406,7 +406,7 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
              (LAST, "sft-rl-many"), (LAST, "rl-hard"),
              (LAST, f"rl --limit {MANY} --recipe rl-{MANY}-questions")]  # fmt: skip
     longer = "; ".join(f"{step} {recipe}" for step, recipe in cells)
-    status, _, err = shell.run("runs/record.sh", LONGER=longer, **recorded.how)
+    status, _, err = shell.run("runs/record.sh", **recorded.how | dict(LONGER=longer))
     assert (status, err) == (0, "")
     commands = shell.commands()
     understood(commands)
@@ -428,7 +428,7 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
         assert flags["limit"] == (MANY if many else QUESTIONS)
     lines = recorded.kept.read_text().splitlines()
     assert {*lines} == rows_in(shell.folder / "ckpt/results")
-    status, _, err = shell.run("runs/record.sh", LONGER=longer, **recorded.how)
+    status, _, err = shell.run("runs/record.sh", **recorded.how | dict(LONGER=longer))
     assert (status, err) == (0, "") and count(shell.commands()) == dict(eval=1)  # the report
     assert recorded.kept.read_text().splitlines() == lines
 
@@ -471,7 +471,7 @@ def test_a_record_of_one_model_adds_to_what_is_kept(shell):
     kept.parent.mkdir()
     other = '{"checkpoint": "elsewhere/p30/step9.pt", "split": "test"}'
     kept.write_text(f"{other}\n")
-    status, _, err = shell.run("runs/record.sh", MODELS="31", KEPT=kept, JOBS=4)
+    status, _, err = shell.run("runs/record.sh", MODELS="31", KEPT=kept, JOBS=4, LONGER="")
     assert (status, err) == (0, "")
     commands = shell.commands()
     assert {models_of(command) for command in commands[:-1]} == {("31",)}

@@ -408,9 +408,10 @@ class World(NamedTuple):
 
     def max(self, *values) -> list[float]:
         """The largest over the ranks, of numbers and tensors of one element. All ranks call."""
+        if self.size == 1:
+            return [float(x) for x in values]  # numbers of the host stay there
         most = self.stack(values)
-        if self.size > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
     def stack(self, values) -> torch.Tensor:

@@ -30,7 +30,7 @@ def sharded(model):
     whole = model.state_dict()
     with torch.device("meta"):
         model = Model(model.config)
-    common.place(model, ALONE._replace(shard=True))
+    common.materialize(model, ALONE._replace(shard=True))
     with torch.no_grad():
         for name, p in model.named_parameters():
             common.put(p, whole[name])

@@ -126,7 +126,7 @@ def test_damaged_checkpoint(world, tmp_path, monkeypatch, capsys, kind):
     damage, says = BROKEN[kind]
     path = tmp_path / "a.pt"
     damage(world.base, path)
-    monkeypatch.setattr(common, "place", None)
+    monkeypatch.setattr(common, "materialize", None)
     before = files(tmp_path)
     for script in ("sft", "sample", "eval"):
         assert says in refused(capsys, script, *scripts_on(path, tmp_path)[script])

@@ -281,8 +281,8 @@ def test_answer_after_the_stop_is_not_read():
     """What a finished row's slots still hold is not part of the answer."""
     sampler = answers_of(*[(say("") + say(" #### 2"), False, -1.0)] * 4)
 
-    def stopped(*arguments):
-        return sampler(*arguments)._replace(lengths=torch.ones(4, dtype=torch.long))
+    def stopped(*arguments, **how):
+        return sampler(*arguments, **how)._replace(lengths=torch.ones(4, dtype=torch.long))
 
     batch, stats = rl.rl_batch(rl_run(), stopped, 0)
     assert stats["reward"] == 0 and int(batch.mask.sum()) == 4

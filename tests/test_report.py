@@ -956,6 +956,24 @@ def cells_of(text):
     return lines[0], lines[2:]
 
 
+def test_of_several_differences_the_block_shows_the_one_that_decides():
+    """The one that is least likely to lie where the claim says, though another is smaller."""
+
+    def difference(name, mean, low, high=INFINITE):
+        e = Estimate(mean, 0.01, 7, 8, 300, {})
+        return Part(name, e, low, high, TOKENS[:1], [], chances(e, low, high))
+
+    sure = difference("mix - rl, pass@8", 0.05, 0.0)
+    weak = difference("mix - sft, pass@32", 0.06, 0.055)
+    several = findings.Verdict("not resolved", "", [sure, weak], 0.3, 1.0)
+    assert tables.said(several) == (
+        "**not resolved** +6.0 [+3.6, +8.4] (mix - sft, pass@32, the weakest of 2)"
+    )
+    assert tables.said(several._replace(parts=[sure])) == "**not resolved** +5.0 [+2.6, +7.4]"
+    missing = findings.Verdict("not tested", "no rows", [], 1.0, 1.0)
+    assert tables.said(missing) == "**not tested** (no rows)"
+
+
 def test_the_convergence_of_each_arm_has_its_gain_the_bound_and_each_model():
     gains = [0.011, 0.024, 0.006, 0.019, 0.013, 0.008, 0.021, 0.002]
     r = gains_of(gains)

@@ -28,7 +28,9 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
   to=$OUT/$(name "$@") sft=$OUT/$(name "$1" "$2" sft-many)
   data=$DATA-${run%-*}  # p30-math60 and p30-large have the questions of p30
   local eval=(--results "$RESULTS/$run" --n 64 --final "$FINAL") pool=$DATA-${run%-*}-pool
-  local hard=(--questions "$data/hard") level=$pool/split/${3#rl-n*-}
+  # beside the pool, not in it: prepare.py knows a folder again by the files that it has listed
+  local samples=$pool-samples split=$pool-split
+  local hard=(--questions "$data/hard") level=$split/${3#rl-n*-}
   case $3 in
     sft-rl-many) python sft.py --init "$M.pt" --out "$sft.pt" "${go[@]}" --limit "$MANY" \
         --recipe "sft-$MANY-questions" &&
@@ -38,12 +40,12 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
     rl-hard) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" "${hard[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" "${hard[@]}" --tasks= ;;
     split)  # easy: the base solves 6 or more of 64 at T = 1; hard: 2 or fewer
-      python eval.py "$M.pt" --results "$pool/samples" --tasks= --limit 0 --n 64 --k 1,64 \
+      python eval.py "$M.pt" --results "$samples" --tasks= --limit 0 --n 64 --k 1,64 \
         --questions "$pool/easy/train.jsonl" --temperature 1 --shots 0 &&
       python data/prepare.py split --questions "$pool/easy" --levels 6,2 --held_out 0.25 \
-        --samples "$pool/samples/$(basename "$M").jsonl" --out "$pool/split" &&
+        --samples "$samples/$(basename "$M").jsonl" --out "$split" &&
       python eval.py "$M.pt" "${eval[@]}" --tasks= --shots 0 --shot_seed "$2" \
-        --questions "$pool/split/split-easy,$pool/split/split-hard" ;;
+        --questions "$split/split-easy,$split/split-hard" ;;
     rl-n5-split-*) python rl.py --init "$M.pt" --out "$to.pt" "${go[@]}" --questions "$level" \
         --group 5 --questions_per_step 8 --steps 600 "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" --questions "$level" --tasks= ;;

@@ -373,11 +373,14 @@ def test_a_record_measures_the_base_on_the_questions_that_it_divides(shell, reco
     assert len(asked) == 2
     for (i, words, flags), run in zip(asked, (30, 31), strict=True):
         assert words == [f"{shell.folder}/ckpt/p{run}/step{LAST}.pt"]
-        split = f"{shell.folder}/data/toy-p{run}-pool/split"
+        split = f"{shell.folder}/data/toy-p{run}-pool-split"
         assert flags["questions"] == f"{split}/split-easy,{split}/split-hard"
         assert (flags["shots"], flags["shot_seed"], flags["final"]) == ("0", str(run), "true")
         assert flags["tasks"] == "" and flags["results"] == f"{shell.folder}/ckpt/results/p{run}"
         divided, (script, words, _) = (recorded.commands[at] for at in (i - 1, i - 1))
+        # a file more in the pool, and prepare.py would refuse it when the record goes on
+        pool = Path(divided[2]["questions"]).parent
+        assert pool.name == f"toy-p{run}-pool" and pool not in Path(divided[2]["samples"]).parents
         assert divided[2]["out"] == split and (script, words) == ("prepare", ["split"])
         trained = [
             at for at, (_, _, more) in enumerate(recorded.commands)
@@ -387,7 +390,7 @@ def test_a_record_measures_the_base_on_the_questions_that_it_divides(shell, reco
 
 
 def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shell, recorded):
-    split = f"{shell.folder}/data/toy-p31-pool/split"
+    split = f"{shell.folder}/data/toy-p31-pool-split"
     last = f"step{LAST}-rl-n5-split-easy-s31.jsonl"
     (shell.folder / f"ckpt/results/p31/{last}").unlink()
     kept = [line for line in recorded.kept.read_text().splitlines() if last[:-6] not in line]

@@ -926,6 +926,7 @@ def check_same_run(path, meta: dict, cfg, contents: dict):
     # a flag that has been added since had its default then
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     was = json.loads(json.dumps(defaults | meta["run"], default=str))
+    # the last three shape no weights, but are in the hashes of checkpoints that exist
     free = OPERATIONAL | {"verify", "save_steps", "save_tokens"}
     for name, value in now.items():
         if name not in free and was[name] != value:

@@ -325,9 +325,8 @@ def answer_means(values, micro: problems.Batch):
 
     Of log ratios: the log of GSPO's ratio (arXiv 2507.18071, section 4.1).
     """
-    branch = (
-        micro.layout[2] if micro.layout else micro.mask.long()
-    )  # number of the answer in its row; 0: prompt
+    # number of the answer in its row; 0: prompt
+    branch = micro.layout[2] if micro.layout else micro.mask.long()
     sums = values.new_zeros(len(values), int(branch.max()) + 1)
     counts = sums.scatter_add(1, branch, micro.mask.to(values))
     sums = sums.scatter_add(1, branch, values * micro.mask)
@@ -536,9 +535,8 @@ def main(given: dict):
                 check_mismatch(step, known["mismatch"], cfg)
                 numbers |= known
             done = step * cfg.updates + again
-            lr = cosine(
-                done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0
-            )  # then constant
+            # floor 1: constant after the warm-up
+            lr = cosine(done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             rows = functools.partial(  # those drawn first, before --resample
                 problems.shuffled, len(run.train), cfg.questions_per_step, cfg.seed, step
             )

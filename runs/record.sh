@@ -16,7 +16,8 @@ MIDDLE=${SAVED[${#SAVED[@]} / 2]} LAST=${SAVED[-1]}
 MANY=${MANY:-1600} FEW=${FEW:-100}  # questions, beside QUESTIONS
 SEEDED=${SEEDED:-2} BRITTLE=${BRITTLE:-$MIDDLE}  # claim 8: models with 8 seeds, and where
 OTHERS=${OTHERS:-1 2 3 4 5 6 7}
-# what has not converged after 300 steps has 600 in all models: "STEP RECIPE [FLAGS]; ..."
+# what has not converged after 300 steps has 600 in all models: "STEP RECIPE [FLAGS]; ..." (mix with
+# 4 solutions a step and not 7: about as many epochs)
 longer=$(for step in "${SAVED[@]:2}"; do echo -n "$step rl; $step sft-rl; $step mix --batch 4; "; done)
 LONGER=${LONGER-$longer}
 [[ $MODELS =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || fail "MODELS takes whole numbers, not '$MODELS'"

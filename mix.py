@@ -147,9 +147,8 @@ def main(given: dict):
                 second = sft_batch(run, pairs, done)
             sft_loss, sft_gradient, sft_norm = sft_gradients(run, second)
             share = share_of(cfg, step)
-            rl_lr = share * cosine(
-                done, steps, cfg.lr, cfg.warmup, floor=1.0
-            )  # constant after the warm-up
+            # floor 1: constant after the warm-up
+            rl_lr = share * cosine(done, steps, cfg.lr, cfg.warmup, floor=1.0)
             sft_lr = (1 - share) * cosine(done, steps, cfg.sft_lr, cfg.sft_warmup)
             watched = dict(sft_loss=sft_loss, gradient_norm=norm, sft_gradient_norm=sft_norm)
             if log.healthy(step, functools.partial(rows, step, done), watched, loss=loss):

@@ -128,9 +128,13 @@ class PostTraining(Shared):
     eval_questions: Whole = 200  # validation questions (0: no validation)
     eval_n: Count = 4  # answers to each
     rows: Count = 512  # answers sampled side by side; never changes the result
-    # answers that share a row of training, and so the work for their prompt
+    # answers that share a row of training, and so the work for their prompt (--micro at most)
     answers_per_row: Count = 8  # never changes the result
     seed: Whole = 0  # of the order of the questions and of the sampling
+
+    @property
+    def per_row(self) -> int:
+        return min(self.answers_per_row, self.micro)
 
 
 # what a resumed run may change: where and how it works, and how paths are spelled
@@ -166,7 +170,7 @@ def parse_flags(Config, argv: list[str], doc: str = "") -> dict:
             alone = not rest or rest[0].startswith("--") or rest[0].endswith(".pt")
             if alone and hints[name] is bool:
                 value = "true"
-            elif not rest:
+            elif not rest or rest[0].startswith("--"):  # $OUT, say, which is not set
                 raise ValueError(f"--{name} needs a value")
             else:
                 value = rest.pop(0)
@@ -207,10 +211,10 @@ def parse_value(name: str, text: str, kind):
 
 
 def read_int(text: str) -> int:
-    scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
-    if scale == 1 and text.lstrip("-").isdigit():
+    if text.lstrip("-").isdigit():
         return int(text)
-    value = float(text[:-1] if scale > 1 else text) * scale
+    power = {"k": "e3", "m": "e6", "b": "e9"}.get(text[-1:].lower(), "")
+    value = float(text[:-1] + power if power else text)
     if value != round(value):
         raise ValueError
     return round(value)
@@ -427,11 +431,8 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> World:
-    """Join torchrun's world if there is one. Raises ValueError for a device that is not there.
-
-    device: auto, cpu, cuda or cuda:N. dtype: auto (bfloat16 on CUDA, else float32) or a name.
-    """
+def device_of(device: str) -> str:
+    """auto, cpu, cuda or cuda:N -> cpu or cuda:N. Raises ValueError for one that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -443,10 +444,19 @@ def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> Wor
         )
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
+    if device != "cpu" and int(device[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def start(device: str = "auto", dtype: str = "auto", shard: bool = False) -> World:
+    """Join torchrun's world if there is one. Raises ValueError for a device that does not fit.
+
+    device: see `device_of`. dtype: auto (bfloat16 on CUDA, else float32) or a name.
+    """
+    device = device_of(device)
     on_gpu = device != "cpu"
     if on_gpu:
-        if int(device[5:]) >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
         if find_spec("triton") is None:  # the loss head would hold many times the logits
             raise ValueError(
                 f"--device {device} takes Triton, which is not installed: pip install triton, or "
@@ -619,6 +629,11 @@ def save(path, model, meta: dict, **more):
             raise OSError(str(error.__context__ or error)) from error
 
 
+# what zipfile and torch.load raise for a file that is not what it should be
+UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, MemoryError)
+UNREADABLE += (zipfile.BadZipFile,)
+
+
 def load(path) -> dict:
     """A checkpoint as saved; its tensors stay in the file until they are used.
 
@@ -635,9 +650,7 @@ def load(path) -> dict:
         raise ValueError(
             f"{path} holds more than tensors and numbers: refused, nothing in it was run"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, MemoryError) as error:
-        raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
-    except zipfile.BadZipFile as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r})")
@@ -816,18 +829,17 @@ def configure(Config, given: dict, paper: dict, check, job_of):
     defaults = paper if paper_size(preset) else {}
     cfg = Config(**(defaults | given))
     check(cfg)
-    return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
+    if cfg.plan:
+        return cfg, None
+    return plan.fit(cfg, given, job_of(cfg), preset, device_of(cfg.device)), before
 
 
-def begin(
-    cfg, before: dict, recipe: str, text=None, answers: bool = True, shots: int = 0, reward=""
-) -> Setup:
+def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
     before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
     is trained on, if there is one. answers: whether training questions are answered by the model.
-    shots: how many solved questions are shown before each of them. reward: the file of a reward of
-    one's own. Raises ValueError if something does not fit.
+    Raises ValueError if something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -849,8 +861,8 @@ def begin(
     form = problems.form(cfg.questions)
     context = before["config"]["context"]
     shown = []
-    if shots:
-        shown = problems.shots(cfg.questions, shots, problems.load(cfg.questions, "train"))
+    if getattr(cfg, "shots", 0):
+        shown = problems.shots(cfg.questions, cfg.shots, problems.load(cfg.questions, "train"))
     prefix = tokens.encode(encoding, problems.few_shot(form, shown))
     room = problems.Room(
         context,
@@ -867,16 +879,27 @@ def begin(
     contents = {"init": weights_hash(cfg.init), "questions": fingerprint(train)}
     if text:
         contents["text"] = text.fingerprint
-    if shots:
+    if shown:
         contents["shots"] = fingerprint(shown)
-    if reward:
-        contents["reward"] = fingerprint(Path(reward).read_text(encoding="utf-8"))
+    if getattr(cfg, "reward", ""):
+        contents["reward"] = fingerprint(Path(cfg.reward).read_text(encoding="utf-8"))
     state = claim(cfg, contents)
     model = load_model(state or before, world)
     model.checkpoint_activations = cfg.checkpoint_activations
     return Setup(
         cfg, world, model, parent, state, contents, encoding, form, train, held_out, prefix
     )
+
+
+def check_batch(world: World, flag: str, batch: int, count: int):
+    """Raises ValueError if a batch, set by `flag`, is more than the `count` there are to train on,
+    or does not divide over the ranks."""
+    world.share(batch, flag)
+    if batch > count:
+        raise ValueError(
+            f"{flag} {batch} is more than the {count} questions or solutions to train on: lower "
+            "it, or raise --limit"
+        )
 
 
 def questions_of(cfg, split: str, count: int | None, encoding, form, room) -> list[dict]:
@@ -1050,6 +1073,16 @@ def examples(rows: list[dict], answers: list[dict]) -> list[dict]:
     return kept
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Raises ValueError, and says how to go on, for what cannot be written to a file of the run."""
+    try:
+        yield
+    except OSError as error:
+        message = f"could not write {path}: {error}; --resume goes on from the last saved state"
+        raise ValueError(message) from error
+
+
 class Log:
     """One JSON line per step in OUT.metrics.jsonl, and a progress bar that shows some of them.
 
@@ -1121,26 +1154,16 @@ class Log:
         if not self.active:
             return
         self.track(step, dict(numbers_in(values)))
-        try:
+        with writing(self.path):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise ValueError(
-                f"could not write {self.path}: {error}; --resume goes on from the last saved state"
-            ) from error
 
     def add_answers(self, step: int, split: str, rows: list[dict]):
         """Questions of a split with their answers (see `examples`): `step` updates were done."""
         if not self.active:
             return
         lines = [json.dumps({"step": step, "split": split, **row}) + "\n" for row in rows]
-        try:
-            with open(self.answers, "a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError as error:
-            raise ValueError(
-                f"could not write {self.answers}: {error}; --resume goes on from the last saved "
-                "state"
-            ) from error
+        with writing(self.answers), open(self.answers, "a", encoding="utf-8") as file:
+            file.writelines(lines)
 
     def healthy(self, step: int, rows, watched: dict[str, float], **others: float) -> bool:
         """Whether the update of this step may be made: all values are finite, and no spike.

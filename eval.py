@@ -102,7 +102,7 @@ def solve(
     if mine:
         how = dict(temperature=temperature, prefix=asked.prefix, progress=progress)
         samples = sampler(prompts, n, max_new, seeds, ends, **how)
-    counts = torch.zeros(7, len(asked.rows), dtype=torch.float64)
+    counts = torch.zeros(len(COUNTED), len(asked.rows), dtype=torch.float64)
     bar = tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)
     for place, row in enumerate(bar):
         block = slice(place * n, (place + 1) * n)
@@ -110,17 +110,17 @@ def solve(
         counts[:, world.rank + place * world.size] = count_answers(answers, samples, block, row)
         if shown is not None:
             shown += answers
-    summed = torch.tensor(world.sum(*counts.flatten().tolist())).view(7, -1)
-    right, flexible, formatted, truncated, distinct, nats, length = summed
+    summed = torch.tensor(world.sum(*counts.flatten().tolist())).view(counts.shape)
+    total = dict(zip(COUNTED, summed, strict=True))  # of all ranks, question by question
     out = {
         "n": n,
         "temperature": temperature,
-        "correct": [int(count) for count in right],
-        "flexible@1": float(flexible.mean() / n),
-        "formatted": float(formatted.mean() / n),
-        "truncated": float(truncated.mean() / n),
-        "answers": float(distinct.mean()),
-        "log_prob": float(nats.sum() / length.sum()),
+        "correct": [int(count) for count in total["right"]],
+        "flexible@1": float(total["right in any format"].mean() / n),
+        "formatted": float(total["formatted"].mean() / n),
+        "truncated": float(total["truncated"].mean() / n),
+        "answers": float(total["distinct"].mean()),
+        "log_prob": float(total["nats"].sum() / total["tokens"].sum()),
     }
     for k in ks:
         if k <= n:
@@ -147,11 +147,12 @@ def read_answers(asked: Asked, samples, block: slice, row: dict) -> list[dict]:
     ]
 
 
-def count_answers(answers: list[dict], samples, block: slice, row: dict) -> torch.Tensor:
-    """(7,) of the answers to one question, which are `block` of the samples.
+# what is counted of the answers to a question
+COUNTED = ("right", "right in any format", "formatted", "truncated", "distinct", "nats", "tokens")
 
-    Right; right in the flexible reading; in format; truncated; distinct; nats; tokens.
-    """
+
+def count_answers(answers: list[dict], samples, block: slice, row: dict) -> torch.Tensor:
+    """Numbers as in COUNTED of the answers to one question, which are `block` of the samples."""
     texts = [answer["text"] for answer in answers]
     right = [answer["correct"] for answer in answers]
     loose = grader.compare_all([(grader.flexible_answer(text), row["answer"]) for text in texts])
@@ -496,7 +497,8 @@ def job_of(cfg: Config) -> plan.Job:
 
     What is known of them is their names: STEP.pt is a base, which is asked with shots and without.
     """
-    there = plan.questions(cfg.questions[0] if cfg.questions else "", cfg.plan)
+    split = "test" if cfg.final else "val"
+    there = plan.questions(cfg.questions[0] if cfg.questions else "", cfg.plan, split)
     max_new = cfg.max_new or common.longest({"run": {}, "preset": cfg.plan})
     count = there.test if cfg.final else there.val
     if cfg.questions and cfg.questions[0].endswith(".jsonl"):
@@ -516,12 +518,14 @@ def job_of(cfg: Config) -> plan.Job:
         sampled=asked * cfg.n * plan.longest_answer(max_new),
     )
     row = plan.PROMPT + max_new
-    job = plan.Job("eval", [counts], row, optimizers=0, answers=count * cfg.n, checkpoints=0)
-    return job._replace(note=there.note)
+    answers = dict(answers=count * cfg.n, max_new=max_new)
+    return plan.Job("eval", [counts], row, optimizers=0, **answers, checkpoints=0, note=there.note)
 
 
 def main(given: dict):
     cfg = Config(**given)
+    if cfg.json and not cfg.report:
+        raise ValueError("--json goes with --report")
     if cfg.report:
         from results import report  # pandas and matplotlib take seconds to import
 
@@ -539,10 +543,13 @@ def main(given: dict):
         raise ValueError(
             f"pass@{most} needs --n of at least {most}, not {cfg.n}: raise --n or lower --k"
         )
+    if len({Path(path).stem for path in cfg.checkpoints}) < len(set(cfg.checkpoints)):
+        raise ValueError(
+            "two of the checkpoints have one file name, which would be that of their rows: measure "
+            "them one by one, each with --results of its own"
+        )
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
-    if cfg.json:
-        raise ValueError("--json goes with --report")
     if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):
         raise ValueError("two of --questions have one name, and a row is known by it: rename one")
     world = common.start(cfg.device, cfg.dtype)

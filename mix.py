@@ -12,7 +12,7 @@ SFT optimizer's update Delta_SFT, and
 The optimizers keep their own moments. An AdamW update is linear in its learning rate, so the shares
 go into the rates and theta is never copied (model.update). All other settings the same, --share 1
 is rl.py and --share 0 is sft.py, bit for bit. With --text the second batch is text that goes on
-where pre-training stopped, with the loss of pre-training: every token weighs 1/n.
+where pre-training stopped: every token weighs 1/n (pretrain.py's z-loss and --doc_mask are off).
 """
 
 import functools
@@ -102,9 +102,11 @@ def main(given: dict):
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
     text = text_stream(cfg, before)
-    run = common.begin(cfg, before, recipe_of(cfg), text, shots=cfg.shots, reward=cfg.reward)
+    run = common.begin(cfg, before, recipe_of(cfg), text)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
+    common.check_batch(world, "--questions_per_step", cfg.questions_per_step, len(run.train))
+    common.check_batch(world, "--batch", cfg.batch, cfg.batch if text else len(pairs))
     start = common.load_model(before, world) if cfg.kl else None
 
     rl_optimizer, sft_optimizer = (adam(model, cfg.offload) for _ in range(2))

@@ -28,6 +28,7 @@ import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -62,6 +63,7 @@ class Job(NamedTuple):
     row: int  # tokens of the longest row of a micro-batch
     optimizers: int = 1  # 0: nothing is trained
     answers: int = 0  # sampled together, by all ranks
+    max_new: int = 0  # tokens of the longest of them
     checkpoints: int = 1  # that it leaves on the disk
     text: tuple[str, float] = ("", 0.0)  # folder that is read, and its tokens
     note: str = ""  # what is assumed
@@ -89,13 +91,14 @@ TOY = Questions(400, 200, 300, 24 * 400)
 
 
 @functools.cache
-def questions(folder: str, preset: str) -> Questions:
+def questions(folder: str, preset: str, needed: str) -> Questions:
     """What is in a folder of questions; if it is not there, or without --plan (preset ""), what is
-    assumed: a run that trains does not open the test questions."""
+    assumed: a run that trains does not open the test questions. Raises ValueError if the folder
+    lacks the split that is `needed`."""
     if preset and folder and Path(folder).exists():
         counts = {}
         for split in ("train", "val", "test"):
-            there = Path(folder).is_file() or (Path(folder) / f"{split}.jsonl").is_file()
+            there = problems.split_path(folder, split).is_file() or split == needed
             counts[split] = problems.load(folder, split) if there else []
         solutions = sum(len(row.get("solutions", ())) for row in counts["train"])
         return Questions(*map(len, counts.values()), solutions)
@@ -222,10 +225,11 @@ def memory(
     max_new=0,
     row=0,
     offload=False,
+    kl=False,
 ) -> Memory:
     """What a run holds. together: answers that a GPU samples side by side; row: tokens of a row.
 
-    --kl takes 4 bytes per weight more. What a block keeps of a token, in bytes: width x (2 for its
+    What a block keeps of a token, in bytes: width x (2 for its
     input, 6 for q, k and v, 4 for q and k turned, 4 for the output of attention and its copy in
     another order, 2 for the MLP's input), ffn x (4 for gate and up, 2 for silu, 2 for the product),
     and for each of the four norms width x 8, two fp32 tensors. Compiled, only two norms keep
@@ -242,6 +246,7 @@ def memory(
         "weights": 4 * weights / part,
         "gradients": 4 * optimizers * weights / part,
         "moments": 0 if offload else 8 * optimizers * weights / part,
+        "start": 4 * weights / part * kl,  # the checkpoint that --kl compares with
         # the sampler's copy; not sharded, the embedding is read where it is
         "replica": 2 * (weights if shard else weights - head) * bool(together),
         "cache": together * (columns * 4 * c.layers * width + 16 * c.padded_vocab),
@@ -274,21 +279,22 @@ def memory_of(cfg, job: Job, model: Model) -> Memory:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     shard = ranks > 1 and getattr(cfg, "shard", False)
     together = min(getattr(cfg, "rows", 0), -(-job.answers // ranks))
-    max_new = job.row - PROMPT if job.answers else 0
     offload = getattr(cfg, "offload", False)
-    return memory(model, job.optimizers, ranks, shard, together, max_new, job.row, offload)
+    kl = getattr(cfg, "kl", 0) > 0
+    sizes = (together, job.max_new, job.row)
+    return memory(model, job.optimizers, ranks, shard, *sizes, offload, kl)
 
 
-def fit(cfg, given: dict, job: Job, preset: str):
+def fit(cfg, given: dict, job: Job, preset: str, device: str):
     """The Config with --micro, --rows, --checkpoint_activations, --shard and --offload that fit
-    the GPU.
+    the device, cpu or cuda:N.
 
     A flag in `given` stays; none of the others changes a result. On a CPU, and where nothing fits,
     the Config stays as it is. One line says what was chosen.
     """
-    if not torch.cuda.is_available() or cfg.device == "cpu" or preset not in PRESETS:
+    if device == "cpu" or preset not in PRESETS:
         return cfg
-    room = ROOM * torch.cuda.mem_get_info()[1]
+    room = ROOM * torch.cuda.get_device_properties(device).total_memory
     chosen = fitting(cfg, given, job, shape(preset), room)
     told = as_flags(chosen)
     if os.environ.get("RANK", "0") == "0":
@@ -412,7 +418,7 @@ def cards_table() -> list[str]:
     lines.append("|---" * (len(CARDS) + 1) + "|")
     for ranks, presets in ((1, ("190m", "1b", "4b")), (8, ("1b", "4b"))):
         for preset, script in itertools.product(presets, ("pretrain", "sft", "rl", "mix")):
-            with with_ranks(ranks):
+            with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
                 cost = cost_of_command([f"{script}.py", "--plan", preset])
             name = f"{preset} {script}" + (f", {ranks} GPUs" if ranks > 1 else "")
             lines.append(f"| {name} | " + " | ".join(map(in_a_cell, cost.chosen)) + " |")
@@ -423,19 +429,6 @@ def in_a_cell(chosen: dict) -> str:
     """What a trainer would choose: 16 c for --micro 16 --checkpoint_activations."""
     letters = "".join(LETTERS[name] for name in LETTERS if chosen.get(name))
     return f"{chosen['micro']} {letters}".strip() if chosen else "no"
-
-
-@contextlib.contextmanager
-def with_ranks(count: int):
-    """As if torchrun had started so many processes."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(count)
-    try:
-        yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
 
 
 def as_flags(chosen: dict) -> str:
@@ -463,14 +456,23 @@ def main(words: list[str]):
     for script in scripts:
         mine = [cost for cost in costs if cost.script == script]
         print(f"{script:<10}{len(mine):>4} commands  {told(mine)}")
-    text = sum(dict(cost.text for cost in costs).values())
+    folders = {}  # folder -> bytes, the most that a command reads of it
+    for folder, size in (cost.text for cost in costs):
+        folders[folder] = max(size, folders.get(folder, 0))
+    text = sum(folders.values())
     print(f"{'text':<10}{'':>13}  {'':38}{text / 1e9:>9.3g} GB")
     print(f"{'all':<10}{len(costs):>4} commands  {told(costs, text)}")
 
 
+SCRIPTS = ("pretrain", "sft", "rl", "mix", "eval")
+
+
 def cost_of_command(command: list[str]) -> Cost:
     """["rl.py", "--init", ...] with --plan among its flags -> what it costs."""
-    script = importlib.import_module(Path(command[0]).stem)
+    name = Path(command[0]).stem if command else ""
+    if name not in SCRIPTS:
+        raise ValueError(f"a command begins with one of {', '.join(SCRIPTS)}, not {name!r}")
+    script = importlib.import_module(name)
     given = script.common.parse_flags(script.Config, command[1:])
     if not given.get("plan"):
         raise ValueError(f"{' '.join(command)}: give it --plan, or it would run")
@@ -484,7 +486,11 @@ def told(costs: list[Cost], text: float = 0.0) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:2]):
+        print(__doc__.strip())
+        sys.exit()
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"plan.py: error: {error}")
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -10,7 +10,6 @@ the optimizer and its schedule begin anew.
 """
 
 import functools
-import json
 import re
 import statistics
 import time
@@ -23,7 +22,7 @@ from torch.profiler import record_function
 import common
 import plan
 from common import Count, NonNegative, Positive, Whole
-from data import tokens
+from data import files, tokens
 from eval import held_out_losses, layout_of
 from model import PRESETS, Model, ModelConfig, adam, cosine, round_up, update
 
@@ -109,7 +108,7 @@ def configure(given: dict):
     before = common.load(given["init"]) if given.get("init") and not given.get("plan") else None
     parent = before["meta"] if before else {}
     preset = given.get("plan") or given.get("preset", parent.get("preset", Config.preset))
-    if preset not in PRESETS:
+    if not parent and preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
     if parent and (preset != parent["preset"] or "embed_std" in given):
         raise ValueError(
@@ -122,7 +121,9 @@ def configure(given: dict):
         out = f"{Path(given['init']).with_suffix('')}-text"
         defaults |= {"length": parent["length"], "seed": parent["seed"], "out": out}
     cfg = Config(**(defaults | given))
-    return (cfg if cfg.plan else plan.fit(cfg, given, job_of(cfg), preset)), before
+    if cfg.plan:
+        return cfg, None
+    return plan.fit(cfg, given, job_of(cfg), preset, common.device_of(cfg.device)), before
 
 
 def rows_per_step(cfg: Config, world: common.World) -> int:
@@ -193,10 +194,7 @@ def meta_of(cfg: Config, contents: dict, parent: dict, encoding, step: int) -> d
         meta = common.child_meta(cfg, contents, parent, "pretrain", step)
         tasks = cfg.tasks or parent["tasks"]
         return meta | {"tokens": parent["tokens"] + read, "length": cfg.length, "tasks": tasks}
-    world_file = Path(cfg.data) / "world.json"
-    name = Path(cfg.data).name
-    if world_file.exists():
-        name = json.loads(world_file.read_text(encoding="utf-8")).get("name", name)
+    name = files.read_world(cfg.data).get("name", Path(cfg.data).name)
     return common.new_meta(
         cfg,
         contents,

@@ -171,14 +171,18 @@ def own_rewards(run: common.Setup, rolled: Rollout, texts: list[str]) -> list[fl
     return [0.0 if truncated else next(found) for truncated in rolled.truncated]
 
 
+def flat_groups(rewards_QG: torch.Tensor) -> torch.Tensor:
+    """(Q,) whether all answers of a group have the same reward."""
+    return rewards_QG.amax(1) == rewards_QG.amin(1)
+
+
 def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> int:
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), --resample times at most: flat
     groups give way, in place, to those of other questions. -> sampled tokens that were dropped."""
     size = run.cfg.group
     dropped = 0
     for again in range(1, run.cfg.resample + 1):
-        rewards = graded.rewards.view(-1, size)
-        flat = (rewards.amax(1) == rewards.amin(1)).nonzero().flatten().tolist()
+        flat = flat_groups(graded.rewards.view(-1, size)).nonzero().flatten().tolist()
         if not flat:
             break
         others = rollout(run, sampler, step, again, flat)
@@ -204,8 +208,7 @@ def advantages(rewards_QG: torch.Tensor, std_norm: bool, leave_one_out: bool = F
         centred = centred * (count / (count - 1))
     if std_norm:
         centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
-    flat = rewards_QG.amax(1, keepdim=True) == rewards_QG.amin(1, keepdim=True)
-    return torch.where(flat, 0.0, centred)
+    return centred.masked_fill(flat_groups(rewards_QG)[:, None], 0.0)
 
 
 def over_batch_std(advantage_QG: torch.Tensor, world) -> torch.Tensor:
@@ -236,8 +239,9 @@ def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage)
     return common.examples(rolled.questions[:: run.cfg.group], answers)
 
 
-def sums_of(rolled: Rollout, graded: Graded, advantage_QG: torch.Tensor, dropped: int) -> dict:
+def sums_of(rolled: Rollout, graded: Graded, group: int, dropped: int) -> dict:
     """What is counted of this rank's answers, to be summed over the ranks."""
+    flat = flat_groups(graded.rewards.view(-1, group))
     return {
         "reward": graded.rewards.sum(),
         "correct": sum(correct for correct, _ in graded.marks),
@@ -245,9 +249,9 @@ def sums_of(rolled: Rollout, graded: Graded, advantage_QG: torch.Tensor, dropped
         "truncated": sum(rolled.truncated),
         "late": sum(graded.late),
         "dropped": dropped,
-        "flat": (advantage_QG == 0).all(1).sum(),
+        "flat": flat.sum(),
         "answers": len(graded.marks),
-        "groups": len(advantage_QG),
+        "groups": len(flat),
         "tokens": sum(map(len, rolled.answers)),
         "prompt tokens": sum(map(len, rolled.prompts)),
     }
@@ -290,14 +294,14 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
         shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
         log.add_answers(step, "train", shown)
 
-    sums = sums_of(rolled, graded, advantage, dropped)
+    sums = sums_of(rolled, graded, cfg.group, dropped)
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
     lengths = torch.tensor([len(answer) for answer in rolled.answers])
     # one denominator for all ranks
     weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
     pad = tokens.pad_id(run.encoding)
     batch = problems.make_batch(
-        rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.answers_per_row
+        rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.per_row
     )
     numbers = numbers_of(total, cfg)
     numbers["waste"] = rolled.waste
@@ -441,7 +445,7 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
     prompts = cfg.questions_per_step * numbers["prompt_length"]
-    trained = sampled + prompts * -(-cfg.group // cfg.answers_per_row)
+    trained = sampled + prompts * -(-cfg.group // cfg.per_row)
     if not cfg.kl:
         trained *= 1 - numbers["flat"]  # flat groups are left out
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
@@ -468,16 +472,17 @@ def job_of(cfg: Config) -> plan.Job:
         sampled=(rows + validations * cfg.eval_n) * answer,
     )
     most = max(cfg.questions_per_step * cfg.group, cfg.eval_questions * cfg.eval_n)
-    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, answers=most)
+    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, answers=most, max_new=cfg.max_new)
 
 
 def check(cfg: Config):
     if cfg.group < 2:
         raise ValueError("--group takes 2 or more: an answer alone has the advantage 0")
-    if cfg.updates == 1 and (cfg.clip_high or cfg.ratio != "token"):
+    clips = cfg.clip_ratio != Config.clip_ratio or cfg.clip_high
+    if cfg.updates == 1 and (clips or cfg.ratio != "token"):
         raise ValueError(
-            "--clip_high and --ratio sequence change nothing with one update per batch, where the "
-            "ratio is 1: give --updates 2 or more"
+            "--clip_ratio, --clip_high and --ratio sequence change nothing with one update per "
+            "batch, where the ratio is 1: give --updates 2 or more"
         )
     if cfg.std_norm and cfg.batch_std:
         raise ValueError(
@@ -507,8 +512,9 @@ def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
-    run = common.begin(cfg, before, cfg.recipe or "rl", shots=cfg.shots, reward=cfg.reward)
+    run = common.begin(cfg, before, cfg.recipe or "rl")
     cfg, world, model = run.cfg, run.world, run.model
+    common.check_batch(world, "--questions_per_step", cfg.questions_per_step, len(run.train))
     start = common.load_model(before, world) if cfg.kl else None
 
     optimizer = adam(model, cfg.offload)

@@ -88,13 +88,15 @@ def main(given: dict):
     max_new = cfg.max_new or common.longest(meta)
     show = functools.partial(show_answers, Sampler(model), encoding, cfg, max_new)
     folder = cfg.questions or meta["questions"]
+    asks = {"questions", "split", "first", "shots"} & given.keys()
+    if cfg.prompt and asks:
+        raise ValueError(f"--prompt is given as it is: leave out --{min(asks)}")
     if cfg.prompt:
         # words of the toy world begin with their space, and there is no other white space in it
         text = f" {' '.join(cfg.prompt.split())}" if encoding.name == "toy" else cfg.prompt
         print(f"\n{text}")
         return show({"id": "prompt"}, text)
     form = problems.form(folder)
-    asks = {"questions", "split", "first", "shots"} & given.keys()
     if on_terminal() and not asks:
         return chat(show, form, folder)
     rows = problems.load(folder, cfg.split)[: cfg.first]

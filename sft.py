@@ -65,7 +65,7 @@ def sft_batch(run: common.Setup, pairs: list, step: int) -> problems.Batch:
     answers = [answer for _, answer in mine]
     pad = tokens.pad_id(run.encoding)
     weights = [1 / n] * len(mine)
-    return problems.make_batch(prompts, answers, weights, pad, per_row=cfg.answers_per_row)
+    return problems.make_batch(prompts, answers, weights, pad, per_row=cfg.per_row)
 
 
 def sft_gradients(run: common.Setup, batch: problems.Batch):
@@ -89,7 +89,7 @@ def recipe_of(cfg: Config) -> str:
 
 def job_of(cfg: Config) -> plan.Job:
     """What a run trains on, reads and samples, for --plan."""
-    there = plan.questions(cfg.questions, cfg.plan)
+    there = plan.questions(cfg.questions, cfg.plan, "train")
     share = min(1, cfg.limit / there.train) if cfg.limit else 1
     pairs = there.solutions if cfg.solutions == "all" else there.train * int(cfg.solutions)
     steps = cfg.steps or max(1, round(cfg.epochs * share * pairs / cfg.batch))
@@ -102,7 +102,7 @@ def job_of(cfg: Config) -> plan.Job:
     )
     most = cfg.eval_questions * cfg.eval_n
     row = plan.PROMPT + cfg.max_new
-    return plan.Job("sft", [counts], row, answers=most, note=there.note)
+    return plan.Job("sft", [counts], row, answers=most, max_new=cfg.max_new, note=there.note)
 
 
 def main(given: dict):
@@ -112,6 +112,7 @@ def main(given: dict):
     run = common.begin(cfg, before, recipe_of(cfg), answers=False)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)
+    common.check_batch(world, "--batch", cfg.batch, len(pairs))
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch))
 
     optimizer = adam(model, cfg.offload)

@@ -333,11 +333,6 @@ def shuffled(count, batch, seed, step, again=0):
     Arithmetic of (seed, step) and, for a batch in place of that one, the number `again`. What is
     left of an epoch after its last whole batch is not used, so no batch has a row twice.
     """
-    if batch > count:
-        raise ValueError(
-            f"a batch of {batch} needs at least as many questions or solutions to train on, there "
-            f"are {count}: raise --limit, or lower --batch or --questions_per_step"
-        )
     epoch, index = divmod(step, count // batch)
     key = [seed, epoch, again] if again else [seed, epoch]
     order = np.random.default_rng(key).permutation(count)

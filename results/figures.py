@@ -197,9 +197,10 @@ def draw_curves(r, path, arms, sets, panels, note):
             for i, (end, e, colour) in enumerate(ends):  # the interval, a little beside the end
                 place = 1 + sum(abs(other - end) < 0.1 * widest for other, *_ in ends[:i])
                 plot(axis, [end + 0.02 * place * widest], [e], color=colour)
-            title = f"{names.get(field, field)}: {asked}, {tokens_name(t)} tokens"
-            axis.set(title=title, xlabel=names[against], ylim=(0, 103))
-        row[0].set_ylabel("validation (%)")
+            axis.set(xlabel=names[against], ylim=(0, 103))
+        row[0].set_ylabel(f"{asked}, {tokens_name(t)} tokens\nvalidation (%)")
+    for axis, (field, _) in zip(axes[0], panels, strict=True):
+        axis.set_title(names.get(field, field))
     return save(figure, path, note)
 
 

@@ -4,6 +4,7 @@ One line on stderr that names what is wrong, exit status 2, and nothing is lost 
 """
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,24 @@ def test_prompt_with_an_unknown_word(refused, world):
 
 def test_prompt_that_is_too_long(refused, world):
     assert "512" in refused("sample", world.base, prompt=" Q" * 500)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_the_quick_try_of_the_readme(world, tmp_path, script):
+    words = re.search("A quick try: `(.*?)`", (ROOT / "README.md").read_text())[1].split()
+    out = tmp_path / "a.pt"
+    call(script, *words, "--compile", "false", init=world.base, out=out, max_new=16)
+    assert out.exists()
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_batch_of_more_than_there_is(refused, world, tmp_path, script):
+    """Said before anything is sampled: validation would come first."""
+    start = dict(init=world.base, out=tmp_path / "a.pt", limit=2)
+    message = refused(script, **start, **TRAINERS[script] | {"eval_questions": 4})
+    flag = "--batch 8" if script == "sft" else "--questions_per_step 4"
+    assert f"{flag} is more than the 2 " in message
+    assert not list(tmp_path.iterdir())
 
 
 GOOD = '{"id": "a", "question": " sam ?", "answer": "1", "solutions": ["#### 1"]}'

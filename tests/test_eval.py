@@ -454,6 +454,9 @@ def test_only_final_opens_the_test_split(measured, tmp_path, monkeypatch, capsys
 def test_flags_that_do_not_go_together(measured, tmp_path, capsys):
     for words, named in ((["--json"], "--report"), (["--n", "4", "--k", "8"], "--n")):
         assert named in refused(capsys, "eval", measured.trained, *words, results=tmp_path)
+    other = tmp_path / "other" / "rl.pt"
+    message = refused(capsys, "eval", measured.trained, other, results=tmp_path)
+    assert "one file name" in message
     two = f"{measured.easy},{tmp_path}/easy"
     assert "name" in refused(capsys, "eval", measured.trained, questions=two, results=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -73,6 +73,7 @@ def test_defaults_lie_in_their_ranges(script):
         ("pretrain", ["--lr=0"], "--lr"),
         ("rl", ["--group", "0"], "--group"),
         ("rl", ["--group", "1"], "--group"),
+        ("rl", ["--clip_ratio", "0.1"], "--clip_ratio"),
         ("rl", ["--temperature", "0"], "--temperature"),
         ("mix", ["--temperature", "0"], "--temperature"),
         ("mix", ["--share", "1.5"], "--share"),
@@ -108,6 +109,7 @@ def test_value_that_makes_no_sense(world, tmp_path, capsys, script, words, named
         (["--steps", "many"], ["--steps", "'many'"]),
         (["--std_norm", "maybe"], ["--std_norm", "true or false", "'maybe'"]),
         (["--steps"], ["--steps"]),
+        (["--init", "a.pt", "--out", "--resume"], ["--out needs a value"]),
         ([], ["--init"]),
         (["--init", "x.pt", "--dtype", "int8"], ["--dtype", "bfloat16", "'int8'"]),
         (["--init", "x.pt", "--device", "tpu"], ["x.pt"]),
@@ -119,11 +121,11 @@ def test_wrong_flag_is_named(capsys, words, named):
 
 
 def test_flags_are_read():
-    words = "--tokens 2.8M --save_tokens 1k,2000,3e3 --lr=1e-3 --resume --compile false"
+    words = "--tokens 2.8M --save_tokens 1k,2000,3e3,4.1M --lr=1e-3 --resume --compile false"
     given = common.parse_flags(config_of("pretrain"), words.split())
     assert given == {
         "tokens": 2_800_000,
-        "save_tokens": (1000, 2000, 3000),
+        "save_tokens": (1000, 2000, 3000, 4_100_000),
         "lr": 1e-3,
         "resume": True,
         "compile": False,

@@ -219,14 +219,21 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("per_row", [1, 2])
-def test_rl_batch_by_hand(per_row):
+@pytest.mark.parametrize(
+    "flags, per_row",
+    [
+        (dict(answers_per_row=1), 1),
+        (dict(answers_per_row=2), 2),
+        (dict(answers_per_row=2, micro=1), 1),
+    ],
+)
+def test_rl_batch_by_hand(flags, per_row):
     """Two groups of two: right and truncated, wrong in format and without one."""
     first, second = (QUESTIONS[place] for place in problems.shuffled(2, 2, 0, 0))
     right = say(f" #### {first['answer']}")
     answers = [right, right[:-1], say(" #### 9"), say(" 9")]
     said = [(ids, number == 1, -1.0 - number) for number, ids in enumerate(answers)]
-    run = rl_run(answers_per_row=per_row)
+    run = rl_run(**flags)
     batch, stats = rl.rl_batch(run, answers_of(*said), 0)
 
     n = sum(map(len, answers))

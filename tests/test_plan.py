@@ -3,7 +3,10 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,23 +294,47 @@ def test_questions_that_are_there_are_counted(tmp_path):
     for split, count in (("train", 5), ("val", 2), ("test", 4)):
         rows = [json.dumps(row | {"id": f"{split}{i}"}) for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    found = plan.questions(str(tmp_path), "toy")
+    found = plan.questions(str(tmp_path), "toy", "train")
     assert found == plan.Questions(train=5, val=2, test=4, solutions=10)
-    assert plan.questions(str(tmp_path / "train.jsonl"), "toy").train == 5
+    assert plan.questions(str(tmp_path / "train.jsonl"), "toy", "train").train == 5
 
 
 def test_text_is_counted_once(capsys):
     text = ["pretrain.py", "--data", "d", "--tokens", "1e10", "--plan", "1b"]
-    plan.main([*text, "+", *text, "--seed", "1"])
+    less = ["pretrain.py", "--data", "d", "--tokens", "5e9", "--plan", "1b"]
+    plan.main([*text, "+", *text, "--seed", "1", "+", *less])
     lines = capsys.readouterr().out.splitlines()
     steps = round(1e10 / 2097152)
     assert float(lines[-2].split()[1]) == pytest.approx(4e-9 * steps * 2097152, rel=0.01)
-    assert lines[-1].split()[:3] == ["all", "2", "commands"]
+    assert lines[-1].split()[:3] == ["all", "3", "commands"]
 
 
-def test_a_command_that_would_run_is_refused():
-    with pytest.raises(ValueError, match="--plan"):
-        plan.main(["pretrain.py"])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["pretrain.py"], "--plan"),
+        (["pretrain.py", "--plan", "1b", "+"], "begins with one of"),
+        (["pretrian.py", "--plan", "1b"], "pretrian"),
+    ],
+)
+def test_a_command_that_cannot_be_planned_is_refused(words, named):
+    command = [sys.executable, "plan.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_questions_that_a_plan_needs_and_are_not_there(tmp_path):
+    for script, words in (("sft", ["--limit", "9"]), ("eval", ["step5.pt"])):
+        with pytest.raises(ValueError, match="train" if script == "sft" else "val"):
+            cost(f"{script}.py", *words, "--questions", str(tmp_path))
+
+
+def test_kl_holds_the_start_too():
+    model = plan.shape("1b")
+    for shard in (False, True):
+        less, more = (plan.memory(model, ranks=8, shard=shard, kl=kl).holds for kl in (False, True))
+        assert more == less | {"start": less["weights"]} and less["start"] == 0
 
 
 # ---- what fits a GPU
@@ -378,10 +405,11 @@ def test_flags_that_were_given_stay(monkeypatch):
 
 
 def test_the_choice_for_a_gpu_is_said_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70e9, 80e9))
+    gpus = {"cuda:0": 8e9, "cuda:1": 80e9}
+    ask = lambda device: SimpleNamespace(total_memory=gpus[device])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", ask)
     cfg = rl.Config(init="x")
-    fit = plan.fit(cfg, {"init": "x"}, rl.job_of(cfg), "1b")
+    fit = plan.fit(cfg, {"init": "x"}, rl.job_of(cfg), "1b", "cuda:1")
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert f"--micro {fit.micro}" in told
@@ -392,9 +420,6 @@ def test_the_choice_for_a_gpu_is_said_in_one_line(monkeypatch, capsys):
     assert changed <= memory <= common.OPERATIONAL
 
 
-def test_nothing_is_chosen_on_a_cpu(monkeypatch):
+def test_nothing_is_chosen_on_a_cpu():
     cfg = rl.Config(init="x")
-    assert plan.fit(cfg, {}, rl.job_of(cfg), "1b") is cfg
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = rl.Config(init="x", device="cpu")
-    assert plan.fit(cfg, {}, rl.job_of(cfg), "1b") is cfg
+    assert plan.fit(cfg, {}, rl.job_of(cfg), "1b", "cpu") is cfg

@@ -10,7 +10,7 @@ from PIL import Image
 
 from results.findings import BASE, RL, SFT, SFT_RL
 from results.rows import RECIPES, Arm, tokens_name
-from results.stats import of_models
+from results.stats import estimate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
@@ -26,7 +26,6 @@ NAMES = {  # what a stranger would rather read: the presets of model.py, the wor
     "1b": "1B parameters",
     "4b": "4B parameters",
 }
-USUAL = "400"  # questions that an arm trains on where its name says nothing
 SPLITS = {"val": "validation", "test": "test"}
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv")).set_index(["metric", "recipe"])
 
@@ -59,9 +58,9 @@ def tick_names(tokens):
 
 
 def of_questions(recipe):
-    """("sft-5-epochs", "50") of "sft-50-questions-5-epochs"; None where all questions train."""
-    found = re.fullmatch(r"(.+?)-(\d+)-questions(-.+)?", recipe)
-    return found and (found[1] + (found[3] or ""), found[2])
+    """ "50" of "rl-50-questions"; None where a name says nothing."""
+    found = re.search(r"-(\d+)-questions", recipe)
+    return found and found[1]
 
 
 def bars(r):
@@ -147,6 +146,8 @@ def draw_recipes(r, path):
         for metric in PAPER.index.unique(0)
     }
     levels = {metric: of for metric, of in levels.items() if any(map(any, of.values()))}
+    if not levels:
+        return None
     size = (0.4 + 2.5 * len(levels), 5.9)
     figure, axes = plt.subplots(2, len(levels), figsize=size, sharey=True, squeeze=False)
     gaps = np.diff(np.log(r.tokens))
@@ -207,30 +208,38 @@ def draw_curves(r, path, arms, sets, panels, note):
 def draw_map(r, path):
     """Where RL overtakes SFT: pass@1 of rl along its steps less that of sft at its end, a panel per
     number of training questions, a line per checkpoint."""
-    found = {}  # number of questions -> {tokens: {step: differences over models}}
-    sizes = {of_questions(arm.recipe)[1] for arm in r.arms if of_questions(arm.recipe)}
-    for size in sorted({USUAL, *sizes}, key=int):
-        name = "" if size == USUAL else f"-{size}-questions"
+    sizes = {of_questions(arm.recipe) for arm in r.arms} - {None}
+    found = {}  # title -> {tokens: {step: Estimate}}
+    for size in ("", *sorted(sizes, key=int)):
+        name = size and f"-{size}-questions"
+        title = f"{int(size):,} training questions" if size else "the usual training questions"
         for t in r.tokens:
             rl, sft = (r.validations(Arm(x + name), t) for x in ("rl", "sft"))
-            for run in rl.keys() & sft.keys():
+            gaps = {}  # step -> {(pre-training seed, seed): difference}
+            for run in sorted(rl.keys() & sft.keys()):
+                end = sft[run][max(sft[run])]
                 for step, value in rl[run].items():
-                    at = found.setdefault(size, {}).setdefault(t, {}).setdefault(step, {})
-                    at[run] = value - sft[run][max(sft[run])]
+                    gaps.setdefault(step, {})[run] = [value - end]
+            most = max(map(len, gaps.values()), default=0)
+            line = {
+                step: estimate(pd.DataFrame(at)) for step, at in gaps.items() if len(at) == most
+            }
+            if line:
+                found.setdefault(title, {})[t] = line
     if not found:
         return None
     figure, axes = plt.subplots(1, len(found), figsize=(2.4 + 3 * len(found), 3.9), sharey=True)
-    for axis, (size, lines) in zip(np.atleast_1d(axes), found.items(), strict=True):
-        for t, steps in sorted(lines.items()):
+    axes = np.atleast_1d(axes)
+    for axis, (title, lines) in zip(axes, found.items(), strict=True):
+        for t, line in lines.items():
             place = r.tokens.index(t)
             colour = plt.get_cmap("viridis")(0.9 * place / max(1, len(r.tokens) - 1))
             look = {"color": colour, "marker": MARKERS[place], "ms": 4, "label": tokens_name(t)}
-            many = {s: at for s, at in steps.items() if len(at) == max(map(len, steps.values()))}
-            ends = [of_models(at) for at in many.values()]
-            plot(axis, sorted(many), [e for _, e in sorted(zip(many, ends, strict=True))], **look)
+            steps = sorted(line)
+            plot(axis, steps, [line[step] for step in steps], **look)
         axis.axhline(0, color="#444444", linewidth=0.8)
-        axis.set(title=f"{int(size):,} training questions", xlabel="steps of RL")
-    np.atleast_1d(axes)[0].set_ylabel("rl - sft, pass@1 (points)")
+        axis.set(title=title if len(found) > 1 else "", xlabel="steps of RL")
+    axes[0].set_ylabel("rl - sft, pass@1 (points)")
     note = "validation; above the line RL is ahead; lines: tokens of pre-training"
     return save(figure, path, note)
 

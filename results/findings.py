@@ -297,14 +297,12 @@ def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
         else:
             reason = unready(r, parts)
         inside, outside = (1.0, 1.0) if reason else outcome([p.chances for p in parts])
-        found[finding.number] = parts, reason, inside, outside
-    ps = [min(1.0, 2 * min(inside, outside)) for *_, inside, outside in found.values()]
+        word = "not tested" if reason else "holds" if inside < outside else "contradicted"
+        p = min(1.0, 2 * min(inside, outside))
+        found[finding.number] = Verdict(word, reason, parts, p, p)
     verdicts = {}
-    for (number, (parts, reason, inside, outside)), p, adjusted in zip(
-        found.items(), ps, holm(ps), strict=True
-    ):
-        word = "holds" if inside < outside else "contradicted"
-        if reason or adjusted >= 0.05:
-            word = "not tested" if reason else "not resolved"
-        verdicts[number] = Verdict(word, reason, parts, p, adjusted)
+    adjusted = holm([v.p for v in found.values()])
+    for (number, v), p in zip(found.items(), adjusted, strict=True):
+        word = v.verdict if v.reason or p < 0.05 else "not resolved"
+        verdicts[number] = v._replace(verdict=word, holm=p)
     return verdicts

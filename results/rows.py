@@ -32,7 +32,7 @@ NEEDS = {  # kind of row -> its fields: right answers of each question; tasks; l
 }
 RUN = ["checkpoint", "config_hash", "world", "model", "recipe", "tokens", "pretrain_seed", "seed"]
 OPTIONAL = ["benchmark", "shots", "group", "share", "share_end", "lr", "sft_lr", "n"]
-OPTIONAL += ["formatted", "flexible@1", "probability", "flops", "seconds"]
+OPTIONAL += ["weights", "formatted", "flexible@1", "probability", "flops", "seconds"]
 BEST = -1  # shots of a base: as many as score best
 
 
@@ -199,9 +199,9 @@ class Record:
             model=frame.model.where(frame.model != self.model, ""),
         )
 
-        def two_runs():  # of one arm, seed and step
-            same = frame.groupby([*PLACE, *UNIT, "step"]).config_hash
-            return frame[same.transform("nunique") > 1]
+        def two_runs():  # of one arm, seed and step: by their flags, or by what came of them
+            same = frame.groupby([*PLACE, *UNIT, "step"])
+            return frame[(same[["config_hash", "weights"]].transform("nunique") > 1).any(axis=1)]
 
         if len(two_runs()) and set(frame.split) == {"val"}:  # a sweep: each rate is a recipe
             rates = " lr=" + frame.lr.map("{:g}".format)
@@ -235,9 +235,9 @@ class Record:
         """-> DataFrame of questions x (pre-training seed, seed); raises Missing.
 
         metric: "pass@8"; "32 in format", pass@k at the k of which 32 have the format; "loss";
-        "accuracy" of all tasks; or a field of the rows. asked: question sets of one weight, "a+b".
+        "accuracy" of all tasks; or a field of the rows. asked: the question set.
         """
-        places = [("pass", name, "") for name in (asked or self.main).split("+")]
+        places = [("pass", asked or self.main, "")]
         if metric in ("accuracy", "probability", "loss"):  # measured without shots
             arm = arm._replace(shots=0)
             places = [("general", "", name) for name in self.tasks or [""]]

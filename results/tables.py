@@ -1,9 +1,11 @@
 """What the report says in words: report.md of a folder, the block of findings, the terminal."""
 
+import numpy as np
 import pandas as pd
 
 from results.findings import BASE, FINDINGS, RL, SFT, SFT_RL, gain, trains_by_rl
 from results.rows import RECIPES, Arm, Missing, tokens_name
+from results.stats import of_models
 
 ABOUT = """In %, differences in points. ±: half of the 95% interval over models; SE: one standard
 error over questions, where there are fewer than four models. By run: the means of the models, by
@@ -122,8 +124,8 @@ def convergence(r):
 
 def references(r, arm):
     """What an arm is compared with. First what it varies: "rl-dr" rl, "a->b" a and b, another
-    number of rollouts, share, world or model the usual; "rl-x" also "sft-x"; then base, sft, rl
-    and sft->rl, as far as they come before it."""
+    number of rollouts that of 5, another share, world or model the usual; "rl-x" also "sft-x"; then
+    base, sft, rl and sft->rl, as far as they come before it."""
     if arm.recipe == "base":
         return [arm._replace(shots=0)] if arm.shots else []
     alike = {other.recipe: other for other in r.arms if other == arm._replace(recipe=other.recipe)}
@@ -148,23 +150,50 @@ def levels(r, asked):
             continue
         seeds = max(e.seeds for e in found.values() if e)
         cells = [shown(e, metric) for metric, e in found.items()]
-        runs = found["pass@1"].runs.items() if found["pass@1"] else ()
-        last = ", ".join(f"{run}: {100 * mean:.1f}" for run, mean in runs)
-        rows.append([tokens_name(t), f"**{arm}**", seeds, *cells, last])
+        cells += [by_run(found[metric]) for metric in ("pass@1", "pass@32")]
+        rows.append([tokens_name(t), f"**{arm}**", seeds, *cells])
         for other in references(r, arm):
             gaps = [m != "flops" and r.gap(m, arm, other, t, asked) for m in metrics]
             if any(gaps):
                 seeds = max(e.seeds for e in gaps if e)
                 cells = [shown(e, m, "+") for m, e in zip(metrics, gaps, strict=True)]
-                rows.append([tokens_name(t), f"{arm} - {other}", seeds, *cells, ""])
-    heads = [METRICS[metric] for metric in metrics]
-    return table(["tokens", asked or "arm", "seeds", *heads, "pass@1 by run"], rows)
+                cells += [by_run(gaps[metrics.index(m)], "+") for m in ("pass@1", "pass@32")]
+                rows.append([tokens_name(t), f"{arm} - {other}", seeds, *cells])
+    heads = [METRICS[metric] for metric in metrics] + ["pass@1 by run", "pass@32 by run"]
+    return table(["tokens", asked or "arm", "seeds", *heads], rows)
+
+
+def by_run(e, sign=""):
+    runs = e.runs.items() if e else ()
+    return ", ".join(f"{run}: {100 * mean:{sign}.1f}" for run, mean in runs)
+
+
+def by_task(r):
+    """Accuracy of each task of general capability, which the levels have as one mean."""
+    frame = r.frame[(r.frame.kind == "general") & (r.frame.asked == r.main)]
+    measured = frame[frame.split == r.split]
+    accuracy = measured.right.map(np.mean)
+    place = [measured[name] for name in ("tokens", "part", *Arm._fields, "pretrain_seed")]
+    found = accuracy.groupby(place).mean().to_dict()  # of the seeds of a model
+    rows = []
+    for t, arm in ((t, arm) for t in r.tokens for arm in r.arms):
+        cells = []
+        for task in r.tasks:
+            of = {run: x for (*at, run), x in found.items() if at == [t, task, *arm]}
+            base = {run: found.get((t, task, *Arm("base", 0, *arm[2:]), run)) for run in of}
+            gaps = {run: x - base[run] for run, x in of.items() if base[run] is not None}
+            cells.append(shown(of_models(of)) if of else "-")
+            cells.append(shown(of_models(gaps), sign="+") if gaps and arm.recipe != "base" else "-")
+        rows += [[tokens_name(t), f"**{arm}**", *cells]] if {*cells} != {"-"} else []
+    heads = [head for task in r.tasks for head in (task, f"{task}, less the base's")]
+    return table(["tokens", "arm", *heads], rows)
 
 
 def training(r):
-    """What the runs of each arm took, each counted once; arms after SFT without their SFT."""
+    """What the runs of each arm took, each counted once; arms after SFT without their SFT, and of
+    an arm that was run again with more steps the longer run."""
     seed = r.frame.seed.where(r.frame.recipe != "base", 0)  # those of a base are draws of shots
-    runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["config_hash", "seed"])
+    runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["checkpoint", "seed"])
     own = {Arm(*key): some for key, some in runs.groupby(list(Arm._fields))}
     rows = []
     for arm, some in ((arm, own[arm]) for arm in r.arms if arm in own):
@@ -187,6 +216,8 @@ def page(r, verdicts, pictures, torn):
     parts += [f"![{name}]({name})\n" for name in pictures]
     for asked in r.benchmarks or [""]:
         parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]
+    if len(r.tasks) > 1:
+        parts += ["## Accuracy of each task\n", by_task(r)]
     return "\n".join([*parts, training(r)])
 
 
@@ -196,13 +227,10 @@ def page(r, verdicts, pictures, torn):
 def grid(r):
     """Recipes by checkpoints, in %."""
     columns = {}
-    for metric, name in {
-        **{f"pass@{k}": f"pass@{k}" for k in (1, 8, 32)},
-        "accuracy": "general",
-    }.items():
+    for metric in ("pass@1", "pass@8", "pass@32", "accuracy"):
         for t in r.tokens:
             found = {str(arm): r.level(arm, t, metric) for arm in r.arms}
-            columns[name, tokens_name(t)] = {arm: 100 * e.mean for arm, e in found.items() if e}
+            columns[metric, tokens_name(t)] = {arm: 100 * e.mean for arm, e in found.items() if e}
     frame = pd.DataFrame(columns).reindex([*map(str, r.arms)]).dropna(how="all")
     return frame.to_string(float_format="{:.1f}".format, na_rep="-", line_width=100)
 

@@ -868,6 +868,10 @@ def test_two_runs_of_one_arm_and_seed_are_refused_and_in_a_sweep_each_rate_is_a_
     other = [row | {"lr": 3e-4, "config_hash": "1", "checkpoint": "y.pt"} for row in rows]
     with pytest.raises(ValueError, match="y.pt"):
         record(rows + other)
+    again = [row | {"weights": "a"} for row in rows]  # the same flags, of changed code
+    again += [row | {"weights": "b", "checkpoint": "mine.pt"} for row in rows]
+    with pytest.raises(ValueError, match="mine.pt"):
+        record(again)
     sweep = record([row | {"split": "val"} for row in rows + other])
     assert [*map(str, sweep.arms)] == ["rl lr=0.0003", "rl lr=0.001"]
 
@@ -927,6 +931,61 @@ def test_one_model_is_a_direction_said_once(tmp_path, capsys, holding):
     assert pictures == names
     for name in ("5M", "sft->rl", "base 8-shot", "general", "claimed > 0", "claims 6, 8: not all"):
         assert name in printed, name
+
+
+def test_the_map_has_an_error_over_models_whose_seeds_are_averaged(tmp_path, monkeypatch):
+    drawn = {}
+    keep = lambda axis, x, found, **look: drawn.update({look["label"]: [*zip(x, found)]})  # noqa
+    monkeypatch.setattr(figures, "plot", keep)
+
+    def rows_of(models, seeds):
+        rows = []
+        for model, seed in itertools.product(models, seeds):
+            for recipe, end in (("rl", 0.3 + 0.1 * model + 0.01 * seed), ("sft", 0.2)):
+                run = run_of(recipe, TOKENS[0], model, seed) | {"split": "val", "kind": "curve"}
+                points = [{"step": step, "pass@1": x} for step, x in ((0, 0.0), (50, end))]
+                rows.append(run | {"points": points})
+        return rows
+
+    figures.draw_map(record(rows_of([0], range(4))), tmp_path / "map.png")
+    (_, start), (step, end) = drawn["1M"]
+    assert (step, end.df) == (50, 0) and end.mean == pytest.approx(0.115)
+    assert start.mean == pytest.approx(-0.2)
+    figures.draw_map(record(rows_of(range(4), range(2))), tmp_path / "map.png")
+    (_, end) = drawn["1M"][-1]
+    by_model = [0.105, 0.205, 0.305, 0.405]
+    assert end.df == 3 and end.se == pytest.approx(reference.sem(by_model))
+
+
+def test_each_task_has_its_own_accuracy(holding):
+    _, r, _ = holding
+    header, rows = cells_of(tables.by_task(r))
+    assert header == ["tokens", "arm", *"agreement;agreement, less the base's".split(";"),
+                      *"facts;facts, less the base's".split(";")]  # fmt: skip
+    found = {(row[0], row[1]): row[2:] for row in rows}
+    assert found["3M", "**base 0-shot**"][1::2] == ["-", "-"]
+    level, gap = found["3M", "**sft**"][2:]
+    both = [of_task(r, recipe, TOKENS[2], "facts") for recipe in ("sft", "base")]
+    assert float(level.split()[0]) == pytest.approx(100 * np.mean(both[0]), abs=0.06)
+    difference = [100 * (x - y) for x, y in zip(*both, strict=True)]
+    half = reference.t.ppf(0.975, 7) * reference.sem(difference)
+    assert gap == f"{np.mean(difference):+.1f} ±{half:.1f}"
+
+
+def of_task(r, recipe, tokens, task):
+    """Accuracy by model, of the rows as they are."""
+    some = r.frame[(r.frame.kind == "general") & (r.frame.split == "test")]
+    some = some[(some.recipe == recipe) & (some.tokens == tokens) & (some.benchmark == task)]
+    some = some[(some.world == "") & (some.model == "") & (some.asked == r.main)]
+    assert sorted(some.pretrain_seed) == [*MODELS]
+    return [statistics.fmean(right) for right in some.sort_values("pretrain_seed").right]
+
+
+def test_rows_of_a_variant_alone_are_reported(tmp_path, holding):
+    rows = [row | {"share": 0.25} for row in few(holding[0], "mix")]
+    save(tmp_path, rows)
+    report.report(tmp_path)
+    assert (tmp_path / "report.md").exists() and not (tmp_path / "recipes.png").exists()
 
 
 def test_the_claims_in_full_have_their_units():

@@ -517,9 +517,16 @@ def job_of(cfg: Config) -> plan.Job:
         read=asked * plan.PROMPT + measured * len(cfg.checkpoints),
         sampled=asked * cfg.n * plan.longest_answer(max_new),
     )
-    row = plan.PROMPT + max_new
-    answers = dict(answers=count * cfg.n, max_new=max_new)
-    return plan.Job("eval", [counts], row, optimizers=0, **answers, checkpoints=0, note=there.note)
+    return plan.Job(
+        "eval",
+        [counts],
+        row=plan.PROMPT + max_new,
+        optimizers=0,
+        asked=((count, cfg.n),),
+        max_new=max_new,
+        checkpoints=0,
+        note=there.note,
+    )
 
 
 def main(given: dict):

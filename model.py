@@ -2,8 +2,8 @@
 Triton kernels. Tensors and lists of ids in, tensors out; no text and no checkpoints.
 
 Shape letters: B rows, T tokens, D width, H heads, K = D/H head width, V vocabulary, N tokens in a
-flat list, Q questions of a batch, P columns of their prompts, R answers being sampled, S tokens of
-a few-shot prefix that all prompts share. `ids_BT` is a tensor (B, T).
+flat list, A answers to all questions, R of them being sampled, Q questions of a batch, P columns of
+their prompts, S tokens of a few-shot prefix that all prompts share. `ids_BT` is a tensor (B, T).
 
 What differs from a textbook transformer (this is what OLMo2 is, arXiv 2501.00656, section 3.2):
  1. the norms sit on the outputs of attention and MLP, and there are none on their inputs:
@@ -73,6 +73,8 @@ class ModelConfig:
             )
         if self.vocab > self.padded_vocab:
             raise ValueError(f"vocab {self.vocab} is larger than padded_vocab {self.padded_vocab}")
+        if self.context % 8:
+            raise ValueError(f"context {self.context}: rows are filled up to a multiple of 8")
 
     @property
     def head_width(self) -> int:
@@ -296,12 +298,8 @@ class Model(nn.Module):
 
         FlexAttention is one kernel only where a compiler makes it one: run as it is, it holds all
         scores in fp32, where SDPA with a mask holds the mask. A CPU has no backward pass of it, and
-        Triton no products in fp64.
-
-        Known without a GPU, with torch 2.11 and 2.13: other masks and lengths are no new code, and
-        the gradients of the traced graph are right. Not known: whether the kernels that Inductor
-        generates run on sm_90, and their speed. `bash tests/gpu.sh tree` asks; --compile false does
-        without them."""
+        Triton no products in fp64. `bash tests/gpu.sh tree` asks whether the kernels that Inductor
+        generates run, and how fast; --compile false does without them."""
         return self.compiled and x.is_cuda and x.dtype != torch.float64
 
     def forward(
@@ -432,21 +430,21 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 0, floor: float = 0
 
 
 class Samples(NamedTuple):
-    """R = questions * n answers, question by question. `tokens` past a row's length are not part of
-    the answer."""
+    """A = questions * n answers, question by question; `tokens` past the length of an answer are no
+    part of it."""
 
-    tokens: Tensor  # (R, max_new) int64, the sampled end token included
-    lengths: Tensor  # (R,) int64, tokens sampled, the end token counted
-    logp: Tensor  # (R, max_new) fp32, log-prob of each token at the temperature of sampling
-    truncated: Tensor  # (R,) bool, stopped by max_new and not by an end token
+    tokens: Tensor  # (A, max_new) int64, the sampled end token included
+    lengths: Tensor  # (A,) int64, tokens sampled, the end token counted
+    logp: Tensor  # (A, max_new) fp32, log-prob of each token at the temperature of sampling
+    truncated: Tensor  # (A,) bool, stopped by max_new and not by an end token
     waste: float  # of all rows decoded, token by token, the share that had ended
-    logp_1: Tensor  # (R, max_new) fp32, log-prob at temperature 1: what the model itself gives it
+    logp_1: Tensor  # (A, max_new) fp32, log-prob at temperature 1: what the model itself gives it
 
 
 def uniform_noise(seeds: list[int], length: int) -> Tensor:
-    """(R, length) fp64 in [0, 1). Row r is a function of seeds[r] alone, so neither the batch a row
-    is in nor the number of ranks changes what it draws. One number a token is enough: `Sampler`
-    inverts the cumulative distribution."""
+    """(A, length) fp64 in [0, 1). Row a is a function of seeds[a] alone, so neither the batch that
+    an answer is in nor the number of ranks changes what it draws. One number a token is enough:
+    `Sampler` inverts the cumulative distribution."""
     noise = torch.empty(len(seeds), length, dtype=torch.float64)
     generator = torch.Generator()
     for row, seed in zip(noise, seeds, strict=True):
@@ -577,14 +575,14 @@ class Request(NamedTuple):
     n: int
     noise: Tensor  # (A, max_new), see `uniform_noise`
     answers: Samples  # on the CPU, filled as rows are dropped
-    held: Tensor  # (R,) on the CPU: the number of the answer in each slot of Buffers, -1: none
+    held: Tensor  # (slots,) on the CPU: the number of the answer in each of Buffers, -1: none
 
 
 class Buffers:
     """What a batch reads and writes, at addresses that captured graphs rely on. `sizes` are what
     there is room for: R rows, Q questions, P columns of their prompts, T columns of the answers."""
 
-    def __init__(self, model: Model, device: torch.device, sizes: tuple[int, int, int, int]):
+    def __init__(self, model: Model, device, sizes: tuple[int, int, int, int]):
         self.sizes = sizes
         R, Q, P, T = sizes
         c = model.config
@@ -660,6 +658,7 @@ class Sampler:
     CHECK = 4  # tokens from one look for finished rows to the next: a GPU waits for each look
     REFILL = 8  # the next questions are taken in when one row in so many is free
     SPAN = {"cpu": 8, "cuda": 64}  # T and P are multiples of it: few shapes to compile or capture
+    SPARE = 8  # columns of either that are there and not used
 
     def __init__(self, model: Model, rows: int = 512, compile: bool = False):
         self.rows = rows
@@ -686,6 +685,7 @@ class Sampler:
         self.graphs = {}  # Step -> its graph; None: has run once, to be captured at the next use
         self.pool = None  # of the graphs' memory
         self.stream = torch.cuda.Stream() if on_cuda else None  # that they are captured on
+        self.prefix = []  # keys and values of the prefix, (2, H, S, K) a layer
         self.buffers = None
         self.steps_left = 0  # tokens until every row is certainly full
         self.compiled = compile
@@ -698,11 +698,11 @@ class Sampler:
         """Room for the weight, whole and in the compute dtype; the weight itself where it is that
         already, or is cast when used."""
         sharded = hasattr(weight, "full_tensor")
-        norm = weight.dim() == 1
-        as_it_is = norm and not (sharded and "blocks" in name)  # the dtypes that the trainer has
-        dtype = weight.dtype if as_it_is else self.model.compute
-        if not sharded and (dtype == weight.dtype or name == "embed.weight"):
+        cast_when_used = weight.dim() == 1 or name == "embed.weight"
+        if not sharded and (cast_when_used or weight.dtype == self.model.compute):
             return weight
+        # FSDP casts the norms of a block and not the final one: the dtypes that the trainer has
+        dtype = weight.dtype if name == "norm.weight" else self.model.compute
         copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.copies.append((copy, weight))
         return copy
@@ -715,8 +715,7 @@ class Sampler:
             if hasattr(weight, "full_tensor"):
                 weight = weight.to(copy.dtype).full_tensor()  # cast first: less to send
             copy.copy_(weight)
-        self.prefix_ids = ()  # its cache is of the old weights
-        self.prefix = []
+        self.prefix_ids = ()  # the cache of the prefix is of the old weights
 
     # Duck shapes: a compiler would take sizes that happen to be equal once to be equal always.
     @torch.fx.experimental._config.patch(use_duck_shape=False)
@@ -742,12 +741,13 @@ class Sampler:
         self._use_prefix(tuple(prefix))
         batches = self._batches(prompts, n, max_new, len(prefix))
         most = max(map(len, batches))
-        # One of each more than is used: a slice is then never the whole, which a compiler would
-        # tell apart, and make its code twice.
+        # Of each a little more than is used: a slice is then never the whole, which a compiler
+        # would tell apart, and make its code twice.
         longest = round_up(max(map(len, prompts)), self.span)
         columns = round_up(max_new, self.span)
         self._reserve(
-            most * n + 1, self._groups(most, n) + 1, longest + self.span, columns + self.span
+            self._bytes(most, n, longest, max_new, len(prefix)),
+            *(most * n + 1, self._groups(most, n) + 1, longest + self.SPARE, columns + self.SPARE),
         )
         A = len(prompts) * n
         answers = Samples(
@@ -799,12 +799,19 @@ class Sampler:
             )
 
     def _use_prefix(self, prefix: tuple[int, ...]):
-        """Keys and values of the prefix, (2, H, S, K) a layer, unless they are there."""
-        if prefix and self.prefix_ids != prefix:
+        """Keys and values of the prefix, unless they are there; where it is as long as the one
+        before, at the addresses that graphs read."""
+        if not prefix or self.prefix_ids == prefix:
+            return
+        _, cache = self.prefill(torch.tensor([prefix], device=self.embed.device))
+        new = [torch.cat(kv) for kv in cache]
+        if self.prefix and self.prefix[0].shape == new[0].shape:
+            for old, kv in zip(self.prefix, new, strict=True):
+                old.copy_(kv)
+        else:
             self.graphs = {}  # they read the old ones
-            _, cache = self.prefill(torch.tensor([prefix], device=self.embed.device))
-            self.prefix = [torch.cat(kv) for kv in cache]
-            self.prefix_ids = prefix
+            self.prefix = new
+        self.prefix_ids = prefix
 
     def _batches(self, prompts, n: int, max_new: int, prefix: int) -> list[list[int]]:
         """Questions of each batch, by number: prompts of like length share one."""
@@ -847,8 +854,8 @@ class Sampler:
         P = round_up(prompt, self.span)
         T = round_up(max_new, self.span)
         # Buffers: keys and values, and what they hold of a column beside; __call__ says why more.
-        question = (P + self.span) * (column + 4)
-        row = (T + self.span) * (column + 24)
+        question = (P + self.SPARE) * (column + 4)
+        row = (T + self.SPARE) * (column + 24)
         # Prefill: keys and values as they come, and the activations of one layer; of the prefix
         # keys and values alone.
         prefill = P * (column + 4 * c.ffn * size + 8 * D * wide) + 2 * prefix * D * size
@@ -989,15 +996,20 @@ class Sampler:
         ends = torch.tensor(step.ends, device=device)
         answers.truncated[number] = ~torch.isin(last, ends).cpu()
 
-    def _reserve(self, *sizes: int):
-        """Buffers with room for at least these `sizes` of Buffers."""
-        have = self.buffers.sizes if self.buffers else (0, 0, 0, 0)
-        if all(there >= wanted for there, wanted in zip(have, sizes, strict=True)):
+    def _reserve(self, need: int, *sizes: int):
+        """Buffers with room for at least these `sizes` of Buffers. No size becomes smaller, if that
+        leaves room for a batch that needs so many bytes in all."""
+        device = self.embed.device
+        have, held = (self.buffers.sizes, self.buffers.nbytes) if self.buffers else (sizes, 0)
+        larger = tuple(map(max, have, sizes))
+        exact, kept = (Buffers(self.model, "meta", some).nbytes for some in (sizes, larger))
+        if need - exact + kept > 0.9 * (free_bytes(device) + held):
+            larger = sizes
+        if self.buffers and larger == have:
             return
         self.graphs = {}  # they read the old buffers
         self.buffers = None  # freed before new ones are made
-        larger = tuple(map(max, have, sizes))
-        self.buffers = Buffers(self.model, self.embed.device, larger)
+        self.buffers = Buffers(self.model, device, larger)
 
     # ---- decode
 

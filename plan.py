@@ -62,8 +62,8 @@ class Job(NamedTuple):
     parts: list[Tokens]
     row: int  # tokens of the longest row of a micro-batch
     optimizers: int = 1  # 0: nothing is trained
-    answers: int = 0  # sampled together, by all ranks
-    max_new: int = 0  # tokens of the longest of them
+    asked: tuple[tuple[int, int], ...] = ()  # (questions, answers to each) at a time, of all ranks
+    max_new: int = 0  # tokens of the longest answer
     checkpoints: int = 1  # that it leaves on the disk
     text: tuple[str, float] = ("", 0.0)  # folder that is read, and its tokens
     note: str = ""  # what is assumed
@@ -222,12 +222,14 @@ def memory(
     ranks=1,
     shard=False,
     together=0,
+    prompts=0,
     max_new=0,
     row=0,
     offload=False,
     kl=False,
 ) -> Memory:
-    """What a run holds. together: answers that a GPU samples side by side; row: tokens of a row.
+    """What a run holds. together: answers that a GPU samples side by side; prompts: those that its
+    cache keeps for them; row: tokens of a row.
 
     What a block keeps of a token, in bytes: width x (2 for its
     input, 6 for q, k and v, 4 for q and k turned, 4 for the output of attention and its copy in
@@ -241,7 +243,8 @@ def memory(
     head = c.padded_vocab * width
     blocks = sum(p.numel() for p in model.blocks.parameters())
     part = ranks if shard else 1
-    columns = (-(-max_new // SPAN) + 1) * SPAN
+    own, shared = (round_up(length, SPAN) + Sampler.SPARE for length in (max_new, PROMPT))
+    column = 4 * c.layers * width  # a token's keys and values
     holds = {
         "weights": 4 * weights / part,
         "gradients": 4 * optimizers * weights / part,
@@ -249,7 +252,7 @@ def memory(
         "start": 4 * weights / part * kl,  # the checkpoint that --kl compares with
         # the sampler's copy; not sharded, the embedding is read where it is
         "replica": 2 * (weights if shard else weights - head) * bool(together),
-        "cache": together * (columns * 4 * c.layers * width + 16 * c.padded_vocab),
+        "cache": together * (own * column + 16 * c.padded_vocab) + prompts * shared * column,
     }
     if not optimizers:
         return Memory(holds, 0, {}, row)
@@ -275,13 +278,20 @@ def memory(
     return Memory(holds, summed, ways, row, 8 * optimizers * weights)
 
 
+def side_by_side(cfg, job: Job, ranks: int) -> tuple[int, int]:
+    """-> answers that a GPU samples at a time, and prompts that its cache keeps: twice as many as
+    are being answered, see Sampler."""
+    sides = [(min(-(-q // ranks), max(1, cfg.rows // n)), n) for q, n in job.asked]
+    return max((q * n for q, n in sides), default=0), max((2 * q for q, _ in sides), default=0)
+
+
 def memory_of(cfg, job: Job, model: Model) -> Memory:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     shard = ranks > 1 and getattr(cfg, "shard", False)
-    together = min(getattr(cfg, "rows", 0), -(-job.answers // ranks))
+    together, prompts = side_by_side(cfg, job, ranks)
     offload = getattr(cfg, "offload", False)
     kl = getattr(cfg, "kl", 0) > 0
-    sizes = (together, job.max_new, job.row)
+    sizes = (together, prompts, job.max_new, job.row)
     return memory(model, job.optimizers, ranks, shard, *sizes, offload, kl)
 
 
@@ -316,7 +326,7 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
     choices = {
         "shard": (False, True) if several and not cfg.offload else (False,),
         "checkpoint_activations": (False, True),
-        "rows": (rows, rows // 2, rows // 4, rows // 8) if rows else (),
+        "rows": (rows, rows // 2, rows // 4, rows // 8, rows // 16) if rows else (),
     }
     choices = {name: values for name, values in choices.items() if values and name not in given}
     best = {}
@@ -386,7 +396,7 @@ def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
         rooms = {flag: [held.largest(way, room) for room in ROOMS] for way, flag in WAYS.items()}
     else:
         cache = held.holds["cache"]
-        each = cache / min(cfg.rows, job.answers)
+        each = cache / side_by_side(cfg, job, 1)[0]
         rooms = {"": [max(0, int((room - total + cache) / each)) for room in ROOMS]}
     lines = [
         f"  memory   {total / 1e9:.3g} GB per GPU{' and activations' * bool(held.ways)}: {parts}",

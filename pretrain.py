@@ -180,7 +180,7 @@ def new_model(cfg: Config, encoding, world: common.World) -> Model:
     """A model of the preset with initial weights, the same on any number of ranks."""
     vocab = tokens.vocab_size(encoding)
     shape = dict(PRESETS[cfg.preset])
-    shape["context"] = max(cfg.length, shape["context"])
+    shape["context"] = round_up(max(cfg.length, shape["context"]), 8)
     padded = round_up(vocab, 128)
     with torch.device("meta"):
         model = Model(ModelConfig(**shape, vocab=vocab, padded_vocab=padded), world.compute)

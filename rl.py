@@ -55,7 +55,8 @@ class Config(common.PostTraining):
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
     # a file with your own reward(question, answer, text) -> float in place of 1 and
-    # --format_reward: each answer has 2 s and 1 GiB, or its reward is 0, as that of a truncated one
+    # --format_reward: an answer that takes more than 2 s has 0, as a truncated one has; an error,
+    # and more than 1 GiB is one, ends the run
     reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
     batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead
@@ -471,8 +472,8 @@ def job_of(cfg: Config) -> plan.Job:
         read=(rows / cfg.group + validations) * plan.PROMPT + rows * again * whole,
         sampled=(rows + validations * cfg.eval_n) * answer,
     )
-    most = max(cfg.questions_per_step * cfg.group, cfg.eval_questions * cfg.eval_n)
-    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, answers=most, max_new=cfg.max_new)
+    asked = (cfg.questions_per_step, cfg.group), (cfg.eval_questions, cfg.eval_n)
+    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, asked=asked, max_new=cfg.max_new)
 
 
 def check(cfg: Config):

@@ -100,9 +100,8 @@ def job_of(cfg: Config) -> plan.Job:
         read=validations * plan.PROMPT,
         sampled=validations * cfg.eval_n * answer,
     )
-    most = cfg.eval_questions * cfg.eval_n
-    row = plan.PROMPT + cfg.max_new
-    return plan.Job("sft", [counts], row, answers=most, max_new=cfg.max_new, note=there.note)
+    answers = dict(asked=((cfg.eval_questions, cfg.eval_n),), max_new=cfg.max_new)
+    return plan.Job("sft", [counts], plan.PROMPT + cfg.max_new, **answers, note=there.note)
 
 
 def main(given: dict):

@@ -59,8 +59,10 @@ def serve(seconds, memory, path):
     except (Exception, SystemExit) as error:
         print(told(error, path), file=answers, flush=True)
         raise SystemExit(1) from None
-    with contextlib.suppress(ValueError):  # macOS knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit, and has no /proc
+        pages = int(Path("/proc/self/statm").read_text().split()[0])  # what its imports map
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         # at the end of the time the kernel ends this process, whatever it is in the middle of

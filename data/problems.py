@@ -253,7 +253,7 @@ def misfit(row, enc, form: Form, room: Room) -> tuple[str | None, list[str]]:
     longest = max((len(text.encode()) for text in chosen), default=0)
     most = len(asked.encode()) + max(longest + 2, room.max_new) + room.before
     # no token is shorter than a byte: most texts need not be encoded where all ids are known
-    if most <= room.context // 8 * 8 and enc.max_token_value < tokens.vocab_size(enc):
+    if most <= room.context and enc.max_token_value < tokens.vocab_size(enc):
         return None, row["solutions"]
     try:
         length = len(tokens.encode(enc, asked))
@@ -273,8 +273,7 @@ def misfit(row, enc, form: Form, room: Room) -> tuple[str | None, list[str]]:
 
 
 def solution_misfit(text, prompt_length, enc, room: Room) -> str | None:
-    # make_batch fills rows up to a multiple of 8, and the last token of a row is only a target
-    limit = room.context // 8 * 8 + 1
+    limit = room.context + 1  # the last token of a row is only a target
     try:
         length = prompt_length + len(answer_ids(enc, text))
     except ValueError as error:

@@ -287,7 +287,7 @@ def network_of(dtype, **shape):
 def test_a_draw_takes_16_bytes_a_row_and_id(dtype, temperature, padded):
     sampler = Sampler(network_of(dtype, vocab=20_000, padded_vocab=20_032))
     sampler.padded = padded
-    sampler._reserve(64, 2, 24, 24)
+    sampler._reserve(0, 64, 2, 24, 24)
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     step = Step(
         rows=64, max_new=16, columns=8, prompt=16, prefix=0, temperature=temperature, ends=(END,)

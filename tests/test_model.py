@@ -170,6 +170,12 @@ def test_bfloat16_compute_keeps_fp32_weights_and_log_probs():
     torch.testing.assert_close(next_tokens(model, ids)[0], logp, atol=1e-5, rtol=0)
 
 
+def test_a_context_holds_whole_rows():
+    """Rows are filled up to a multiple of 8: a row of 41 to 44 tokens would not fit one of 44."""
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ModelConfig(context=44)
+
+
 def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(ValueError, match="100 tokens .* context is 96"):
         next_tokens(small_model(), torch.zeros(1, 101, dtype=torch.long))

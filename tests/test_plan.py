@@ -192,12 +192,16 @@ def test_what_a_block_keeps(way, shape):
 
 def test_the_sampler_holds_its_replica_and_cache(monkeypatch):
     monkeypatch.setattr(plan, "SPAN", Sampler.SPAN["cpu"])
+    monkeypatch.setattr(plan, "PROMPT", 3)
     shape = dict(layers=3, width=128, heads=2, ffn=384, context=512)
     c = ModelConfig(**shape, vocab=500, padded_vocab=512)
     model = Model(c, torch.bfloat16).init_weights(0)
     sampler = Sampler(model, rows=48)
     sampler([[1, 2, 3]] * 6, 8, 100, list(range(48)), [500])
     holds = plan.memory(model, together=48, max_new=100).holds
+    more = plan.memory(model, together=48, prompts=6, max_new=100).holds
+    prompts = more["cache"] - holds["cache"]
+    assert sampler.buffers.prompt.nbytes * 6 == prompts * 7  # one prompt more than is used
     copies = sum(copy.nbytes for copy, _ in sampler.copies)
     assert copies == pytest.approx(holds["replica"], rel=0.01)
     cache = holds["cache"] - 48 * 16 * c.padded_vocab

@@ -360,6 +360,45 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
         Sampler(model)(PROMPTS, 4, 24, range(20), [END])
 
 
+def test_buffers_grow_in_each_size_only_while_that_fits(model, monkeypatch):
+    """Many short questions, then a few answers to a long one: both sizes at once are many times
+    what either takes."""
+    short, long = ([[1, 2, 3]] * 40, 1, 8), ([[1, 2, 3] * 16], 2, 40)
+    alone = [Sampler(model) for _ in range(2)]
+    for sampler, (prompts, n, max_new) in zip(alone, (short, long), strict=True):
+        sampler(prompts, n, max_new, range(len(prompts) * n), [END])
+    larger = tuple(map(max, *(sampler.buffers.sizes for sampler in alone)))
+    both = network.Buffers(model, "meta", larger).nbytes
+    need = max(alone[0]._bytes(40, 1, 8, 8, 0), alone[1]._bytes(1, 2, 48, 40, 0))
+    assert both > need
+    for room, sizes in ((math.inf, larger), (1.2 * need, alone[1].buffers.sizes)):
+        sampler = Sampler(model)
+        total = lambda _, s=sampler, room=room: room - (s.buffers.nbytes if s.buffers else 0)  # noqa
+        monkeypatch.setattr(network, "free_bytes", total)
+        sampler(*short, range(40), [END])
+        found = sampler(*long, range(2), [END])
+        assert sampler.buffers.sizes == sizes
+        same(found, alone[1](*long, range(2), [END]))
+
+
+def test_a_prefix_of_new_weights_is_written_where_graphs_read_it(model):
+    sampler = Sampler(model)
+
+    def draw_after(prefix):
+        return sampler([[1, 2]], 2, 8, range(2), [END], prefix=prefix)
+
+    draw_after([5, 6, 7])
+    place = sampler.prefix[0].data_ptr()
+    sampler.graphs = {"step": "graph"}
+    sampler.refresh()
+    for prefix in ([5, 6, 7], [8, 9, 1]):
+        found = draw_after(prefix)
+        assert sampler.prefix[0].data_ptr() == place and sampler.graphs
+        same(found, Sampler(model)([[1, 2]], 2, 8, range(2), [END], prefix=prefix))
+    same(draw_after([5, 6]), Sampler(model)([[1, 2]], 2, 8, range(2), [END], prefix=[5, 6]))
+    assert not sampler.graphs
+
+
 def test_no_limit_where_the_system_does_not_say_what_is_free(model, monkeypatch):
     monkeypatch.setattr(network, "free_bytes", lambda device: math.inf)
     same(draw(model, rows=8), draw(model))

@@ -45,7 +45,8 @@ pretrain() {  # NAME DATA SEED [FLAGS]: the checkpoints OUT/NAME/step*.pt
 }
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # runs/*.sh take what is above
 
-recipes=(base rl sft-rl mix)  # a variant: "rl --std_norm --recipe rl-std"
+# sft-rl has sft in it, sft-gold-rl has sft-gold; a variant: "rl --std_norm --recipe rl-std"
+recipes=(base rl sft-rl mix)
 run python data/prepare.py toy --seed "$RUN" --out "$DATA-p$RUN"
 pretrain "p$RUN" "$DATA-p$RUN" "$RUN"
 for step in $CHECKPOINTS; do

@@ -165,12 +165,12 @@ def documents(file, skip, bar):
 
 def chunks(listed, position, passes, limit, bar):
     """((pass, file, line) to resume from, arguments of encode_chunk) from such a position on."""
-    passed, place, line = position
+    first_pass, first_place, line = position
     if bar is not None:
-        bar.update(sum(file.size for file in listed[:place]))
-    while passed < passes:
-        # only the first pass may begin in the middle
-        for place, file in enumerate(listed[place:], place):  # noqa: B020
+        bar.update(sum(file.size for file in listed[:first_place]))
+    for passed in range(first_pass, passes):
+        for place in range(first_place, len(listed)):
+            file = listed[place]
             first = line
             held = []
             size = 0
@@ -184,9 +184,8 @@ def chunks(listed, position, passes, limit, bar):
                     size = 0
             if held:
                 yield (passed, place, line), (file.name, file.prose, first, held)
-            line = 0
-        passed += 1
-        place = 0
+            line = 0  # only the first file may begin in the middle, and only the first pass
+        first_place = 0
 
 
 # --------------------------------------------------------------- the processes that tokenise
@@ -227,7 +226,7 @@ class Chunk(NamedTuple):
     ids: np.ndarray  # of all of them, one after the other
     lengths: np.ndarray  # of each, in ids
     held_out: np.ndarray  # bool, of each
-    found: set  # numbers of the test questions in them
+    found: set  # (number of a document, number of a test question in it)
     empty: int  # documents without text, which are left out
 
 
@@ -239,8 +238,10 @@ def encode_chunk(name, prose, first, held) -> Chunk:
     ids = [tokens.encode_document(job["enc"], text) for text in full]
     held_out = [draw(job["seed"], text) < job["val_share"] for text in full]
     index = job["index"]
-    shared = (gram for text in full for gram in index.keys() & grams(text)) if index else ()
-    found = {number for gram in shared for number in index[gram]}
+    found = set()
+    for place, text in enumerate(full if index else ()):
+        shared = index.keys() & grams(text)
+        found |= {(place, number) for gram in shared for number in index[gram]}
     return Chunk(
         np.concatenate([np.empty(0, np.uint32), *ids]),
         np.array([*map(len, ids)], int),
@@ -287,7 +288,7 @@ class Shards:
             "found": [],
         }
         if self.file.exists():
-            self.state = files.read_json(self.file, "--overwrite begins anew")
+            self.state = files.read_json(self.file, f"remove {folder}, and it begins anew")
 
     def add(self, name, split, ids, documents):
         prefix = "val_" if split == "val" else ""
@@ -333,20 +334,19 @@ def write(
     state = shards.state
     processes = processes or os.cpu_count()
     done = sum(counts["tokens"] for counts in state["counts"].values()) if budgets else 0
-    job = (ENCODING, seed, val_share, index)
-    pool = ProcessPoolExecutor(processes, initializer=start, initargs=job)
+    what = (ENCODING, seed, val_share, index)
+    pool = ProcessPoolExecutor(processes, initializer=start, initargs=what)
     try:
-        pool.submit(
-            int
-        ).result()  # forks them before the library that speaks to the hub has threads
-        sources = {name: list_files() for name, list_files in sources.items()}
-        sizes = [file.size for listed in sources.values() for file in listed]
+        # forks them before the library that speaks to the hub has threads
+        pool.submit(int).result()
+        found = {name: list_files() for name, list_files in sources.items()}
+        sizes = [file.size for listed in found.values() for file in listed]
         total = sum(budgets.values()) if budgets else sum(sizes)
         unit = " tokens" if budgets else "B"
         with tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=1) as bar:
-            for name in list(sources)[state["source"] :]:
+            for name in list(found)[state["source"] :]:
                 bar.set_description(name)
-                listed = sources[name]
+                listed = found[name]
                 order = sorted(range(len(listed)), key=lambda i: draw(seed, i))
                 ordered = [listed[i] for i in order]
                 limit = min(CHUNK, shard_tokens)
@@ -401,9 +401,9 @@ def write_source(shards, name, results, budget, shard_tokens, bar):
     for position, chunk in results:
         ids, lengths, held_out, found, empty = chunk
         if budget:
-            trained_on = np.cumsum(lengths * ~held_out)
+            so_far = np.cumsum(lengths * ~held_out)
             left = budget - counts["tokens"]
-            reached = np.searchsorted(trained_on, left) + 1  # with the document that reaches it
+            reached = np.searchsorted(so_far, left) + 1  # with the document that reaches it
             lengths = lengths[:reached]
             held_out = held_out[:reached]
             ids = ids[: lengths.sum()]
@@ -415,6 +415,8 @@ def write_source(shards, name, results, budget, shard_tokens, bar):
             counts["empty"] += empty
         counts["passes"] = position[0] + 1
         shards.state["position"] = position
+        trained_on = np.flatnonzero(~held_out)  # of the documents before the budget was reached
+        found = {number for place, number in found if place in trained_on}
         if found:
             shards.state["found"] = sorted(found.union(shards.state["found"]))
         if budget and counts["tokens"] >= budget:

@@ -12,7 +12,7 @@ import shutil
 import zlib
 from pathlib import Path
 
-KINDS = {str: "text", int: "a whole number", list: "a list of texts"}
+KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of texts"}
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a git-lfs pointer begins
 BOM = "\ufeff"
 
@@ -84,14 +84,14 @@ def read_json(path, way_out="make it again") -> dict:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        refuse_pointer(raw, path)
-        content = json.loads(raw.decode("utf-8").removeprefix(BOM))
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets too deep
-        if "git-lfs" in str(error):
-            raise
-        if not isinstance(error, OSError) and not raw.strip():
-            error = "it is empty"
+    except OSError as error:
         raise ValueError(f"cannot read {path} ({error}): {way_out}") from None
+    refuse_pointer(raw, path)
+    try:
+        content = json.loads(raw.decode("utf-8").removeprefix(BOM))
+    except (ValueError, RecursionError) as error:  # the last: brackets too deep
+        told = error if raw.strip() else "it is empty"
+        raise ValueError(f"cannot read {path} ({told}): {way_out}") from None
     if type(content) is not dict:
         raise ValueError(f"{path} is not one JSON object: {way_out}")
     return content
@@ -193,7 +193,7 @@ def check_row(row, fields, where: str):
 
 
 def example(fields) -> str:
-    shown = {str: "...", int: 0, list: ["..."]}
+    shown = {str: "...", int: 0, bool: True, list: ["..."]}
     return ", ".join(
         f"{json.dumps(name)}: {json.dumps(shown[kind])}" for name, kind in fields.items()
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from common import Fraction, Whole
 from data import files, grader, problems
 from data.overlap import draw, words
-from data.questions import apart, check_apart, finish, sizes_of, unbox, write_questions
+from data.questions import apart, check_apart, finish, sources_of, unbox, write_questions
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -165,7 +165,7 @@ def make_own(cfg: Own):
     if not 0 < cfg.held_out < 0.5:
         raise ValueError("--held_out takes a share between 0 and 0.5")
     paths = paths_of(cfg.source)
-    facts = {"source_files": sizes_of(*paths)}
+    facts = {"source_files": sources_of(*paths)}
     if files.finished(cfg, "questions", **facts):
         return
     form = problems.Form()

@@ -104,6 +104,8 @@ def make_toy(cfg):
         for level in toy.ASKED:
             problems.write_form(folder / level, form)
             for split, count in counts.items():
+                if not count:  # --shots 0
+                    continue
                 rows = toy.questions(cfg.seed, level, split, count)
                 questions.write_questions(folder, f"{level}/{split}", rows, form, enc)
                 splits[split] += rows
@@ -175,6 +177,8 @@ def shares(name, parts, least):
 def budgets_of(cfg):
     """{source: training tokens}, and the name of this world."""
     mix = shares("mix", cfg.mix, 1e-9)
+    if not mix:
+        raise ValueError("--mix takes one source or more")
     extra = shares("extra", cfg.extra, 1)
     share = {name: mix.get(name, 0) / sum(mix.values()) for name in mix | extra}
     budgets = {name: max(1, round(share[name] * cfg.tokens + extra.get(name, 0))) for name in share}
@@ -268,7 +272,7 @@ class Tasks:
 
 def make_tasks(cfg):
     """LAMBADA, HellaSwag, ARC, PIQA and OpenBookQA as lm-evaluation-harness asks them."""
-    facts = {"source_files": questions.sizes_of(cfg.source)}
+    facts = {"source_files": questions.sources_of(cfg.source)}
     if files.finished(cfg, "tasks", **facts):
         return
     with files.new_folder(cfg, "tasks", **facts) as folder:

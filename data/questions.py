@@ -187,7 +187,7 @@ def openmath_rows(source, bar):
             raise ValueError(f"no .jsonl file at {source}")
         bar.reset(sum(path.stat().st_size for path in paths))
         for path in paths:
-            yield from files.read_jsonl(path, dict.fromkeys(names, str), bar)
+            yield from files.read_jsonl(path, dict.fromkeys(names, str) | {"is_correct": bool}, bar)
         return
     from datasets import load_dataset
 
@@ -379,7 +379,7 @@ def write_questions(folder, name, rows, form, enc=None):
     Raises ValueError with the id of a row that is no question.
     """
     if not rows:
-        raise ValueError(f"no question is left for {name}: take more questions, or another --val")
+        raise ValueError(f"no question is left for {name}: take more, or hold fewer out")
     for row in rows:
         problems.check(row, f"question {row['id']!r} of {name}")
     files.write_rows(folder / f"{name}.jsonl", rows)
@@ -418,18 +418,22 @@ def write_splits(folder, cfg, train, test, others, shot_count, left_out):
     files.note(folder, questions=counts, left_out=left_out | overlap)
 
 
-def sizes_of(*places) -> str:
-    """A fingerprint of the local files that questions are made of: their names and sizes."""
+def sources_of(*places) -> str:
+    """A fingerprint of the local files that questions are made of: names, sizes, and what is in
+    those of less than 100 MB."""
     found = []
     for place in filter(None, places):
         paths = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob("*.json*"))
-        found += [[path.name, path.stat().st_size] for path in paths if path.is_file()]
+        for path in filter(Path.is_file, paths):
+            size = path.stat().st_size
+            content = files.checksum(path) if size < 100_000_000 else {}
+            found.append([path.name, size, content])
     return files.fingerprint(found)
 
 
 def make_gsm8k(cfg):
     """The GSM8K questions, each with its one solution."""
-    facts = {"source_files": sizes_of(cfg.source, cfg.shots)}
+    facts = {"source_files": sources_of(cfg.source, cfg.shots)}
     if files.finished(cfg, "gsm8k", **facts):
         return
     with files.new_folder(cfg, "gsm8k", **facts) as folder:
@@ -449,7 +453,7 @@ def math_tests(source, name, left_out):
 
 def make_math(cfg):
     """The MATH questions, each with its one solution and its level."""
-    facts = {"source_files": sizes_of(cfg.source, cfg.shots)}
+    facts = {"source_files": sources_of(cfg.source, cfg.shots)}
     if files.finished(cfg, "math", **facts):
         return
     with files.new_folder(cfg, "math", **facts) as folder:
@@ -466,7 +470,7 @@ def make_openmath(cfg):
             "--dataset takes all, gsm8k or math, and --solutions_per_question at least 1"
         )
     name = "openmath" + f"-{cfg.dataset}" * (cfg.dataset != "all")
-    facts = {"source_files": sizes_of(cfg.source, cfg.tests, cfg.shots)}
+    facts = {"source_files": sources_of(cfg.source, cfg.tests, cfg.shots)}
     if files.finished(cfg, name, **facts):
         return
     with files.new_folder(cfg, name, **facts) as folder:

@@ -42,18 +42,24 @@ name() {  # CHECKPOINT SEED RECIPE [FLAGS] -> p30/step3516-rl--lr-3e-4-s30, what
   local recipe="${*:3}"
   recipe=${recipe// --/--}
   case $3 in  # eval.py names the rows of a base after the checkpoint and its --shot_seed
-    val | as-is) echo "$1" ;;
+    as-is) echo "$1" ;;
     base) echo "$1-s$2" ;;
     *) echo "$1-${recipe// /-}-s$2" ;;
   esac
 }
 has_rows() {  # CELL: are the rows of its last checkpoint there?
-  local rows files kept
-  rows=$RESULTS/$(name "$@") kept=$(name "$@")
+  local kept
+  kept=$(name "$@")
+  [ ! -f "$RESULTS/$kept.jsonl" ] || return 0
   [ "$3" != base ] || kept=$1
-  files=("$rows.jsonl" "$rows"/*.jsonl)
-  [ -f "${files[0]}" ] || [ -f "${files[1]}" ] ||
-    grep -qs "\"$OUT/$kept.pt\".*\"split\": \"test\"" "${KEPT:-}"
+  grep -qs "\"$OUT/$kept.pt\".*\"split\": \"test\"" "${KEPT:-}"
+}
+unfinished() {  # CELL...: those that have no rows yet, a line each
+  local cell words
+  for cell in "$@"; do
+    read -r -a words <<< "$cell"
+    has_rows "${words[@]}" || echo "$cell"
+  done
 }
 logged() {  # FUNCTION CELL: what it prints goes to a log; if it fails, the end of it is shown
   local log
@@ -66,12 +72,10 @@ logged() {  # FUNCTION CELL: what it prints goes to a log; if it fails, the end 
   fi
 }
 each() {  # FUNCTION CELL...: the function for each cell that has no rows yet, JOBS side by side
-  local todo=() words=() started=0 finished=0 began=$SECONDS cell pid left
+  local todo=() words=() started=0 finished=0 began=$SECONDS pid left
   local -A running=()
-  for cell in "${@:2}"; do
-    read -r -a words <<< "$cell"
-    has_rows "${words[@]}" || todo+=("$cell")
-  done
+  left=$(unfinished "${@:2}")
+  [ ! "$left" ] || mapfile -t todo <<< "$left"
   echo "$(($# - 1)) cells, $(($# - 1 - ${#todo[@]})) finished before, $JOBS side by side"
   while [ $finished -lt ${#todo[@]} ]; do
     if [ $started -lt ${#todo[@]} ] && [ ${#running[@]} -lt "$JOBS" ]; then

@@ -59,14 +59,6 @@ arm() {  # CHECKPOINT SEED RECIPE [FLAGS]: the arms that the matrix has not
 world() {  # SUFFIX [FLAGS]: the text and questions of the model `run`
   run python data/prepare.py toy --seed "$seed" --out "$DATA-$run$1" "${@:2}"
 }
-left() {  # CELL...: has one of them no rows yet?
-  local cell words
-  for cell in "$@"; do
-    read -r -a words <<< "$cell"
-    has_rows "${words[@]}" || return 0
-  done
-  return 1
-}
 keep() {  # the rows so far, each once
   [ "$KEPT" ] || return 0
   mkdir -p "$(dirname "$KEPT")" && touch "$KEPT"
@@ -76,7 +68,7 @@ keep() {  # the rows so far, each once
 }
 
 finish() {  # [COMMAND]: of the model `run` its checkpoints, what COMMAND makes, and its cells
-  left "${cells[@]}" || return 0
+  [ "$(unfinished "${cells[@]}")" ] || return 0
   world ""
   pretrain "$run" "$DATA-$run" "$seed"
   "$@"

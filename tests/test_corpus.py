@@ -520,6 +520,30 @@ def test_test_questions_in_the_text_are_counted(tmp_path, capsys):
     assert problems.load(tmp_path / "asked", "test")
 
 
+def test_a_test_question_in_held_out_text_is_not_in_the_text(tmp_path, capsys):
+    question = "Ann has 3 red apples and 4 green ones; how many apples has she in all?"
+    row = {"id": "a", "question": question, "answer": "7", "solutions": []}
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    texts = [question, *(f"nothing to see, number {i}" for i in range(30))]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_out = [seed for seed in range(30) if overlap.draw(seed, question) < 0.3]
+    trained_on = [seed for seed in range(30) if seed not in held_out]
+    for seed, found in ((held_out[0], 0), (trained_on[0], 1)):
+        out = tmp_path / str(seed)
+        check = (str(tmp_path / "asked"),)
+        prepare.make_text(
+            prepare.Text(source=str(source), out=str(out), val_share=0.3, check=check, seed=seed)
+        )
+        assert f"{found} of 1 test questions share" in capsys.readouterr().out
+
+
+def test_a_mix_of_nothing(source, tmp_path):
+    with pytest.raises(ValueError, match="--mix"):
+        prepare.make_dolmino(settings(source, tmp_path / "out", mix=(), extra=("wiki=1000",)))
+
+
 # ------------------------------------------------------------------------- what is searched
 
 

@@ -35,6 +35,12 @@ def contents(folder):
     }
 
 
+def test_toy_world_without_shots(tmp_path):
+    prepare.make_toy(prepare.Toy(out=str(tmp_path / "a"), **TOY | {"shots": 0}))
+    there = {path.name for path in (tmp_path / "a" / "easy").iterdir()}
+    assert there == {"train.jsonl", "val.jsonl", "test.jsonl", "prompt.json"}
+
+
 def test_toy_world_is_complete_and_deterministic(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         prepare.make_toy(prepare.Toy(out=str(tmp_path / name), seed=seed, **TOY))

@@ -8,6 +8,7 @@ import sys
 
 import datasets as hub
 import pytest
+from tqdm import tqdm
 
 from data import prepare, problems, questions
 from data.overlap import grams, words
@@ -472,6 +473,14 @@ def openmath(tmp_path_factory):
         ],
     )
     return folder
+
+
+def test_an_openmath_row_without_a_field_is_named(tmp_path):
+    row = openmath_row("1 + 1 ?", "#### 2", "2", "gsm8k")
+    write(tmp_path / "a.jsonl", [row, {k: v for k, v in row.items() if k != "is_correct"}])
+    with pytest.raises(ValueError, match='a.jsonl:2: "is_correct" must be true or false'):
+        with tqdm(disable=True) as bar:
+            list(questions.openmath_rows(tmp_path, bar))
 
 
 def settings(openmath, out, **changes):

@@ -22,6 +22,7 @@ import difflib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -323,6 +324,25 @@ def main(script, Config, doc: str, argv: list[str] | None = None):
         finally:
             out.flush()
             err.flush()
+
+
+def commands(table: dict, doc: str, argv: list[str], placed: int = 0):
+    """`main` for a program of several commands, {name: (Config, script)}: argv is the command and
+    its flags. placed: so many values may stand before the flags, of the first fields of Config."""
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(doc.strip())
+        return
+    name, *rest = argv
+    if name not in table:
+        told = f"{name!r} is not a command: {', '.join(table)} are"
+        print(f"{Path(sys.argv[0]).name}: error: {told}", file=sys.stderr)
+        raise SystemExit(2)
+    Config, script = table[name]
+    words = [*itertools.takewhile(lambda word: not word.startswith("-"), rest[:placed])]
+    fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
+    named = [part for pair in zip(fields, words, strict=False) for part in pair]
+    argv = named + rest[len(words) :]
+    main(lambda given: script(Config(**given)), Config, script.__doc__, argv)
 
 
 def guarded(script, Config, doc: str, argv: list[str]):

@@ -172,6 +172,24 @@ def numbered_jsonl(path, fields, bar=None):
         raise ValueError(f"{path}: the file is empty")
 
 
+def table(source, stem: str, sets, fields):
+    """(where, row) of {stem}.jsonl or .jsonl.gz in the folder `source`, or, without one, of sets
+    of the hub, [(repository, configuration, split), ...]."""
+    if source:
+        paths = (Path(source, f"{stem}.jsonl"), Path(source, f"{stem}.jsonl.gz"))
+        path = next(filter(Path.exists, paths), None)
+        if path is None:
+            raise ValueError(f"no {stem}.jsonl or {stem}.jsonl.gz in {source}")
+        yield from numbered_jsonl(path, fields)
+        return
+    from datasets import load_dataset  # slow to import
+
+    for repository, config, split in sets:
+        rows = load_dataset(repository, config, split=split)
+        for number, row in enumerate(rows, 1):
+            yield f"row {number} of {repository}, {config or 'default'}, {split}", row
+
+
 def check_row(row, fields, where: str):
     """Raises ValueError if `row` is no dict with these fields; numbers become texts in place."""
     if type(row) is not dict:

@@ -11,7 +11,6 @@ a folder where its dtype is converted.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -512,19 +511,7 @@ COMMANDS = {"import": (Import, import_folder), "export": (Export, export_folder)
 
 
 def main(argv):
-    if argv[:1] in ([], ["--help"], ["-h"]):
-        print(__doc__.strip())
-    elif argv[0] not in COMMANDS:
-        told = f"{argv[0]!r} is not a command: {' and '.join(COMMANDS)} are"
-        print(f"hf.py: error: {told}", file=sys.stderr)
-        raise SystemExit(2)
-    else:
-        Config, script = COMMANDS[argv[0]]
-        words = [*itertools.takewhile(lambda word: not word.startswith("-"), argv[1:3])]
-        fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
-        placed = [part for pair in zip(fields, words, strict=False) for part in pair]
-        argv = placed + argv[1 + len(words) :]
-        common.main(lambda given: script(Config(**given)), Config, script.__doc__, argv)
+    common.commands(COMMANDS, __doc__, argv, placed=2)
 
 
 if __name__ == "__main__":

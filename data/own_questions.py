@@ -8,7 +8,7 @@ from pathlib import Path
 from common import Fraction, Whole
 from data import files, grader, problems
 from data.overlap import draw, words
-from data.questions import apart, check_apart, finish, sources_of, unbox, write_questions
+from data.questions import apart, finish, sources_of, unbox, write_parts
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -140,7 +140,7 @@ def gather(cfg: Own, rows) -> tuple[list[dict], collections.Counter]:
 
 
 def splits_of(cfg: Own, rows: list[dict]) -> tuple[dict, dict]:
-    """{"train", "val", "test", "shots"}, by question, and counts of what was left out.
+    """{"train", "val", "test"}, "shots" if there are any, and counts of what was left out.
 
     No question of --check is in any of them but test.
     """
@@ -153,11 +153,9 @@ def splits_of(cfg: Own, rows: list[dict]) -> tuple[dict, dict]:
     solved = [row for row in rest if row["solutions"]]
     shown = min(cfg.shots, len(rows) // 10) if len(solved) == len(rest) else 0
     splits, overlap = apart(rest, [*test, *others], [], shown, held, cfg.seed, cfg.keep_overlap)
-    parts = {"train": splits["train"], "val": splits["val"], "test": test}
-    if splits["shots"]:
-        parts["shots"] = splits["shots"]
-    check_apart(parts)
-    return parts, overlap
+    if not splits["shots"]:
+        splits.pop("shots")
+    return {"test": test} | splits, overlap
 
 
 def make_own(cfg: Own):
@@ -178,7 +176,4 @@ def make_own(cfg: Own):
         for reason, count in left_out.items():
             print(f"{count:,} {reason}: left out")
         parts, overlap = splits_of(cfg, rows)
-        for split, part in parts.items():
-            write_questions(folder, split, part, form)
-        counts = {split: len(part) for split, part in parts.items()}
-        files.note(folder, questions=counts, left_out=dict(left_out) | overlap)
+        write_parts(folder, parts, form, dict(left_out) | overlap)

@@ -306,15 +306,7 @@ COMMANDS = {
 
 
 def main(argv):
-    if argv[:1] in ([], ["--help"], ["-h"]):
-        print(__doc__.strip())
-    elif argv[0] not in COMMANDS:
-        told = f"{argv[0]!r} is not a command: {', '.join(COMMANDS)} are"
-        print(f"prepare.py: error: {told}", file=sys.stderr)
-        raise SystemExit(2)
-    else:
-        Config, script = COMMANDS[argv[0]]
-        common.main(lambda given: script(Config(**given)), Config, script.__doc__, argv[1:])
+    common.commands(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

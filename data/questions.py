@@ -41,28 +41,15 @@ BRACE = re.compile(r"\\.|[{}]", re.S)  # an escaped brace is no brace
 
 
 def table(name, source, split, fields):
-    """(where, row) of {split}.jsonl(.gz) of the folder `source`, or of a set of the hub.
-
-    Rows have `fields` {name: type}, and more.
-    """
-    if source:
-        paths = Path(source).glob(f"{split}.jsonl*")
-        path = next((p for p in paths if p.name.endswith((".jsonl", ".gz"))), None)
-        if path is None:
-            raise ValueError(f"no {split}.jsonl or {split}.jsonl.gz in {source}")
-        yield from files.numbered_jsonl(path, fields)
-        return
-    from datasets import load_dataset  # slow to import
-
-    for repository, config in HUB[name]:
-        rows = load_dataset(repository, config, split="test" if split == "math500" else split)
-        for number, row in enumerate(rows, 1):
-            yield f"row {number} of {repository}, {config}, {split}", row
+    """(where, row) of a set of HUB, or of {split}.jsonl(.gz) of the folder `source`; all of the
+    fields are texts."""
+    sets = [(*place, "test" if name == "math500" else split) for place in HUB[name]]
+    return files.table(source, split, sets, dict.fromkeys(fields, str))
 
 
 def gsm8k(source, split):
     """GSM8K's rows as questions with one solution, without its <<48/2=24>> calculator notes."""
-    rows = table("gsm8k", source, split, {"question": str, "answer": str})
+    rows = table("gsm8k", source, split, ("question", "answer"))
     for index, (where, row) in enumerate(rows):
         solution = re.sub("<<[^<>]*>>", "", row["answer"]).strip()
         answer = grader.final_answer(solution)
@@ -84,12 +71,8 @@ def math(source, split, left_out=None):
     The level is "1" to "5" ("?" in two rows). A row whose last box is empty or which has none has
     no answer: it is left out, and counted in `left_out` (a Counter). Two of train are such.
     """
-    rows = table(
-        "math500" if split == "math500" else "math",
-        source,
-        split,
-        {"problem": str, "solution": str},
-    )
+    name = "math500" if split == "math500" else "math"
+    rows = table(name, source, split, ("problem", "solution"))
     for index, (where, row) in enumerate(rows):
         solution, answer = unbox(row["solution"])
         if not answer:
@@ -407,15 +390,19 @@ def write_splits(folder, cfg, train, test, others, shot_count, left_out):
     splits, overlap = apart(
         train, [*test, *others], shown, shot_count, cfg.val, cfg.seed, cfg.keep_overlap
     )
-    parts = {"train": splits["train"], "val": splits["val"], "test": test}
-    parts["shots"] = splits["shots"]
-    check_apart(parts)
     form = problems.Form()
     problems.write_form(folder, form)
-    for split, rows in parts.items():
-        write_questions(folder, split, rows, form, tokens.encoding("cl100k_base"))
-    counts = {split: len(rows) for split, rows in parts.items()}
-    files.note(folder, questions=counts, left_out=left_out | overlap)
+    parts = {"test": test} | splits
+    write_parts(folder, parts, form, left_out | overlap, tokens.encoding("cl100k_base"))
+
+
+def write_parts(folder, parts, form, left_out, enc=None):
+    """The questions of each part, none of which is in two, and their numbers in world.json."""
+    check_apart(parts)
+    for name, rows in parts.items():
+        write_questions(folder, name, rows, form, enc)
+    counts = {name: len(rows) for name, rows in parts.items()}
+    files.note(folder, questions=counts, left_out=left_out)
 
 
 def sources_of(*places) -> str:

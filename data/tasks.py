@@ -85,29 +85,13 @@ BENCHMARKS = {
 }
 
 
-def rows_of(name, source):
-    """(where, row) of a benchmark's source: a file in the folder `source`, or the hub."""
-    _, (repository, config, split), file, _ = BENCHMARKS[name]
-    if source:
-        paths = (Path(source, f"{file}.jsonl"), Path(source, f"{file}.jsonl.gz"))
-        path = next((path for path in paths if path.exists()), None)
-        if path is None:
-            raise ValueError(f"{name}: no {file}.jsonl or {file}.jsonl.gz in {source}")
-        yield from files.numbered_jsonl(path, {})
-        return
-    from datasets import load_dataset  # slow to import
-
-    for number, row in enumerate(load_dataset(repository, config, split=split), 1):
-        yield f"row {number} of {repository}", row
-
-
 def read(name, source=""):
     """The items of a benchmark, from its file in the folder `source` or from the hub.
 
     Raises ValueError with the file and line of a row that is none of the benchmark's.
     """
     benchmark = BENCHMARKS[name]
-    for where, row in rows_of(name, source):
+    for where, row in files.table(source, benchmark.file, [benchmark.hub], {}):
         try:
             context, choices, label = benchmark.item(row)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

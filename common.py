@@ -51,7 +51,7 @@ from tqdm import tqdm
 import plan
 from data import problems, tokens
 from data.files import fingerprint, read_rows, whole_file, write_rows
-from model import Model, ModelConfig, OffloadedAdam
+from model import Model, ModelConfig, OffloadedAdam, paper_size
 
 # --------------------------------------------------------------------------------------- flags
 
@@ -756,11 +756,6 @@ def encoding_of(saved: dict):
             f"{saved['path']} knows {known} ids, its encoding {encoding.name} has {vocab}"
         )
     return encoding
-
-
-def paper_size(preset: str) -> bool:
-    """Whether the paper's settings apply, rather than the laptop's."""
-    return not preset.startswith("toy")
 
 
 def longest(meta: dict) -> int:

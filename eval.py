@@ -29,7 +29,7 @@ import plan
 from common import Count, NonNegative, Whole
 from data import grader, problems, tasks, tokens
 from data.files import fingerprint, read_rows, write_rows
-from model import Model, Sampler, log_probs
+from model import Model, Sampler, log_probs, paper_size
 from results.stats import pass_at_k, standard_error
 
 
@@ -313,7 +313,12 @@ def open_subject(path, cfg: Config, world) -> Subject:
     return Subject(Path(path), saved["meta"], model, sampler, encoding, bar)
 
 
-class Rows:
+def place(row: dict) -> list:
+    """By which a row is known among those of its checkpoint."""
+    return [row.get(name) for name in ("kind", "benchmark", "shots", "split")]
+
+
+class Sheet:
     """The rows of one checkpoint: what is measured already, and the files that hold it."""
 
     def __init__(self, subject: Subject, cfg: Config, world):
@@ -336,23 +341,20 @@ class Rows:
         self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
         self.found = list(self.rows)  # nothing is written if nothing is added
 
-    def missing(self, kind: str, settings: dict, split: str = "") -> bool:
-        """Is there no such row? One of other weights, or measured with other settings, goes.
+    def lacks(self, kind: str, settings: dict, split: str = "") -> bool:
+        """Is there no such row, of these weights and measured with these settings?
 
         settings: what shapes the measurement; "benchmark" and "shots" name the row.
         """
-        key = {"kind": kind, "benchmark": settings.get("benchmark"), "shots": settings.get("shots")}
-        key["split"] = split or self.split
-        old = [row for row in self.rows if all(row.get(k) == v for k, v in key.items())]
-        settings = settings | {name: self.base[name] for name in ("config_hash", "weights")}
-        same = old and all(old[-1].get(k) == v for k, v in settings.items())
-        if same and not self.cfg.overwrite:
-            return False
-        self.rows = [row for row in self.rows if row not in old]
-        return True
+        wanted = {"kind": kind, "split": split or self.split, **settings}
+        wanted |= {name: self.base[name] for name in ("config_hash", "weights")}
+        there = [row for row in self.rows if place(row) == place(wanted)]
+        same = there and all(there[-1].get(name) == value for name, value in wanted.items())
+        return self.cfg.overwrite or not same
 
     def add(self, kind: str, row: dict, told: str):
-        """Keep a row and print what it says. Raises ValueError if a number in it is NaN."""
+        """Keep a row, in place of one that was measured otherwise, and print what it says. Raises
+        ValueError if a number in it is NaN."""
         losses = row.get("losses", [])
         numbers = [value for value in (*row.values(), *losses) if isinstance(value, float)]
         if any(map(math.isnan, numbers)):
@@ -360,10 +362,12 @@ class Rows:
                 f"{self.base['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
                 "no row is written"
             )
-        self.rows.append({"kind": kind, **self.base, **row})
+        row = {"kind": kind, **self.base, **row}
+        self.rows = [other for other in self.rows if place(other) != place(row)] + [row]
         if self.active:
             write_rows(self.state, self.rows)
-            tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
+            if told:
+                tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
         if not self.active:
@@ -395,7 +399,7 @@ def facts(subject: Subject, cfg: Config) -> dict:
 def evaluate(path, cfg: Config, world):
     """All rows of one checkpoint that are not in the results yet."""
     subject = open_subject(path, cfg, world)
-    rows = Rows(subject, cfg, world)
+    sheet = Sheet(subject, cfg, world)
     meta = subject.meta
     # read first: what is wrong with them should be known before the long part
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
@@ -403,30 +407,30 @@ def evaluate(path, cfg: Config, world):
     windows = text_windows(cfg, meta) if cfg.text else None
     for folder in cfg.questions or (meta["questions"],):
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
-            question_row(subject, rows, folder, shots, world)
+            question_row(subject, sheet, folder, shots, world)
     for name, items in general.items():
-        task_row(subject, rows, name, items, world)
+        task_row(subject, sheet, name, items, world)
     if cfg.text:
-        text_row(subject, rows, windows, world)
+        text_row(subject, sheet, windows, world)
     points, _ = common.history(path)
-    if points and rows.missing("curve", {}, split="val"):  # what a trainer watched
-        rows.rows.append({"kind": "curve", **rows.base, "split": "val", "points": points})
-    rows.finish()
+    if points and sheet.lacks("curve", {}, split="val"):  # what a trainer watched
+        sheet.add("curve", {"split": "val", "points": points}, told="")
+    sheet.finish()
 
 
-def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
+def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world):
     """Add the row of one set of questions, `shots` solved ones before each, if it is missing."""
-    cfg, meta = rows.cfg, subject.meta
+    cfg, meta = sheet.cfg, subject.meta
     if Path(folder).name == "test.jsonl" and not cfg.final:
         raise ValueError(f"{folder} looks like a test split: only --final opens one")
-    questions = problems.load(folder, rows.split)[: cfg.limit or None]
+    questions = problems.load(folder, sheet.split)[: cfg.limit or None]
     max_new = cfg.max_new or common.longest(meta)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
     asked = Asked(subject.encoding, problems.form(folder), questions, shown)
     if not cfg.shots:  # as many as a row of its text has room for, together with an answer
         while asked.shots and len(asked.prefix) + max_new > meta["length"]:
             asked = asked._replace(shots=asked.shots[:-1])
-        if len(asked.shots) < shots and rows.active:
+        if len(asked.shots) < shots and sheet.active:
             left = f"{len(asked.shots)} shots, not {shots}: {folder} has {len(shown)}"
             common.say(f"{left}, and a row of {meta['length']} tokens has room for no more")
     settings = dict(
@@ -436,11 +440,11 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
         k=list(cfg.k),
         temperature=cfg.temperature,
         max_new=max_new,
-        noise=rows.noise,
+        noise=sheet.noise,
         ids=[row["id"] for row in questions],
         content=fingerprint(questions + asked.shots),
     )
-    if not rows.missing("pass", settings):
+    if not sheet.lacks("pass", settings):
         return
     found = solve(
         subject.sampler,
@@ -448,30 +452,30 @@ def question_row(subject: Subject, rows: Rows, folder: str, shots: int, world):
         n=cfg.n,
         max_new=max_new,
         temperature=cfg.temperature,
-        seed=rows.noise,
+        seed=sheet.noise,
         world=world,
         ks=cfg.k,
         progress=subject.progress,
     )
-    told = [f"{settings['benchmark']} {rows.split} {settings['shots']}-shot"]
+    told = [f"{settings['benchmark']} {sheet.split} {settings['shots']}-shot"]
     for k in cfg.k:
         told.append(f"pass@{k} {100 * found[f'pass@{k}']:.1f} ± {100 * found[f'se@{k}']:.1f}")
     told.append(f"in any format {100 * found['flexible@1']:.1f}")
     told.append(f"well-formed {100 * found['formatted']:.0f}%")
-    rows.add("pass", settings | found, "  ".join(told))
+    sheet.add("pass", settings | found, "  ".join(told))
 
 
-def task_row(subject: Subject, rows: Rows, name: str, items: list[dict], world):
+def task_row(subject: Subject, sheet: Sheet, name: str, items: list[dict], world):
     """Add the row of one task of general capability, if it is missing."""
     settings = dict(benchmark=name, content=fingerprint(items))
-    if not rows.missing("general", settings):
+    if not sheet.lacks("general", settings):
         return
     score = functools.partial(
         continuation_log_probs, subject.model, world=world, progress=subject.progress
     )
     found = tasks.score(items, subject.encoding, score)
     told = f"{name}  accuracy {100 * found['accuracy']:.1f}  probability {found['probability']:.3f}"
-    rows.add("general", settings | found, told)
+    sheet.add("general", settings | found, told)
 
 
 def text_windows(cfg: Config, meta: dict):
@@ -479,17 +483,17 @@ def text_windows(cfg: Config, meta: dict):
     return tokens.Stream(cfg.text, "val", meta["length"], 0, meta["encoding"]).beginning(256)
 
 
-def text_row(subject: Subject, rows: Rows, windows, world):
+def text_row(subject: Subject, sheet: Sheet, windows, world):
     """Add the row of the loss on held-out text, if it is missing."""
     settings = dict(benchmark="text", content=fingerprint(windows.tolist()))
-    if not rows.missing("text", settings):
+    if not sheet.lacks("text", settings):
         return
     micro = max(1, 16384 // (windows.shape[1] - 1))
     losses = held_out_losses(subject.model, windows, micro, world)
     mean = statistics.fmean(losses)
     found = dict(losses=[round(loss, 5) for loss in losses], loss=mean)
     told = f"text  {mean:.4f} nats per token in {len(losses)} windows"
-    rows.add("text", settings | found, told)
+    sheet.add("text", settings | found, told)
 
 
 def job_of(cfg: Config) -> plan.Job:
@@ -509,7 +513,7 @@ def job_of(cfg: Config) -> plan.Job:
         is_base = "-" not in Path(path).stem
         asked += count * (len(cfg.shots) or 1 + is_base)
     measured = 0
-    if cfg.tasks is None and common.paper_size(cfg.plan):
+    if cfg.tasks is None and paper_size(cfg.plan):
         measured = plan.TASKS
     if cfg.text:
         measured += 256 * plan.text_row(cfg.plan)

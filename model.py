@@ -95,6 +95,11 @@ PRESETS = {
 }
 
 
+def paper_size(preset: str) -> bool:
+    """Whether the paper's settings apply, rather than the laptop's."""
+    return not preset.startswith("toy")
+
+
 class Linear(nn.Linear):
     """No bias. The weight is cast to the dtype of its input: fp32 masters and bf16 compute need no
     autocast."""

@@ -33,7 +33,7 @@ from unittest import mock
 import torch
 
 from data import problems, tokens
-from model import PRESETS, ROWS_CUDA, Model, ModelConfig, Sampler, round_up
+from model import PRESETS, ROWS_CUDA, Model, ModelConfig, Sampler, paper_size, round_up
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
 TRAINING = 0.4  # share of it that training reaches
@@ -103,7 +103,7 @@ def questions(folder: str, preset: str, needed: str) -> Questions:
         solutions = sum(len(row.get("solutions", ())) for row in counts["train"])
         return Questions(*map(len, counts.values()), solutions)
     path = Path(folder).parent if folder.endswith(".jsonl") else Path(folder)
-    guess = KNOWN.get(path.name, TOY if preset.startswith("toy") else KNOWN["math"])
+    guess = KNOWN.get(path.name, KNOWN["math"] if paper_size(preset) else TOY)
     return guess._replace(note=f"{guess.train:,} questions to train on, {guess.test:,} to test")
 
 
@@ -113,7 +113,7 @@ def longest_answer(max_new: int) -> int:
 
 def text_row(preset: str) -> int:
     """Tokens of a row of pre-training, as pretrain.py makes it unless told otherwise."""
-    return 128 if preset.startswith("toy") else 4096
+    return 4096 if paper_size(preset) else 128
 
 
 # ------------------------------------------------------------------------------- what that costs
@@ -134,7 +134,7 @@ def shape(preset: str, encoding: str = "") -> Model:
     """A model of the preset without memory. encoding: of its text, where that is known."""
     if preset not in PRESETS:
         raise ValueError(f"--plan takes {', '.join(PRESETS)}, not {preset!r}")
-    usual = "toy" if preset.startswith("toy") else "cl100k_base"
+    usual = "cl100k_base" if paper_size(preset) else "toy"
     vocab = tokens.VOCABULARY[encoding or usual]
     with torch.device("meta"):
         return Model(ModelConfig(**PRESETS[preset], vocab=vocab, padded_vocab=round_up(vocab, 128)))

@@ -24,7 +24,7 @@ import plan
 from common import Count, NonNegative, Positive, Whole
 from data import files, tokens
 from eval import held_out_losses, layout_of
-from model import PRESETS, Model, ModelConfig, adam, cosine, round_up, update
+from model import PRESETS, Model, ModelConfig, adam, cosine, paper_size, round_up, update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def configure(given: dict):
             f"{given['init']} has weights, of preset {parent['preset']}: "
             "--preset and --embed_std are for new ones"
         )
-    defaults = dict(PAPER) if common.paper_size(preset) else {}
+    defaults = dict(PAPER) if paper_size(preset) else {}
     defaults |= {"preset": preset, "out": "ckpt/toy"}
     if parent:
         out = f"{Path(given['init']).with_suffix('')}-text"

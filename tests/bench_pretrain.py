@@ -35,7 +35,7 @@ import torch
 import bench
 import common
 import pretrain
-from model import PRESETS, Model, adam, update
+from model import PRESETS, Model, adam, paper_size, update
 from twin import transformers_twin
 
 OURS = "ours"
@@ -230,7 +230,7 @@ def main():
     flags.add_argument("--steps", type=int, default=5, help="steps per turn")
     flags.add_argument("--side", help="for its own processes")
     args = flags.parse_args()
-    paper = common.paper_size(args.preset)
+    paper = paper_size(args.preset)
     args.length = args.length or (pretrain.PAPER["length"] if paper else pretrain.Config.length)
     if args.side:
         return worker(args)

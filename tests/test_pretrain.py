@@ -62,6 +62,14 @@ def test_it_goes_on_once_more(world, tmp_path):
     assert loss == pytest.approx(float(total), abs=1e-7)
 
 
+def test_a_public_checkpoint_of_a_size_without_a_preset(world, tmp_path):
+    """data/hf.py names it by its layers and width."""
+    start = changed(world.base, tmp_path / "start.pt", meta=lambda m: m | {"preset": "2x32"})
+    words = flags(*PRETRAIN, data=world.data, warmup=0, **TEXT | {"tokens": 1024})
+    call("pretrain", *words, init=start)
+    assert common.load(tmp_path / "start-text/step1.pt")["meta"]["preset"] == "2x32"
+
+
 def test_resume_from_a_checkpoint(world, tmp_path, monkeypatch, capsys):
     """Bit for bit, as for the other forms of the scripts."""
     outs = [tmp_path / name / "step3.pt" for name in ("whole", "stopped")]

@@ -21,7 +21,6 @@ What differs from the usual code of it:
     softmax
 """
 
-import functools
 import gc
 import itertools
 import math
@@ -472,19 +471,6 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-class Weights(NamedTuple):
-    """A block's weights, named and ordered as its parameters."""
-
-    qkv: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
-    out: Tensor
-    attention_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-    mlp_norm: Tensor
-
-
 class Cache(NamedTuple):
     """What a block's new token attends to, keys [0] and values [1] of it."""
 
@@ -497,7 +483,7 @@ class Place(NamedTuple):
     """Where the new tokens stand; the same for all blocks."""
 
     t: Tensor  # (R,) column of the new token: columns of `own` before it are read
-    cos: Tensor  # (R, 1, K/2) of the rotation
+    cos: Tensor  # (R, 1, 1, K/2) of the rotation
     sin: Tensor
     group: Tensor  # (R,) question of each row; for the kernels' speed its rows stand together
     mask: Tensor  # (Q, 1, P) added to the scores of a prompt: -inf where it is shorter, else 0
@@ -556,21 +542,12 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: Cache, place: Place)
     return (y / total).to(compute)
 
 
-def decode(c: ModelConfig, x: Tensor, weights: Weights, cache: Cache, place: Place):
-    """A block for one new token of each row: `Block.forward` over weights that are arguments, so
-    that all blocks share one code. x (R, D) -> x after the block, and the token's key and value
-    (R, H, K)."""
-    H = c.heads
-    K = c.head_width
-    x = x.view(-1, H * K)  # numbers that a compiler can rely on
-    q, k, v = (x @ weights.qkv.T).split(H * K, dim=1)
-    q = rotate(rms_norm(q, weights.q_norm, c.eps).view(-1, H, K), place.cos, place.sin)
-    k = rotate(rms_norm(k, weights.k_norm, c.eps).view(-1, H, K), place.cos, place.sin)
-    v = v.view(-1, H, K)
-    attended = attend_to_cache(q, k, v, cache, place).reshape(-1, H * K)
-    x = x + rms_norm(attended @ weights.out.T, weights.attention_norm, c.eps)
-    gate, up = (x @ weights.gate_up.T).split(c.ffn, dim=1)
-    return x + rms_norm((F.silu(gate) * up) @ weights.down.T, weights.mlp_norm, c.eps), k, v
+def decode(block: Block, x: Tensor, cache: Cache, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """A block for one new token of each row: x (R, D) -> x after the block, and the token's key and
+    value (R, H, K)."""
+    q, k, v = (y[:, :, 0] for y in block.project(x[:, None], place.cos, place.sin))
+    attended = attend_to_cache(q, k, v, cache, place)
+    return block.finish(x[:, None], attended[:, :, None])[:, 0], k, v
 
 
 class Request(NamedTuple):
@@ -672,9 +649,6 @@ class Sampler:
             self.model = Model(model.config, model.compute).requires_grad_(False)
         own = {name: self._own(name, w.detach()) for name, w in model.named_parameters()}
         self.model.load_state_dict(own, assign=True)
-        self.layers = [
-            Weights(*(w.detach() for w in block.parameters())) for block in self.model.blocks
-        ]
         self.embed = self.model.embed.weight
         self.head = self.model.head.weight[: model.config.vocab]
         on_cuda = self.embed.is_cuda
@@ -694,9 +668,7 @@ class Sampler:
         self.buffers = None
         self.steps_left = 0  # tokens until every row is certainly full
         self.compiled = compile
-        self.block = functools.partial(decode, model.config)
-        if compile:
-            self.block = torch.compile(self.block, dynamic=True)
+        self.decode = torch.compile(decode, dynamic=True) if compile else decode
         self.refresh()
 
     def _own(self, name: str, weight: Tensor) -> Tensor:
@@ -1067,8 +1039,8 @@ class Sampler:
         position = b.first[:R] + t
         place = Place(
             t=t,
-            cos=self.cos[position][:, None],
-            sin=self.sin[position][:, None],
+            cos=self.cos[position][:, None, None],
+            sin=self.sin[position][:, None, None],
             group=b.group[:R],
             mask=b.mask[..., : step.prompt],
             length=t * b.alive[:R],
@@ -1078,13 +1050,13 @@ class Sampler:
         apart = self.refill or self.capture  # a graph must read the columns on the device
         column = None if apart else int(t[0])
         x = F.embedding(b.token[:R], self.embed).to(self.model.compute)
-        for layer, weights in enumerate(self.layers):
+        for layer, block in enumerate(self.model.blocks):
             cache = Cache(
                 own=b.own[layer, :, :R, :, : step.columns],
                 prompt=b.prompt[layer, :, :, :, : step.prompt],
                 prefix=self.prefix[layer] if step.prefix else None,
             )
-            x, k, v = self.block(x, weights, cache, place)
+            x, k, v = self.decode(block, x, cache, place)
             if apart:
                 b.own[layer, 0, rows, :, t] = k
                 b.own[layer, 1, rows, :, t] = v

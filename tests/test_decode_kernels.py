@@ -203,7 +203,9 @@ def test_sampler_draws_the_same_with_kernels(monkeypatch, prefix, rows, small_bl
 
     monkeypatch.setattr(Sampler, "_advance", watched)
     sampler = Sampler(model, rows)
-    sampler.block = torch.compile(sampler.block, backend="aot_eager", dynamic=True, fullgraph=True)
+    sampler.decode = torch.compile(
+        sampler.decode, backend="aot_eager", dynamic=True, fullgraph=True
+    )
     found = sampler(*request)
     assert {step.rows for step in steps} == ({24, 16} if rows == 512 else {16})
     assert len(steps) == (2 if rows == 512 else 1)

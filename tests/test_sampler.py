@@ -513,14 +513,15 @@ def test_refresh_keeps_the_addresses():
     sampler = Sampler(model)
 
     def addresses():
-        return [w.data_ptr() for layer in [*sampler.layers, [sampler.head]] for w in layer]
+        return [w.data_ptr() for w in sampler.model.parameters()]
 
     before = addresses()
     for p in model.parameters():
         p.data.mul_(1.5)
     sampler.refresh()
     assert before == addresses()
-    assert torch.equal(sampler.layers[1][0], model.blocks[1].qkv.weight.bfloat16())
+    mine = sampler.model.blocks[1].qkv.weight
+    assert torch.equal(mine, model.blocks[1].qkv.weight.bfloat16())
     assert torch.equal(sampler.head, model.head.weight[:VOCAB].bfloat16())
 
 
@@ -552,6 +553,25 @@ def test_block_is_compiled_once(model, monkeypatch, prefix):
         slots = int(samples.lengths.sum()) / (1 - samples.waste)
         assert slots < 0.95 * max_new * len(seeds), "no rows were dropped: this test sees nothing"
         assert counter.frame_count == 1
+
+
+def test_sizes_of_weights_are_constants_of_the_compiled_block(model, monkeypatch):
+    """Where they were variables, as the sizes of arguments are, sampling took twice as long."""
+    torch._dynamo.reset()
+    shapes = []
+
+    def backend(graph, _):
+        inputs = [
+            node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")
+        ]
+        shapes.extend(x.shape for x in inputs if isinstance(x, torch.Tensor))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    Sampler(model, compile=True)(PROMPTS, 20, 24, range(100), [END])
+    constant = [tuple(shape) for shape in shapes if all(type(size) is int for size in shape)]
+    weights = [tuple(p.shape) for p in model.blocks[0].parameters()]
+    assert all(constant.count(shape) >= weights.count(shape) for shape in weights)
 
 
 @pytest.mark.slow

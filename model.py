@@ -980,7 +980,8 @@ class Sampler:
         have, held = (self.buffers.sizes, self.buffers.nbytes) if self.buffers else (sizes, 0)
         larger = tuple(map(max, have, sizes))
         exact, kept = (Buffers(self.model, "meta", some).nbytes for some in (sizes, larger))
-        if need - exact + kept > 0.9 * (free_bytes(device) + held):
+        share = 1.0 if larger == have else 0.9  # what is there goes only if it must
+        if need - exact + kept > share * (free_bytes(device) + held):
             larger = sizes
         if self.buffers and larger == have:
             return

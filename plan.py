@@ -282,7 +282,8 @@ def side_by_side(cfg, job: Job, ranks: int) -> tuple[int, int]:
     """-> answers that a GPU samples at a time, and prompts that its cache keeps: twice as many as
     are being answered, see Sampler."""
     sides = [(min(-(-q // ranks), max(1, cfg.rows // n)), n) for q, n in job.asked]
-    return max((q * n for q, n in sides), default=0), max((2 * q for q, _ in sides), default=0)
+    prompts = [2 * q if n > 1 else q for q, n in sides]
+    return max((q * n for q, n in sides), default=0), max(prompts, default=0)
 
 
 def memory_of(cfg, job: Job, model: Model) -> Memory:
@@ -396,7 +397,7 @@ def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
         rooms = {flag: [held.largest(way, room) for room in ROOMS] for way, flag in WAYS.items()}
     else:
         cache = held.holds["cache"]
-        each = cache / side_by_side(cfg, job, 1)[0]
+        each = cache / side_by_side(cfg, job, int(os.environ.get("WORLD_SIZE", 1)))[0]
         rooms = {"": [max(0, int((room - total + cache) / each)) for room in ROOMS]}
     lines = [
         f"  memory   {total / 1e9:.3g} GB per GPU{' and activations' * bool(held.ways)}: {parts}",

@@ -163,7 +163,7 @@ def make_own(cfg: Own):
     if not 0 < cfg.held_out < 0.5:
         raise ValueError("--held_out takes a share between 0 and 0.5")
     paths = paths_of(cfg.source)
-    facts = {"source_files": sources_of(*paths)}
+    facts = {"source_contents": sources_of(*paths)}
     if files.finished(cfg, "questions", **facts):
         return
     form = problems.Form()

@@ -272,7 +272,7 @@ class Tasks:
 
 def make_tasks(cfg):
     """LAMBADA, HellaSwag, ARC, PIQA and OpenBookQA as lm-evaluation-harness asks them."""
-    facts = {"source_files": questions.sources_of(cfg.source)}
+    facts = {"source_contents": questions.sources_of(cfg.source)}
     if files.finished(cfg, "tasks", **facts):
         return
     with files.new_folder(cfg, "tasks", **facts) as folder:

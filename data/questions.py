@@ -406,21 +406,20 @@ def write_parts(folder, parts, form, left_out, enc=None):
 
 
 def sources_of(*places) -> str:
-    """A fingerprint of the local files that questions are made of: names, sizes, and what is in
-    those of less than 100 MB."""
-    found = []
+    """A fingerprint of the local files that questions are made of: their names and sizes, and what
+    is in them, if that is less than 1 GB."""
+    paths = []
     for place in filter(None, places):
-        paths = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob("*.json*"))
-        for path in filter(Path.is_file, paths):
-            size = path.stat().st_size
-            content = files.checksum(path) if size < 100_000_000 else {}
-            found.append([path.name, size, content])
-    return files.fingerprint(found)
+        some = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob("*.json*"))
+        paths += filter(Path.is_file, some)
+    sizes = [path.stat().st_size for path in paths]
+    contents = [files.checksum(path) for path in paths] if sum(sizes) < 1e9 else []
+    return files.fingerprint([[path.name for path in paths], sizes, contents])
 
 
 def make_gsm8k(cfg):
     """The GSM8K questions, each with its one solution."""
-    facts = {"source_files": sources_of(cfg.source, cfg.shots)}
+    facts = {"source_contents": sources_of(cfg.source, cfg.shots)}
     if files.finished(cfg, "gsm8k", **facts):
         return
     with files.new_folder(cfg, "gsm8k", **facts) as folder:
@@ -440,7 +439,7 @@ def math_tests(source, name, left_out):
 
 def make_math(cfg):
     """The MATH questions, each with its one solution and its level."""
-    facts = {"source_files": sources_of(cfg.source, cfg.shots)}
+    facts = {"source_contents": sources_of(cfg.source, cfg.shots)}
     if files.finished(cfg, "math", **facts):
         return
     with files.new_folder(cfg, "math", **facts) as folder:
@@ -457,7 +456,7 @@ def make_openmath(cfg):
             "--dataset takes all, gsm8k or math, and --solutions_per_question at least 1"
         )
     name = "openmath" + f"-{cfg.dataset}" * (cfg.dataset != "all")
-    facts = {"source_files": sources_of(cfg.source, cfg.tests, cfg.shots)}
+    facts = {"source_contents": sources_of(cfg.source, cfg.tests, cfg.shots)}
     if files.finished(cfg, name, **facts):
         return
     with files.new_folder(cfg, name, **facts) as folder:

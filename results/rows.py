@@ -235,10 +235,12 @@ class Record:
         """-> DataFrame of questions x (pre-training seed, seed); raises Missing.
 
         metric: "pass@8"; "32 in format", pass@k at the k of which 32 have the format; "loss";
-        "accuracy" of all tasks; or a field of the rows. asked: the question set.
+        "accuracy" of all tasks; the name of one; or a field of the rows. asked: the question set.
         """
         places = [("pass", asked or self.main, "")]
-        if metric in ("accuracy", "probability", "loss"):  # measured without shots
+        if metric in self.tasks:
+            arm, places, metric = arm._replace(shots=0), [("general", "", metric)], "accuracy"
+        elif metric in ("accuracy", "probability", "loss"):  # measured without shots
             arm = arm._replace(shots=0)
             places = [("general", "", name) for name in self.tasks or [""]]
             places = [("text", "", "text")] if metric == "loss" else places

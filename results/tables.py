@@ -1,11 +1,9 @@
 """What the report says in words: report.md of a folder, the block of findings, the terminal."""
 
-import numpy as np
 import pandas as pd
 
 from results.findings import BASE, FINDINGS, RL, SFT, SFT_RL, gain, trains_by_rl
 from results.rows import RECIPES, Arm, Missing, tokens_name
-from results.stats import of_models
 
 ABOUT = """In %, differences in points. ±: half of the 95% interval over models; SE: one standard
 error over questions, where there are fewer than four models. By run: the means of the models, by
@@ -170,20 +168,13 @@ def by_run(e, sign=""):
 
 def by_task(r):
     """Accuracy of each task of general capability, which the levels have as one mean."""
-    frame = r.frame[(r.frame.kind == "general") & (r.frame.asked == r.main)]
-    measured = frame[frame.split == r.split]
-    accuracy = measured.right.map(np.mean)
-    place = [measured[name] for name in ("tokens", "part", *Arm._fields, "pretrain_seed")]
-    found = accuracy.groupby(place).mean().to_dict()  # of the seeds of a model
     rows = []
-    for t, arm in ((t, arm) for t in r.tokens for arm in r.arms):
+    for t, arm in ((t, arm) for t in r.tokens for arm in r.arms if not arm.shots):
+        base = BASE._replace(world=arm.world, model=arm.model)
         cells = []
         for task in r.tasks:
-            of = {run: x for (*at, run), x in found.items() if at == [t, task, *arm]}
-            base = {run: found.get((t, task, *Arm("base", 0, *arm[2:]), run)) for run in of}
-            gaps = {run: x - base[run] for run, x in of.items() if base[run] is not None}
-            cells.append(shown(of_models(of)) if of else "-")
-            cells.append(shown(of_models(gaps), sign="+") if gaps and arm.recipe != "base" else "-")
+            gap = r.gap(task, arm, base, t) if arm.recipe != "base" else None
+            cells += [shown(r.level(arm, t, task)), shown(gap, sign="+")]
         rows += [[tokens_name(t), f"**{arm}**", *cells]] if {*cells} != {"-"} else []
     heads = [head for task in r.tasks for head in (task, f"{task}, less the base's")]
     return table(["tokens", "arm", *heads], rows)

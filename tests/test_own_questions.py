@@ -189,9 +189,9 @@ def test_the_same_command_finds_it_finished(tmp_path, capsys):
     assert path.read_text() != before
     flags = dict(question="problem", answer="final", solution="cot", out=tmp_path / "out")
     words = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    assert "source files" in said(capsys, "--source", path, *words)
+    assert "source contents" in said(capsys, "--source", path, *words)
     write(path, rows(51))
-    assert "source files" in said(capsys, "--source", path, *words)
+    assert "source contents" in said(capsys, "--source", path, *words)
 
 
 def test_wrong_input_is_one_line(tmp_path, capsys):

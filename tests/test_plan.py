@@ -334,6 +334,16 @@ def test_questions_that_a_plan_needs_and_are_not_there(tmp_path):
             cost(f"{script}.py", *words, "--questions", str(tmp_path))
 
 
+def test_answers_side_by_side_and_the_prompts_that_are_kept():
+    """At most --rows answers; twice as many prompts as are being answered."""
+    job = plan.Job("rl", [], 0, asked=((128, 64), (200, 4)))
+    cfg = Flags()
+    assert plan.side_by_side(cfg, job, 1) == (512, 256)
+    assert plan.side_by_side(cfg, job, 8) == (512, 50)
+    assert plan.side_by_side(cfg, job._replace(asked=((200, 1),)), 1) == (200, 200)
+    assert plan.side_by_side(cfg, job._replace(asked=()), 1) == (0, 0)
+
+
 def test_kl_holds_the_start_too():
     model = plan.shape("1b")
     for shard in (False, True):

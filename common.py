@@ -339,8 +339,8 @@ def commands(table: dict, doc: str, argv: list[str], placed: int = 0):
         raise SystemExit(2)
     Config, script = table[name]
     words = [*itertools.takewhile(lambda word: not word.startswith("-"), rest[:placed])]
-    fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
-    named = [part for pair in zip(fields, words, strict=False) for part in pair]
+    fields = [f"--{field.name}" for field in dataclasses.fields(Config)][: len(words)]
+    named = [part for pair in zip(fields, words, strict=True) for part in pair]
     argv = named + rest[len(words) :]
     main(lambda given: script(Config(**given)), Config, script.__doc__, argv)
 
@@ -650,8 +650,7 @@ def save(path, model, meta: dict, **more):
 
 
 # what zipfile and torch.load raise for a file that is not what it should be
-UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, MemoryError)
-UNREADABLE += (zipfile.BadZipFile,)
+BROKEN = (OSError, EOFError, RuntimeError, KeyError, ValueError, MemoryError, zipfile.BadZipFile)
 
 
 def load(path) -> dict:
@@ -670,7 +669,7 @@ def load(path) -> dict:
         raise ValueError(
             f"{path} holds more than tensors and numbers: refused, nothing in it was run"
         ) from None
-    except UNREADABLE as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r})")

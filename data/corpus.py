@@ -334,8 +334,8 @@ def write(
     state = shards.state
     processes = processes or os.cpu_count()
     done = sum(counts["tokens"] for counts in state["counts"].values()) if budgets else 0
-    what = (ENCODING, seed, val_share, index)
-    pool = ProcessPoolExecutor(processes, initializer=start, initargs=what)
+    settings = (ENCODING, seed, val_share, index)
+    pool = ProcessPoolExecutor(processes, initializer=start, initargs=settings)
     try:
         # forks them before the library that speaks to the hub has threads
         pool.submit(int).result()

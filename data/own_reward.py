@@ -60,10 +60,8 @@ def serve(seconds, memory, path):
         print(told(error, path), file=answers, flush=True)
         raise SystemExit(1) from None
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit, and has no /proc
-        pages = int(
-            Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]
-        )  # what its imports map
-        most = pages * resource.getpagesize() + memory
+        pages, *_ = Path("/proc/self/statm").read_text(encoding="utf-8").split()
+        most = int(pages) * resource.getpagesize() + memory  # beside what its imports have mapped
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:

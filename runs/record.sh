@@ -101,25 +101,34 @@ for seed in $MODELS; do  # twice the steps
   done <<< "${LONGER//; /$'\n'}"
   finish
 done
-for seed in $MODELS; do  # four times the questions, and a quarter of them; 5 and 64 answers
-  run=p$seed cells=()
+for seed in $BRITTLE_MODELS; do  # eight seeds of one model
+  run=p$seed cells=() steps=""
+  [[ "; $LONGER;" != *"; $BRITTLE rl;"* ]] || steps="--steps 600"
+  for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl $steps"); done
+  finish
+done
+for seed in $MODELS; do  # four times the questions
+  run=p$seed cells=() more="--limit $MANY --steps 600"
   for step in $MIDDLE $LAST; do
-    cells+=("$run/step$step $seed rl --limit $MANY --recipe rl-$MANY-questions")
-    cells+=("$run/step$step $seed sft-rl-many")
-    cells+=("$run/step$step $seed mix --limit $MANY --batch 27 --recipe mix-$MANY-questions")
-    for recipe in rl sft; do
-      cells+=("$run/step$step $seed $recipe --limit $FEW --recipe $recipe-$FEW-questions")
-    done
+    cells+=("$run/step$step $seed rl $more --recipe rl-$MANY-questions")
+    cells+=("$run/step$step $seed sft-rl-many --steps 600")
+    cells+=("$run/step$step $seed mix $more --batch 14 --recipe mix-$MANY-questions")
   done
+  finish
+done
+for seed in $MODELS; do  # 5 and 64 answers
+  run=p$seed cells=()
   for level in easy hard; do
     for n in 5 64; do cells+=("$run/step$LAST $seed rl-n$n-split-$level"); done
   done
   finish splits
 done
-for seed in $BRITTLE_MODELS; do  # eight seeds of one model
-  run=p$seed cells=() steps=""
-  [[ "; $LONGER;" != *"; $BRITTLE rl;"* ]] || steps="--steps 600"
-  for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl $steps"); done
+for seed in $MODELS; do  # a quarter of the questions
+  run=p$seed cells=()
+  for step in $MIDDLE $LAST; do
+    cells+=("$run/step$step $seed rl --limit $FEW --steps 600 --recipe rl-$FEW-questions")
+    cells+=("$run/step$step $seed sft --limit $FEW --recipe sft-$FEW-questions")
+  done
   finish
 done
 for seed in $MODELS; do  # hard questions

@@ -323,11 +323,11 @@ def recorded(shell):
 
 
 def test_a_record(shell, recorded):
-    """Model by model, part by part: that of more seeds has one model, the others both."""
+    """Part by part, model by model: the second part, more seeds, has one model, the others both."""
     commands = recorded.commands
     understood(commands)
     runs = [models for models, _ in itertools.groupby(map(models_of, commands[:-1]))]
-    assert runs == 3 * [("30",), ("31",)]
+    assert runs == 5 * [("30",), ("31",)]  # the second part runs into the third
     report = commands[-1]
     assert report[0] == "eval" and report[2] == {"report": str(recorded.kept.parent)}
     trained = Counter(flags["out"] for script, _, flags in commands if script in TRAINERS)
@@ -338,7 +338,7 @@ def test_a_record(shell, recorded):
             for recipe in ("rl", "sft", "sft-rl", "mix", "sft-gold"):
                 assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
         for step in (MIDDLE, LAST):
-            for recipe in ("sft-gold-rl", "sft-many", "sft-rl-many"):
+            for recipe in ("sft-gold-rl", "sft-many", "sft-rl-many--steps-600"):
                 assert f"p{run}/step{step}-{recipe}-s{run}.pt" in names
         for level, count in itertools.product(("easy", "hard"), (5, 64)):
             assert f"p{run}/step{LAST}-rl-n{count}-split-{level}-s{run}.pt" in names
@@ -406,8 +406,7 @@ def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shel
 
 def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded):
     cells = [(MIDDLE, "rl"), (MIDDLE, "sft-rl"), (LAST, "mix --batch 4"), (LAST, "rl"),
-             (LAST, "sft-rl-many"), (LAST, "rl-hard"),
-             (LAST, f"rl --limit {MANY} --recipe rl-{MANY}-questions")]  # fmt: skip
+             (LAST, "rl-hard")]  # fmt: skip
     longer = "; ".join(f"{step} {recipe}" for step, recipe in cells)
     status, _, err = shell.run("runs/record.sh", **recorded.how | dict(LONGER=longer))
     assert (status, err) == (0, "")
@@ -426,9 +425,7 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
     assert made.keys() == expected
     for script, flags in made.values():
         assert flags["steps"] == "600" and flags.get("batch") == ("4" if script == "mix" else None)
-        many = "sft-rl-many" in flags["out"] or f"-limit-{MANY}" in flags["out"]
-        assert flags.get("recipe") == (f"rl-{MANY}-questions" if many else None)
-        assert flags["limit"] == (MANY if many else QUESTIONS)
+        assert "recipe" not in flags and flags["limit"] == QUESTIONS
     lines = recorded.kept.read_text().splitlines()
     assert {*lines} == rows_in(shell.folder / "ckpt/results")
     status, _, err = shell.run("runs/record.sh", **recorded.how | dict(LONGER=longer))
@@ -622,5 +619,5 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     }
     limits = {flags["limit"] for script, _, flags in commands if script in ("rl", "sft", "mix")}
     assert limits == {"16", "32", "64"}  # 100, 400 and 1,600 questions
-    expected = "rl-n5-split-easy rl-n64-split-hard rl-hard sft-gold-rl sft-rl-many mix"
+    expected = "rl-n5-split-easy rl-n64-split-hard rl-hard sft-gold-rl sft-rl-many--steps-600 mix"
     assert {*expected.split()} <= recipes

@@ -529,7 +529,7 @@ def tree_step(dtype, per_row: int, compiled: bool) -> tuple[list, float, float]:
 
 
 def scripts():
-    """The commands end to end, in the toy world: kill, resume, profile, eval and torchrun."""
+    """The commands end to end, in the toy world: kill, resume, profile, eval, torchrun, mix."""
     folder = Path(tempfile.mkdtemp())
     try:
         return run_scripts(folder)
@@ -588,6 +588,7 @@ def run_scripts(folder: Path) -> dict:
     one_rank = "-m torch.distributed.run --standalone --nproc_per_node 1"
     two_steps = learn.replace("--steps 8", "--steps 2").replace(how, compiled)
     finished("torchrun", f"{one_rank} {two_steps} --out @ranks.pt")
+    finished("mix", f"{learn.replace('rl.py', 'mix.py')} --steps 2 --out @mixed.pt")
     rows = (folder / "rows/whole.jsonl").read_text().splitlines()
     gap = figures["resume_gap"]
     print(

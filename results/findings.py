@@ -266,8 +266,11 @@ def trains_by_rl(arm) -> bool:
     return arm.recipe.split("-")[0] in ("rl", "mix") or arm.recipe.partition(">")[2][:2] == "rl"
 
 
-def unready(r, parts) -> str:
-    """Why a claim is not tested: too few models, or RL that has not converged; "" if it is."""
+def unready(r, parts, converged=False) -> str:
+    """Why a claim is not tested: too few models, or RL that has not converged; "" if it is.
+
+    converged: RL is taken to have converged.
+    """
     for p in parts:
         e = p.estimate
         if e.df < MODELS - 1:
@@ -277,6 +280,8 @@ def unready(r, parts) -> str:
                 steps = {row["step"] for row in r.rows("curve", arm, tokens, asked, split="val")}
                 if len(steps) > 1:
                     return f"{arm} at {tokens_name(tokens)} has runs of {sorted(steps)} steps"
+                if converged:
+                    continue
                 try:
                     g = gain(r, arm, tokens, asked)
                 except Missing as missing:  # the differences are known, and are shown
@@ -286,8 +291,8 @@ def unready(r, parts) -> str:
     return ""
 
 
-def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
-    """The verdict on each claim, by its number."""
+def decide(r, findings=FINDINGS, converged=False) -> dict[str, Verdict]:
+    """The verdict on each claim, by its number; converged: what it would be if all RL had."""
     found = {}
     for finding in findings:
         try:
@@ -295,7 +300,7 @@ def decide(r, findings=FINDINGS) -> dict[str, Verdict]:
         except Missing as missing:
             parts, reason = [], str(missing)
         else:
-            reason = unready(r, parts)
+            reason = unready(r, parts, converged)
         inside, outside = (1.0, 1.0) if reason else outcome([p.chances for p in parts])
         word = "not tested" if reason else "holds" if inside < outside else "contradicted"
         p = min(1.0, 2 * min(inside, outside))

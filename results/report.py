@@ -23,7 +23,7 @@ def one(folder, brief=False):
     r = Record(frame)
     verdicts = decide(r)
     pictures = figures.draw(r, folder)
-    write(folder / "report.md", tables.page(r, verdicts, pictures, torn))
+    write(folder / "report.md", tables.page(r, verdicts, decide(r, converged=True), pictures, torn))
     lines = [f"{folder}: {r.split} questions, in %", *torn]
     lines += [] if brief else [tables.grid(r), ""]
     lines += tables.directions(r, verdicts)

@@ -211,7 +211,9 @@ class Record:
             place, name = found.iloc[-1][["place", "checkpoint"]]
             raise ValueError(f"{place}: {name} is a second run of one arm and seed")
         frame = frame.sort_values("step", kind="stable")
-        return frame.drop_duplicates([*PLACE, *UNIT], keep="last")
+        again = frame.duplicated([*PLACE, *UNIT], keep="last")
+        self.shorter = frame[again]  # rows of runs of which there is one with more steps
+        return frame[~again]
 
     def rows(self, kind, arm, tokens, asked="", part="", split=""):
         """The rows of one kind, one per seed, as dicts."""

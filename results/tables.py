@@ -1,9 +1,12 @@
 """What the report says in words: report.md of a folder, the block of findings, the terminal."""
 
+from contextlib import suppress
+
 import pandas as pd
 
 from results.findings import BASE, FINDINGS, RL, SFT, SFT_RL, gain, trains_by_rl
-from results.rows import RECIPES, Arm, Missing, tokens_name
+from results.rows import RECIPES, Arm, Missing, of_row, tokens_name
+from results.stats import estimate
 
 ABOUT = """In %, differences in points. ±: half of the 95% interval over models; SE: one standard
 error over questions, where there are fewer than four models. By run: the means of the models, by
@@ -85,12 +88,15 @@ def region(part):
     return f"< {high:g}" if low == -float("inf") else f"{low:g} to {high:+g}"
 
 
-def in_full(verdicts):
-    """The claims of one record, a row for each difference of each."""
+def in_full(verdicts, otherwise=None):
+    """The claims of one record, a row for each difference of each; otherwise: the verdicts if all
+    RL had converged, of which those are shown that differ."""
     rows = []
     for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
         word = f"**{v.verdict}**" + (f" ({v.reason})" if v.reason else "")
         first = [finding.number, finding.claim, word, f"{v.p:.2g} ({v.holm:.2g})"]
+        other = (otherwise or verdicts)[finding.number]
+        first += [f"{other.verdict} ({other.holm:.2g})" if other.verdict != v.verdict else ""]
         rows += [first + [""] * 5] if not v.parts else []
         for part in v.parts:
             e = part.estimate
@@ -98,9 +104,9 @@ def in_full(verdicts):
             runs = ", ".join(f"{run}: {scale * mean:+.{digits}f}" for run, mean in e.runs.items())
             at = ", ".join(map(tokens_name, part.tokens))
             rows.append([*first, part.name, region(part), span(part), runs, at])
-            first = [""] * 4
-    header = ["", "claim", "verdict", "p (Holm)", "difference", "claimed", "found", "by run", "at"]
-    return table(header, rows)
+            first = [""] * 5
+    header = ["", "claim", "verdict", "p (Holm)", "if all RL had converged (Holm)"]
+    return table([*header, "difference", "claimed", "found", "by run", "at"], rows)
 
 
 def convergence(r):
@@ -118,6 +124,29 @@ def convergence(r):
                 rows.append([str(arm), tokens_name(t), asked, f"{100 * e.mean:+.1f}", bound, runs])
     header = ["arm", "tokens", "questions", "last 100 steps - 100 before", "upper bound", "by run"]
     return table(header, rows)
+
+
+def longer(r):
+    """What more steps changed, where an arm was run again with more of them."""
+    before = r.shorter[(r.shorter.split == r.split) & (r.shorter.asked == r.main)]
+    kinds = {"pass@1": "pass", "pass@8": "pass", "pass@32": "pass", "loss": "text"}
+    rows = []
+    for (t, *key), runs in before.groupby(["tokens", *Arm._fields]):
+        arm, changes, steps = Arm(*key), {metric: {} for metric in kinds}, ""
+        for row in runs.to_dict("records"):
+            run = row["pretrain_seed"], row["seed"]
+            alike = r.rows(row["kind"], arm, t, part=row["part"])
+            [more] = [other for other in alike if (other["pretrain_seed"], other["seed"]) == run]
+            steps = f"{row['step']} to {more['step']}"
+            for metric in (metric for metric in kinds if kinds[metric] == row["kind"]):
+                with suppress(Missing):  # pass@32 of 8 answers
+                    changes[metric][run] = of_row(more, metric) - of_row(row, metric)
+        found = {m: estimate(pd.DataFrame(each)) for m, each in changes.items() if each}
+        cells = (shown(found.get(metric), metric, "+") for metric in kinds)
+        rows.append([tokens_name(t), f"**{arm}**", steps, *cells])
+    title = "## What more steps of RL changed\n\nThe longer run less the shorter one.\n"
+    header = ["tokens", "arm", "steps", *(METRICS[metric] for metric in kinds)]
+    return f"{title}\n{table(header, rows)}" if rows else ""
 
 
 def references(r, arm):
@@ -195,15 +224,15 @@ def training(r):
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 
-def page(r, verdicts, pictures, torn):
+def page(r, verdicts, otherwise, pictures, torn):
     """The text of report.md."""
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
     if any(v.parts for v in verdicts.values()) and r.split == "test":
         bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
         room = [f"{tokens_name(t)} {shown(e)}" for t, e in bases.items() if e]
         room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
-        parts += ["## Claims\n", in_full(verdicts), room]
-        parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r)]
+        parts += ["## Claims\n", in_full(verdicts, otherwise), room]
+        parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r), longer(r)]
     parts += [f"![{name}]({name})\n" for name in pictures]
     for asked in r.benchmarks or [""]:
         parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]

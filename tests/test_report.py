@@ -762,6 +762,7 @@ def test_an_arm_whose_validation_still_rises_makes_its_claims_not_tested(
         assert all("has not converged" in found[number].reason for number in not_tested)
         assert all(found[number].p == found[number].holm == 1 for number in not_tested)
         assert all(found[number].parts for number in not_tested)  # they are shown
+        assert words(decide(r, known(verdicts), converged=True)) == words(verdicts)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -818,6 +819,15 @@ def test_a_run_that_went_on_counts_as_it_is_at_its_last_step(holding):
     seven = decide(record([row for row in further if row["pretrain_seed"] != 5] + main))
     assert seven["2"].reason == "rl at 5M has runs of [300, 600] steps"
     assert seven["2"].p == 1 and seven["2"].parts and seven["1"].verdict == "holds"
+    counts = [  # of each model and question, in the longer run and in the shorter
+        (max(c - 16, 0), c, row["n"]) for row in ours if "correct" in row for c in row["correct"]
+    ]
+    change = 100 * statistics.fmean((after - before) / n for after, before, n in counts)
+    assert f"| 5M | **rl** | 300 to 600 | {change:+.1f} " in tables.longer(record(further + main))
+    assert tables.longer(record(main)) == ""
+    some = [row for row in further + main if row["kind"] == "pass"]
+    some = [row | {"n": 16, "correct": [c // 4 for c in row["correct"]]} for row in some]
+    assert "| pass@8 |\n" in tables.longer(record(some))  # pass@32 and text loss are not known
 
 
 def test_seven_models_or_no_curves_test_nothing_and_show_what_there_is(holding):
@@ -1007,6 +1017,11 @@ def test_the_claims_in_full_have_their_units():
     v = findings.Verdict("holds", "", [accuracy, loss], 0.001, 0.01)
     page = tables.in_full({f.number: v for f in FINDINGS})
     assert "| 3: +1.3 |" in page and "| 3: +0.013 |" in page
+    assert "had converged" not in page
+    not_tested = v._replace(verdict="not tested", reason="rl at 1M has not converged")
+    page = tables.in_full({f.number: not_tested for f in FINDINGS}, {f.number: v for f in FINDINGS})
+    assert "| if all RL had converged (Holm) |" in page
+    assert page.count("| holds (0.01) |") == len(FINDINGS)
 
 
 def cells_of(text):

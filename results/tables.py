@@ -89,8 +89,8 @@ def region(part):
 
 
 def in_full(verdicts, otherwise=None):
-    """The claims of one record, a row for each difference of each; otherwise: the verdicts if all
-    RL had converged, of which those are shown that differ."""
+    """The claims of one record, a row for each difference of each; otherwise: the verdicts with the
+    rule of convergence waived, of which those are shown that differ."""
     rows = []
     for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
         word = f"**{v.verdict}**" + (f" ({v.reason})" if v.reason else "")
@@ -105,7 +105,7 @@ def in_full(verdicts, otherwise=None):
             at = ", ".join(map(tokens_name, part.tokens))
             rows.append([*first, part.name, region(part), span(part), runs, at])
             first = [""] * 5
-    header = ["", "claim", "verdict", "p (Holm)", "if all RL had converged (Holm)"]
+    header = ["", "claim", "verdict", "p (Holm)", "with convergence waived (Holm)"]
     return table([*header, "difference", "claimed", "found", "by run", "at"], rows)
 
 

@@ -210,17 +210,19 @@ def by_task(r):
 
 
 def training(r):
-    """What the runs of each arm took, each counted once; arms after SFT without their SFT, and of
-    an arm that was run again with more steps the longer run."""
+    """What the runs of each arm took, each counted once; arms after SFT without their SFT."""
     seed = r.frame.seed.where(r.frame.recipe != "base", 0)  # those of a base are draws of shots
-    runs = r.frame.assign(seed=seed).dropna(subset="flops").drop_duplicates(["checkpoint", "seed"])
-    own = {Arm(*key): some for key, some in runs.groupby(list(Arm._fields))}
+    runs = pd.concat([r.frame.assign(seed=seed), r.shorter])
+    runs = runs.dropna(subset="flops").drop_duplicates(["checkpoint", "seed"])
+    order = {arm: i for i, arm in enumerate(r.arms)}
+    found = [(order[Arm(*key)], steps, some)
+             for (*key, steps), some in runs.groupby([*Arm._fields, "step"])]  # fmt: skip
     rows = []
-    for arm, some in ((arm, own[arm]) for arm in r.arms if arm in own):
-        name = "pre-training" if arm.recipe == "base" else arm
+    for i, steps, some in sorted(found, key=lambda group: group[:2]):
+        name = "pre-training" if r.arms[i].recipe == "base" else r.arms[i]
         costs = f"{some.seconds.mean():,.0f}", f"{some.flops.mean():.2e}"
-        rows.append([name, len(some), *costs, f"{some.seconds.sum() / 3600:.2f}"])
-    header = ["arm", "runs", "seconds of a run", "FLOPs of a run", "hours of all"]
+        rows.append([name, steps, len(some), *costs, f"{some.seconds.sum() / 3600:.2f}"])
+    header = ["arm", "steps", "runs", "seconds of a run", "FLOPs of a run", "hours of all"]
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 

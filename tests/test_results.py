@@ -125,10 +125,11 @@ def test_the_claims_of_record_3_from_raw_counts():
 
 
 def test_the_costs_of_record_3_from_raw_rows():
-    """Seconds and FLOPs of pre-training and of one arm, each run once."""
+    """Seconds and FLOPs of pre-training and of one arm by its steps, each run once."""
     lines = (ROOT / "results/record-3/rows.jsonl").read_text().splitlines()
     shown = training(rows.Record(rows.read(ROOT / "results/record-3")[0]))
-    for name, recipe, questions in (("pre-training", "base", None), ("rl", "rl", "easy")):
+    asked = [("pre-training", "base", None, 5859), ("rl", "rl", "easy", 300)]
+    for name, recipe, questions, steps in [*asked, ("rl", "rl", "easy", 600)]:
         runs = {}
         for row in map(json.loads, lines):
             own = (
@@ -137,12 +138,12 @@ def test_the_costs_of_record_3_from_raw_rows():
             own = (
                 own and row["world"] == "toy-math30" and row.get("benchmark") in (questions, "text")
             )
-            if own and row.get("flops"):
+            if own and row.get("flops") and row["step"] == steps:
                 seed = 0 if recipe == "base" else row["seed"]
                 runs[row["checkpoint"], seed] = row["seconds"], row["flops"]
         seconds, flops = (statistics.fmean(x) for x in zip(*runs.values(), strict=True))
         hours = seconds * len(runs) / 3600
-        line = f"| {name} | {len(runs)} | {seconds:,.0f} | {flops:.2e} | {hours:.2f} |"
+        line = f"| {name} | {steps} | {len(runs)} | {seconds:,.0f} | {flops:.2e} | {hours:.2f} |"
         assert line in shown
 
 

@@ -180,7 +180,7 @@ def draw_curves(r, path, arms, sets, panels, note):
     if not found:
         return None
     size = (3.2 * len(panels), 1.1 + 2.2 * len(found))
-    figure, axes = plt.subplots(len(found), len(panels), figsize=size, squeeze=False, sharey=True)
+    figure, axes = plt.subplots(len(found), len(panels), figsize=size, squeeze=False)
     for row, ((asked, t), there) in zip(axes, found.items(), strict=True):
         for axis, (field, against) in zip(row, panels, strict=True):
             ends = []  # (x of the last validation, its estimate, colour)
@@ -198,7 +198,8 @@ def draw_curves(r, path, arms, sets, panels, note):
             for i, (end, e, colour) in enumerate(ends):  # the interval, a little beside the end
                 place = 1 + sum(abs(other - end) < 0.1 * widest for other, *_ in ends[:i])
                 plot(axis, [end + 0.02 * place * widest], [e], color=colour)
-            axis.set(xlabel=names[against], ylim=(0, 103))
+            top = 103 if field == "formatted" else max(10, 1.05 * axis.dataLim.y1)
+            axis.set(xlabel=names[against], ylim=(0, top))
         row[0].set_ylabel(f"{asked}, {tokens_name(t)} tokens\nvalidation (%)")
     for axis, (field, _) in zip(axes[0], panels, strict=True):
         axis.set_title(names.get(field, field))
@@ -251,7 +252,7 @@ def draw(r, folder):
     names = [draw_pass1(r, folder / "pass1.png"), draw_recipes(r, folder / "recipes.png")]
     panels = [("pass@1", "step"), ("flexible@1", "step"), ("formatted", "step")]
     sets = [(r.main, t) for t in r.tokens]
-    note = f"bars at the end: {bars(r)}"
+    note = f"scales differ; bars at the end: {bars(r)}"
     names.append(draw_curves(r, folder / "curves.png", trained(r), sets, panels, note))
     panels = [("pass@1", "step"), ("pass@1", "questions"), ("pass@1", "flops")]
     sets = [(asked, t) for asked in r.benchmarks for t in r.tokens]

@@ -27,15 +27,19 @@ from helpers import ROOT
 
 @pytest.fixture
 def shell(tmp_path):
+    return shell_in(tmp_path)
+
+
+def shell_in(folder):
     """run(script, **environment) -> (status, stdout, stderr); commands(): what it has called."""
-    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs, calls = folder / "bin", folder / "calls"
     programs.mkdir()
     calls.mkdir()
     for name in ("python", "torchrun"):
         path = programs / name
         path.write_text(f"#!{sys.executable} -SE\n{(ROOT / 'tests/stand_in.py').read_text()}")
         path.chmod(0o755)
-    folders = {"OUT": tmp_path / "ckpt", "DATA": tmp_path / "data" / "toy"}
+    folders = {"OUT": folder / "ckpt", "DATA": folder / "data" / "toy"}
 
     def start(*command, **more):
         env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": calls}
@@ -58,7 +62,7 @@ def shell(tmp_path):
             path.unlink()
         return found
 
-    return SimpleNamespace(start=start, run=run, commands=commands, folder=tmp_path, calls=calls)
+    return SimpleNamespace(start=start, run=run, commands=commands, folder=folder, calls=calls)
 
 
 TRAINERS = ("sft", "rl", "mix")
@@ -313,17 +317,29 @@ def rows_in(folder) -> set[str]:
     return {line for path in folder.rglob("*.jsonl") for line in path.read_text().splitlines()}
 
 
-@pytest.fixture
-def recorded(shell):
+@pytest.fixture(scope="module")
+def record_run(tmp_path_factory):
     """A record of two models, one of them with more seeds: what it has called, and its rows."""
+    shell = shell_in(tmp_path_factory.mktemp("record"))
     how = dict(MODELS="30 31", SEEDED=1, KEPT=shell.folder / "kept/rows.jsonl", JOBS=4, LONGER="")
-    status, out, err = shell.run("runs/record.sh", **how)
+    status, _, err = shell.run("runs/record.sh", **how)
     assert (status, err) == (0, "")
-    return SimpleNamespace(how=how, commands=shell.commands(), out=out, kept=how["KEPT"])
+    commands = shell.commands()
+    shutil.copytree(shell.folder, copy := tmp_path_factory.mktemp("copy") / "record")
+    return SimpleNamespace(how=how, commands=commands, kept=how["KEPT"], shell=shell, copy=copy)
 
 
-def test_a_record(shell, recorded):
+@pytest.fixture
+def recorded(record_run):
+    """record_run, with its folder as the record left it."""
+    shutil.rmtree(record_run.shell.folder)
+    shutil.copytree(record_run.copy, record_run.shell.folder)
+    return record_run
+
+
+def test_a_record(recorded):
     """Part by part, model by model: the second part, more seeds, has one model, the others both."""
+    shell = recorded.shell
     commands = recorded.commands
     understood(commands)
     runs = [models for models, _ in itertools.groupby(map(models_of, commands[:-1]))]
@@ -363,8 +379,9 @@ def test_a_record(shell, recorded):
         assert flags["limit"] == size, flags["out"]
 
 
-def test_a_record_measures_the_base_on_the_questions_that_it_divides(shell, recorded):
+def test_a_record_measures_the_base_on_the_questions_that_it_divides(recorded):
     """After they are divided, and before RL on them; its rows are beside those of the base."""
+    shell = recorded.shell
     asked = [
         (i, words, flags)
         for i, (script, words, flags) in enumerate(recorded.commands)
@@ -389,7 +406,8 @@ def test_a_record_measures_the_base_on_the_questions_that_it_divides(shell, reco
         assert len(trained) == 4 and min(trained) > i
 
 
-def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shell, recorded):
+def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(recorded):
+    shell = recorded.shell
     split = f"{shell.folder}/data/toy-p31-pool-split"
     last = f"step{LAST}-rl-n5-split-easy-s31.jsonl"
     (shell.folder / f"ckpt/results/p31/{last}").unlink()
@@ -404,7 +422,8 @@ def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(shel
     assert f"{split}/split-easy,{split}/split-hard" in asked
 
 
-def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded):
+def test_what_has_not_converged_goes_on_in_all_models_and_seeds(recorded):
+    shell = recorded.shell
     cells = [(MIDDLE, "rl"), (MIDDLE, "sft-rl"), (LAST, "mix --batch 4"), (LAST, "rl"),
              (LAST, "rl-hard")]  # fmt: skip
     longer = "; ".join(f"{step} {recipe}" for step, recipe in cells)
@@ -433,7 +452,8 @@ def test_what_has_not_converged_goes_on_in_all_models_and_seeds(shell, recorded)
     assert recorded.kept.read_text().splitlines() == lines
 
 
-def test_a_record_keeps_each_row_once(shell, recorded):
+def test_a_record_keeps_each_row_once(recorded):
+    shell = recorded.shell
     lines = recorded.kept.read_text().splitlines()
     assert lines == sorted({*lines}) and {*lines} == rows_in(shell.folder / "ckpt/results")
     checkpoints = {json.loads(line)["checkpoint"] for line in lines}
@@ -441,8 +461,9 @@ def test_a_record_keeps_each_row_once(shell, recorded):
     assert [path.name for path in recorded.kept.parent.iterdir()] == [recorded.kept.name]
 
 
-def test_a_record_runs_only_what_has_no_kept_rows(shell, recorded):
+def test_a_record_runs_only_what_has_no_kept_rows(recorded):
     """On another machine, too, which has the kept rows and nothing else."""
+    shell = recorded.shell
     shutil.rmtree(shell.folder / "ckpt")
     lines = recorded.kept.read_text().splitlines()
     status, out, _ = shell.run("runs/record.sh", **recorded.how)

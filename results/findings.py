@@ -266,10 +266,10 @@ def trains_by_rl(arm) -> bool:
     return arm.recipe.split("-")[0] in ("rl", "mix") or arm.recipe.partition(">")[2][:2] == "rl"
 
 
-def unready(r, parts, converged=False) -> str:
+def unready(r, parts, waived=False) -> str:
     """Why a claim is not tested: too few models, or RL that has not converged; "" if it is.
 
-    converged: RL passes for converged as it stands.
+    waived: RL counts as converged, as it stands.
     """
     for p in parts:
         e = p.estimate
@@ -280,7 +280,7 @@ def unready(r, parts, converged=False) -> str:
                 steps = {row["step"] for row in r.rows("curve", arm, tokens, asked, split="val")}
                 if len(steps) > 1:
                     return f"{arm} at {tokens_name(tokens)} has runs of {sorted(steps)} steps"
-                if converged:
+                if waived:
                     continue
                 try:
                     g = gain(r, arm, tokens, asked)
@@ -291,8 +291,8 @@ def unready(r, parts, converged=False) -> str:
     return ""
 
 
-def decide(r, findings=FINDINGS, converged=False) -> dict[str, Verdict]:
-    """The verdict on each claim, by its number; converged: that rule is waived."""
+def decide(r, findings=FINDINGS, waived=False) -> dict[str, Verdict]:
+    """The verdict on each claim, by its number; waived: without the rule of convergence."""
     found = {}
     for finding in findings:
         try:
@@ -300,7 +300,7 @@ def decide(r, findings=FINDINGS, converged=False) -> dict[str, Verdict]:
         except Missing as missing:
             parts, reason = [], str(missing)
         else:
-            reason = unready(r, parts, converged)
+            reason = unready(r, parts, waived)
         inside, outside = (1.0, 1.0) if reason else outcome([p.chances for p in parts])
         word = "not tested" if reason else "holds" if inside < outside else "contradicted"
         p = min(1.0, 2 * min(inside, outside))

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pandas as pd
 
-from results.findings import BASE, FINDINGS, RL, SFT, SFT_RL, gain, trains_by_rl
+from results.findings import BASE, FINDINGS, RL, SEEDS, SFT, SFT_RL, gain, trains_by_rl
 from results.rows import RECIPES, Arm, Missing, of_row, tokens_name
 from results.stats import estimate
 
@@ -12,6 +12,7 @@ ABOUT = """In %, differences in points. ±: half of the 95% interval over models
 error over questions, where there are fewer than four models. By run: the means of the models, by
 their pre-training seed. The rules are in results/findings.py.
 """
+ALONG = (0, 50, 100, 200, 300, 600)  # steps of RL whose validation is printed
 METRICS = {  # metric -> heading; the last two are measured once, not per set of questions
     "pass@1": "pass@1",
     "pass@8": "pass@8",
@@ -88,14 +89,14 @@ def region(part):
     return f"< {high:g}" if low == -float("inf") else f"{low:g} to {high:+g}"
 
 
-def in_full(verdicts, otherwise=None):
-    """The claims of one record, a row for each difference of each; otherwise: the verdicts with the
-    rule of convergence waived, of which those are shown that differ."""
+def in_full(verdicts, waived):
+    """The claims of one record, a row for each difference of each; waived: the verdicts without the
+    rule of convergence, of which those are shown that differ."""
     rows = []
     for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
         word = f"**{v.verdict}**" + (f" ({v.reason})" if v.reason else "")
         first = [finding.number, finding.claim, word, f"{v.p:.2g} ({v.holm:.2g})"]
-        other = (otherwise or verdicts)[finding.number]
+        other = waived[finding.number]
         first += [f"{other.verdict} ({other.holm:.2g})" if other.verdict != v.verdict else ""]
         rows += [first + [""] * 5] if not v.parts else []
         for part in v.parts:
@@ -119,11 +120,30 @@ def convergence(r):
                     e = gain(r, arm, t, asked)
                 except Missing:
                     continue
-                bound = f"{100 * (e.mean + e.half(0.9)):+.1f}" if e.df else "-"
+                bound = f"{100 * (e.mean + e.half(0.9)):+.2f}" if e.df else "-"
+                curve = r.curve(arm, t, "pass@1", asked)
+                along = [f"{100 * curve[step].mean:.1f}" for step in ALONG if step in curve]
                 runs = ", ".join(f"{run}: {100 * mean:+.1f}" for run, mean in e.runs.items())
-                rows.append([str(arm), tokens_name(t), asked, f"{100 * e.mean:+.1f}", bound, runs])
-    header = ["arm", "tokens", "questions", "last 100 steps - 100 before", "upper bound", "by run"]
-    return table(header, rows)
+                first = [str(arm), tokens_name(t), asked, ", ".join(along)]
+                rows.append([*first, f"{100 * e.mean:+.1f}", bound, runs])
+    header = ["arm", "tokens", "questions", f"at step {', '.join(map(str, ALONG))}"]
+    return table([*header, "last 100 steps - 100 before", "upper bound", "by run"], rows)
+
+
+def seeds(r):
+    """Ends of the seeds of a model, where it has as many as the claim about them asks for."""
+    rows = []
+    for arm, t in ((arm, t) for arm in filter(trains_by_rl, r.arms) for t in r.tokens):
+        for metric in ("pass@1", "pass@8", "pass@32"):
+            with suppress(Missing):
+                ends = 100 * r.values(arm, t, metric).mean()
+                for run, some in ends.groupby(level=0):
+                    if len(some) >= SEEDS:
+                        ends_ = f"{some.min():.1f} to {some.max():.1f}"
+                        where = [f"**{arm}**", tokens_name(t), run, len(some)]
+                        rows.append([*where, metric, ends_, f"{some.std():.1f}"])
+    header = ["arm", "tokens", "model", "seeds", "", "ends", "standard deviation"]
+    return f"## Seeds of a model\n\n{table(header, rows)}" if rows else ""
 
 
 def longer(r):
@@ -226,15 +246,16 @@ def training(r):
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 
-def page(r, verdicts, otherwise, pictures, torn):
+def page(r, verdicts, waived, pictures, torn):
     """The text of report.md."""
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
     if any(v.parts for v in verdicts.values()) and r.split == "test":
         bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
         room = [f"{tokens_name(t)} {shown(e)}" for t, e in bases.items() if e]
         room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
-        parts += ["## Claims\n", in_full(verdicts, otherwise), room]
-        parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r), longer(r)]
+        parts += ["## Claims\n", in_full(verdicts, waived), room]
+        parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r)]
+        parts += [longer(r), seeds(r)]
     parts += [f"![{name}]({name})\n" for name in pictures]
     for asked in r.benchmarks or [""]:
         parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]

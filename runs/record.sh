@@ -107,7 +107,7 @@ for seed in $BRITTLE_MODELS; do  # eight seeds of one model
   for other in $OTHERS; do cells+=("$run/step$BRITTLE ${seed}0$other rl $steps"); done
   finish
 done
-for seed in $MODELS; do  # four times the questions
+for seed in $MODELS; do  # four times the questions; 400 were not through with 300 steps here
   run=p$seed cells=() more="--limit $MANY --steps 600"
   for step in $MIDDLE $LAST; do
     cells+=("$run/step$step $seed rl $more --recipe rl-$MANY-questions")

@@ -24,7 +24,7 @@
 #   tree      FlexAttention in compiled blocks against SDPA with the dense mask, forward and
 #             backward; a step of RL with 8 answers a row against 1. "faster" above 1 is a gain.
 #   scripts   prepare, pretrain, sft, rl with --profile, a kill, --resume, eval, torchrun, mix: all
-#             exit as they should. "resume_gap" is the largest difference between the losses of a run
+#             exit as they should. "resume_gap": the largest difference between the losses of a run
 #             that was killed and of one that was not: 0 on a CPU, small on a GPU.
 #   loss      the loss head at the 1B model's sizes. Ceiling: the TFLOP/s of facts.
 #   decode    a token of the 1B model at three lengths of the cache. Ceiling: the TB/s of facts.

@@ -628,6 +628,14 @@ def test_claim_8_takes_two_models_with_eight_seeds(holding):
     assert decide(record(others + early))["8"].parts == verdicts["8"].parts
     (part,) = verdicts["8"].parts
     assert part.estimate.df == 14 and [*part.estimate.runs] == [*SEEDED]
+    shown = [line.split(" | ") for line in tables.seeds(record(runs)).splitlines()]
+    shown = {int(line[2]): line for line in shown if line[0] == "| **rl**" and line[4] == "pass@1"}
+    at = next(t for t in TOKENS if len(ends(runs, "pass@1", "rl", t, SEEDED[0], "easy")) >= 8)
+    for m in SEEDED:
+        found = [100 * x for x in ends(runs, "pass@1", "rl", at, m, "easy").values()]
+        assert shown[m][5] == f"{min(found):.1f} to {max(found):.1f}"
+        assert shown[m][6] == f"{statistics.stdev(found):.1f} |"
+    assert tables.seeds(one).count("pass@1") == 1  # of the other model
 
 
 def test_early_is_the_first_checkpoint_with_base_pass32_of_20_percent_on_validation(holding):
@@ -762,7 +770,7 @@ def test_an_arm_whose_validation_still_rises_makes_its_claims_not_tested(
         assert all("has not converged" in found[number].reason for number in not_tested)
         assert all(found[number].p == found[number].holm == 1 for number in not_tested)
         assert all(found[number].parts for number in not_tested)  # they are shown
-        assert words(decide(r, known(verdicts), converged=True)) == words(verdicts)
+        assert words(decide(r, known(verdicts), waived=True)) == words(verdicts)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -1015,7 +1023,7 @@ def test_the_claims_in_full_have_their_units():
     assert tables.span(loss._replace(estimate=one)) == "+0.010 ±0.002 SE"
     assert tables.span(loss._replace(estimate=one._replace(se=0.0))) == "+0.010"
     v = findings.Verdict("holds", "", [accuracy, loss], 0.001, 0.01)
-    page = tables.in_full({f.number: v for f in FINDINGS})
+    page = tables.in_full(*2 * [{f.number: v for f in FINDINGS}])
     assert "| 3: +1.3 |" in page and "| 3: +0.013 |" in page
     assert "waived" not in page
     not_tested = v._replace(verdict="not tested", reason="rl at 1M has not converged")
@@ -1053,18 +1061,28 @@ def test_the_convergence_of_each_arm_has_its_gain_the_bound_and_each_model():
     r = gains_of(gains)
     r.benchmarks = [r.main]  # no questions are asked in it
     header, (row,) = cells_of(tables.convergence(r))
-    names = ["arm", "tokens", "questions", "last 100 steps - 100 before", "upper bound", "by run"]
-    assert header == [name for name in names if name != "questions"]  # of one empty name
+    along = "at step 0, 50, 100, 200, 300, 600"  # questions have one empty name, so no column
+    assert header == [
+        "arm",
+        "tokens",
+        along,
+        "last 100 steps - 100 before",
+        "upper bound",
+        "by run",
+    ]
     bound = reference.ttest_1samp(gains, 0, alternative="less").confidence_interval(0.95).high
-    assert row[:2] == ["rl", "1M"] and row[2:4] == ["+1.3", f"{100 * bound:+.1f}"]
-    assert row[4] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
+    levels = r.curve(RL, TOKENS[0], "pass@1")
+    shown = [f"{100 * levels[s].mean:.1f}" for s in (0, 50, 100, 200, 300) if s in levels]
+    assert row[:3] == ["rl", "1M", ", ".join(shown)] and len(shown) > 2
+    assert row[3:5] == ["+1.3", f"{100 * bound:+.2f}"]
+    assert row[5] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
 
 
 def test_the_convergence_of_all_arms_of_a_record(holding):
     """A row for each arm with RL, checkpoint and question set, and none for SFT or the base."""
     rows, r, _ = holding
     header, lines = cells_of(tables.convergence(r))
-    assert header[2] == "questions" and len(header) == 6 == len({*header})
+    assert header[2] == "questions" and len(header) == 7 == len({*header})
     curves = [row for row in rows if row["kind"] == "curve" and row["recipe"] != "sft"]
     places = {
         (row["recipe"], row["group"], row["world"], row["model"], row["tokens"],
@@ -1082,10 +1100,10 @@ def test_the_convergence_of_all_arms_of_a_record(holding):
             )
             gains.append(statistics.fmean(last) - statistics.fmean(before))
     bound = reference.ttest_1samp(gains, 0, alternative="less").confidence_interval(0.95).high
-    assert line[3:5] == [f"{100 * statistics.fmean(gains):+.1f}", f"{100 * bound:+.1f}"]
-    assert line[5] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
+    assert line[4:6] == [f"{100 * statistics.fmean(gains):+.1f}", f"{100 * bound:+.2f}"]
+    assert line[6] == ", ".join(f"{m}: {100 * x:+.1f}" for m, x in enumerate(gains))
     _, few_lines = cells_of(tables.convergence(record(few(rows, "rl", "base"))))
-    assert len(few_lines[0]) == 5  # no bound without four models
+    assert len(few_lines[0]) == 6  # no bound without four models
 
 
 def test_an_unknown_recipe_has_rows_a_colour_and_a_place_beside_what_it_varies(

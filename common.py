@@ -82,7 +82,7 @@ Fraction = Annotated[float, Range(0, 1)]
 class Shared:
     """Flags of all trainers: where and how a run works.
 
-    None changes what is learned, but --dtype, and an update that --on_nonfinite or --spike skips.
+    None changes what is learned, except --dtype, and updates that --on_nonfinite or --spike skip.
     """
 
     micro: Count = 64  # rows of text, or answers, per forward pass; never changes the result
@@ -848,12 +848,15 @@ def configure(Config, given: dict, paper: dict, check, job_of):
     return plan.fit(cfg, given, job_of(cfg), preset, device_of(cfg.device)), before
 
 
-def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Setup:
+def begin(
+    cfg, before: dict, recipe: str, *, max_new=0, shots=0, solutions=None, text=None
+) -> Setup:
     """What sft.py, rl.py and mix.py do first: join the ranks, read questions, claim the output.
 
-    before: the checkpoint of --init. recipe: the name of the result. text: the tokens.Stream that
-    is trained on, if there is one. answers: whether training questions are answered by the model.
-    Raises ValueError if something does not fit.
+    before: the checkpoint of --init. recipe: the name of the result. What a training question has
+    to have room for in the context: max_new sampled tokens, shots before it, its solutions ("1",
+    "all"). text: the tokens.Stream that is trained on, if there is one. Raises ValueError if
+    something does not fit.
     """
     world = start(cfg.device, cfg.dtype, cfg.shard)
     parent = before["meta"]
@@ -875,16 +878,10 @@ def begin(cfg, before: dict, recipe: str, text=None, answers: bool = True) -> Se
     form = problems.form(cfg.questions)
     context = before["config"]["context"]
     shown = []
-    if getattr(cfg, "shots", 0):
-        shown = problems.shots(cfg.questions, cfg.shots, problems.load(cfg.questions, "train"))
+    if shots:
+        shown = problems.shots(cfg.questions, shots, problems.load(cfg.questions, "train"))
     prefix = tokens.encode(encoding, problems.few_shot(form, shown))
-    room = problems.Room(
-        context,
-        max_new=cfg.max_new if answers else 0,
-        before=len(prefix),
-        solutions=None if text else getattr(cfg, "solutions", None),
-        seed=cfg.seed,
-    )
+    room = problems.Room(context, max_new, len(prefix), solutions, cfg.seed)
     train = questions_of(cfg, "train", cfg.limit or None, encoding, form, room)
     held_out = []
     if cfg.eval_questions:

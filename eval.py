@@ -110,8 +110,9 @@ def solve(
         counts[:, world.rank + place * world.size] = count_answers(answers, samples, block, row)
         if shown is not None:
             shown += answers
-    summed = torch.tensor(world.sum(*counts.flatten().tolist())).view(counts.shape)
-    total = dict(zip(COUNTED, summed, strict=True))  # of all ranks, question by question
+    summed = torch.tensor(world.sum(*counts.flatten().tolist()), dtype=torch.float64)
+    summed = summed.view(counts.shape)  # of all ranks, question by question
+    total = dict(zip(COUNTED, summed, strict=True))
     out = {
         "n": n,
         "temperature": temperature,
@@ -431,8 +432,10 @@ def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world)
         while asked.shots and len(asked.prefix) + max_new > meta["length"]:
             asked = asked._replace(shots=asked.shots[:-1])
         if len(asked.shots) < shots and sheet.active:
-            left = f"{len(asked.shots)} shots, not {shots}: {folder} has {len(shown)}"
-            common.say(f"{left}, and a row of {meta['length']} tokens has room for no more")
+            why = f"a row of {meta['length']} tokens has room for no more"
+            if len(asked.shots) == len(shown):
+                why = f"{folder} has no more"
+            common.say(f"{len(asked.shots)} shots, not {shots}: {why}")
     settings = dict(
         benchmark=Path(folder).stem,
         shots=len(asked.shots),

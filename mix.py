@@ -102,7 +102,9 @@ def main(given: dict):
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
     text = text_stream(cfg, before)
-    run = common.begin(cfg, before, recipe_of(cfg), text)
+    solutions = None if text else cfg.solutions
+    how = dict(max_new=cfg.max_new, shots=cfg.shots, solutions=solutions, text=text)
+    run = common.begin(cfg, before, recipe_of(cfg), **how)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = [] if text else tokenise(run)
     common.check_batch(world, "--questions_per_step", cfg.questions_per_step, len(run.train))
@@ -136,11 +138,11 @@ def main(given: dict):
         batch, numbers = rl_batch(run, sampler, step, log)
         old = rl.log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
         reference = rl.log_probs_of(start, batch, cfg, world) if cfg.kl else None
-        for again in range(cfg.updates):
-            done = step * cfg.updates + again
+        for i in range(cfg.updates):
+            done = step * cfg.updates + i
             steps = cfg.steps * cfg.updates
             loss, rl_gradient, norm, known = rl_gradients(run, batch, old, reference)
-            if again == 0:
+            if i == 0:
                 rl.check_mismatch(step, known["mismatch"], cfg)
                 numbers |= known
             if text:

@@ -64,8 +64,8 @@ class Config(common.PostTraining):
     # what the loss of a token is divided by: the tokens of the step (DAPO), or the answers of the
     # step times the answer's own length (GRPO) or --max_new (Dr. GRPO)
     denominator: Literal["tokens", "length", "max_new"] = "tokens"
-    # DAPO's dynamic sampling: how often flat groups give way to other questions; reward, correct
-    # and flat are then those of the groups that stay
+    # DAPO's dynamic sampling: how often flat groups give way to newly drawn questions; reward,
+    # correct and flat are then those of the groups that stay
     resample: Whole = 0  # 0: a flat group stays, and teaches nothing
     updates: Count = 1  # updates per batch of rollouts; more than one turns on clipping
     clip_ratio: Positive = 0.2  # PPO's epsilon, with --updates above 1
@@ -100,21 +100,22 @@ class Rollout(NamedTuple):
     waste: float  # idle share of the sampler's work
 
 
-def rollout(run: common.Setup, sampler: Sampler, step: int, again: int = 0, groups=None) -> Rollout:
+def rollout(run: common.Setup, sampler: Sampler, step: int, draw: int = 0, groups=None) -> Rollout:
     """Draw this rank's questions of step `step` and sample a group of answers to each.
 
-    again: the number of a further try, which has other questions. groups: the places among this
-    rank's questions that are asked (default: all). Raises ValueError if the weights give no
-    numbers: every group would be flat, and nothing said.
+    draw: from 1 on the number of a new draw for the same step (--resample); questions of it may
+    have been in an earlier one. groups: the places among this rank's questions that are asked
+    (default: all). Raises ValueError if the log-probs are NaN: every group would be flat, and
+    nothing said.
     """
     cfg = run.cfg
-    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step, again)
+    places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step, draw)
     mine = places[run.world.share(cfg.questions_per_step, "--questions_per_step")]
     mine = mine if groups is None else [mine[group] for group in groups]
     questions = [run.train[place] for place in mine]
     texts = [problems.prompt(run.form, row["question"]) for row in questions]
     asked = [tokens.encode(run.encoding, text) for text in texts]
-    turn = f"{step} {again}" if again else step
+    turn = f"{step} {draw}" if draw else step
     seeds = problems.answer_seeds(cfg.seed, turn, questions, cfg.group)
     ends = [run.encoding.eot_token]
     with record_function("sampling"):
@@ -153,9 +154,10 @@ def grade(run: common.Setup, rolled: Rollout) -> Graded:
     texts = [tokens.decode(run.encoding, answer) for answer in ids]
     right = [row["answer"] for row in rolled.questions]
     marks = grader.grade_all(texts, right, ended)
-    rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
     if run.cfg.reward:
         rewards = own_rewards(run, rolled, texts)
+    else:
+        rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
     late = [worth is None for worth in rewards]
     rewards = [worth or 0.0 for worth in rewards]
     return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64), late)
@@ -179,20 +181,23 @@ def flat_groups(rewards_QG: torch.Tensor) -> torch.Tensor:
 
 def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> int:
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), --resample times at most: flat
-    groups give way, in place, to those of other questions. -> sampled tokens that were dropped."""
+    groups give way, in place, to newly drawn ones. -> sampled tokens that were dropped."""
     size = run.cfg.group
     dropped = 0
-    for again in range(1, run.cfg.resample + 1):
+    for draw in range(1, run.cfg.resample + 1):
         flat = flat_groups(graded.rewards.view(-1, size)).nonzero().flatten().tolist()
         if not flat:
             break
-        others = rollout(run, sampler, step, again, flat)
-        news = [*others[:-1], *grade(run, others)]
+        drawn = rollout(run, sampler, step, draw, flat)
+        marked = grade(run, drawn)
         for place, group in enumerate(flat):
             old = slice(group * size, (group + 1) * size)
+            new = slice(place * size, (place + 1) * size)
             dropped += sum(map(len, rolled.answers[old]))
-            for kept, new in zip([*rolled[:-1], *graded], news, strict=True):
-                kept[old] = new[place * size : (place + 1) * size]
+            for name in ("questions", "prompts", "answers", "logp", "truncated"):
+                getattr(rolled, name)[old] = getattr(drawn, name)[new]
+            for name in Graded._fields:
+                getattr(graded, name)[old] = getattr(marked, name)[new]
     return dropped
 
 
@@ -269,7 +274,7 @@ def numbers_of(total: dict, cfg: Config) -> dict:
         numbers["dropped_tokens"] = int(total["dropped"])
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
-    numbers["sampled_tokens"] = int(total["tokens"])
+    numbers["sampled_tokens"] = int(total["tokens"] + total["dropped"])
     return numbers
 
 
@@ -354,8 +359,8 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
     sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
     micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
 
-    For a term that is not linear in the log-probs, leave out the short cut: the second half works
-    for any function of them, and computes the logits twice.
+    The first branch holds only for a loss that is linear in the log-probs. For any other delete it:
+    the second takes any function of them, and computes the logits twice.
     """
     how = dict(mask=micro.mask, temperature=cfg.temperature, layout=micro.layout)
     if cfg.updates == 1 and not cfg.kl:
@@ -371,14 +376,19 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
     return loss, logp, entropy
 
 
+def parts_of(batch: problems.Batch, cfg, world):
+    """The micro-batches of a batch, in the same order for each pass over it. Flat groups are left
+    out, as their gradient is 0, but for the KL term, which they have."""
+    return problems.micro_batches(batch, cfg.micro, world, keep_flat=cfg.kl > 0)
+
+
 @torch.no_grad()
 def log_probs_of(model, batch: problems.Batch, cfg, world) -> list[torch.Tensor]:
     """Log-probs of each micro-batch under `model`, by the forward pass that training uses."""
-    parts = problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)
     t = cfg.temperature
     return [
         model(part.ids, part.target, mask=part.mask, temperature=t, layout=part.layout)[0]
-        for part in parts
+        for part in parts_of(batch, cfg, world)
     ]
 
 
@@ -394,7 +404,7 @@ def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
     loss = 0.0
     gaps = [torch.zeros(5, dtype=torch.float64, device=world.device)]  # all groups may be flat
     count = world.sum(float(batch.mask.sum()))[0] if cfg.kl else 1.0
-    for i, micro in enumerate(problems.micro_batches(batch, cfg.micro, world, idle=cfg.kl != 0)):
+    for i, micro in enumerate(parts_of(batch, cfg, world)):
         part, logp, entropy = rl_loss(
             run.model,
             micro,
@@ -446,11 +456,11 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
     prompts = cfg.questions_per_step * numbers["prompt_length"]
-    trained = sampled + prompts * -(-cfg.group // cfg.per_row)
+    trained = sampled - numbers.get("dropped_tokens", 0)
+    trained += prompts * -(-cfg.group // cfg.per_row)
     if not cfg.kl:
         trained *= 1 - numbers["flat"]  # flat groups are left out
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
-    sampled += numbers.get("dropped_tokens", 0)
     passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
     return dict(
         flops=passes * model.flops_per_token(size),
@@ -513,7 +523,7 @@ def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
-    run = common.begin(cfg, before, cfg.recipe or "rl")
+    run = common.begin(cfg, before, cfg.recipe or "rl", max_new=cfg.max_new, shots=cfg.shots)
     cfg, world, model = run.cfg, run.world, run.model
     common.check_batch(world, "--questions_per_step", cfg.questions_per_step, len(run.train))
     start = common.load_model(before, world) if cfg.kl else None
@@ -536,12 +546,12 @@ def main(given: dict):
         batch, numbers = rl_batch(run, sampler, step, log)
         old = log_probs_of(model, batch, cfg, world) if cfg.updates > 1 else None
         reference = log_probs_of(start, batch, cfg, world) if cfg.kl else None
-        for again in range(cfg.updates):
+        for i in range(cfg.updates):
             loss, gradients, norm, known = rl_gradients(run, batch, old, reference)
-            if again == 0:
+            if i == 0:
                 check_mismatch(step, known["mismatch"], cfg)
                 numbers |= known
-            done = step * cfg.updates + again
+            done = step * cfg.updates + i
             # floor 1: constant after the warm-up
             lr = cosine(done, cfg.steps * cfg.updates, cfg.lr, cfg.warmup, floor=1.0)
             rows = functools.partial(  # those drawn first, before --resample

@@ -57,8 +57,9 @@ def show_log(cfg: Config):
         wanted = wanted or rows[0]["id"]
     rows = [row for row in rows if wanted in ("", row["id"])]
     if not rows:
-        there = sorted({row["id"] for row in read_rows(path)})
-        raise ValueError(f"{path} has no such {cfg.split} question: it has {', '.join(there)}")
+        there = sorted({row["id"] for row in read_rows(path) if row["split"] == cfg.split})
+        has = ", ".join(there) or "none"
+        raise ValueError(f"{path} has no such {cfg.split} question: it has {has}")
     asked = ""
     for row in rows:
         if row["id"] != asked:

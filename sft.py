@@ -108,7 +108,7 @@ def main(given: dict):
     cfg, before = common.configure(Config, given, PAPER, check, job_of)
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
-    run = common.begin(cfg, before, recipe_of(cfg), answers=False)
+    run = common.begin(cfg, before, recipe_of(cfg), solutions=cfg.solutions)
     cfg, world, model = run.cfg, run.world, run.model
     pairs = tokenise(run)
     common.check_batch(world, "--batch", cfg.batch, len(pairs))

@@ -126,9 +126,11 @@ class Form(NamedTuple):
 def form(folder) -> Form:
     """The Form of a folder of questions, or of a .jsonl file: what prompt.json beside it says.
 
-    Raises ValueError for a prompt.json that is no Form.
+    Raises ValueError for a prompt.json that is no Form, and for a folder that is not there.
     """
     path = split_path(folder, "train").with_name("prompt.json")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} of questions: prepare it, or give --questions")
     files.check_listed(path)
     if not path.is_file():
         return Form()
@@ -406,17 +408,17 @@ def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
     return Batch(ids, target, mask, weight, logp, layout)
 
 
-def micro_batches(batch: Batch, answers: int, world, idle=False):
+def micro_batches(batch: Batch, answers: int, world, keep_flat=False):
     """A batch in parts of about `answers` answers, rows of like length together.
 
     Each part is as wide as its longest row. Rows whose weights are all 0 (a flat group) have no
-    gradient and are left out, unless `idle` ones are wanted. A sharded model needs all ranks for
+    gradient and are left out, but with `keep_flat`. A sharded model needs all ranks for
     each pass: where some have fewer parts, theirs are filled up with rows that count for nothing.
     """
     width = batch.ids.shape[1]
     last = torch.where(batch.mask, torch.arange(1, width + 1), 0).amax(1)  # columns that count
     order = last.argsort(descending=True, stable=True)
-    order = order if idle else order[batch.weight[order].any(1)]
+    order = order if keep_flat else order[batch.weight[order].any(1)]
     per_row = int(batch.layout[2].amax()) if batch.layout else 1
     size = max(1, answers // per_row)
     starts = range(0, len(order), size)

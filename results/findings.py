@@ -263,7 +263,7 @@ def gain(r, arm, tokens, asked="") -> Estimate:
 
 
 def trains_by_rl(arm) -> bool:
-    return arm.recipe.split("-")[0] in ("rl", "mix") or arm.recipe.partition(">")[2][:2] == "rl"
+    return arm.recipe.rpartition(">")[2].startswith(("rl", "mix"))  # its last stage
 
 
 def unready(r, parts, waived=False) -> str:

@@ -104,7 +104,11 @@ def index_of(names):
 
 
 def of_row(row, metric):
-    """-> Series of the questions, task items or windows of text of a row."""
+    """-> Series of the questions, task items or windows of text of a row.
+
+    "32 in format" is pass@k at k = 32 / share of answers in the format, rounded: on average 32 of
+    the k have it. Raises Missing if that is more than were sampled.
+    """
     if metric in ("accuracy", "loss"):
         return pd.Series(row["right" if metric == "accuracy" else "losses"], dtype=float)
     if metric in row and not metric.startswith("pass@"):  # a field that is one number
@@ -113,7 +117,7 @@ def of_row(row, metric):
         return pd.Series({metric: row[metric]})
     n = int(row["n"])
     in_format = round(32 / max(row["formatted"], 1 / n)) if metric == "32 in format" else 0
-    k = in_format or int(metric.removeprefix("pass@"))  # so many answers have 32 in the format
+    k = in_format or int(metric.removeprefix("pass@"))
     if n < k:
         raise Missing(f"no {metric} from {n} answers per question")
     return pd.Series(pass_at_k(n, row["correct"], k), index_of(tuple(row["ids"])))

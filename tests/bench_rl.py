@@ -43,7 +43,7 @@ class Ours:
         cfg, before = common.configure(
             rl.Config, given | {"compile": compile}, rl.PAPER, rl.check, rl.job_of
         )
-        self.run = common.begin(cfg, before, "rl")
+        self.run = common.begin(cfg, before, "rl", max_new=cfg.max_new)
         compiled = common.can_compile(cfg, self.run.world)
         self.sampler = Sampler(self.run.model, cfg.rows, compiled)
         if compiled:

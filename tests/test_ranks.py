@@ -177,7 +177,7 @@ def test_idle_pieces_weigh_nothing():
     for piece in idle:
         assert piece.ids.shape == (1, 8) and not piece.mask.any() and not piece.weight.any()
         assert [x.dtype for x in piece[:-1]] == [x.dtype for x in real[:-1]]
-    assert len(list(problems.micro_batches(batch, 1, ranks, idle=True))) == 3
+    assert len(list(problems.micro_batches(batch, 1, ranks, keep_flat=True))) == 3
 
 
 @pytest.mark.parametrize("how", ["killed", "full disk"])

@@ -90,7 +90,7 @@ def test_the_peak_of_a_card_by_its_name(monkeypatch, name, peak):
 def test_shots_stand_before_the_question_and_weigh_nothing(world):
     settings = dict(shots=2, questions_per_step=4, group=4, max_new=16, device="cpu")
     cfg = rl.Config(init=str(world.taught), **settings)
-    run = common.begin(cfg, common.load(world.taught), "rl")
+    run = common.begin(cfg, common.load(world.taught), "rl", max_new=cfg.max_new, shots=cfg.shots)
     shown = problems.load(world.data / "easy", "shots")[:2]
     encoding = tokens.encoding("toy")
     before = tokens.encode(encoding, problems.few_shot(run.form, shown))

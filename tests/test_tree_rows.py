@@ -131,7 +131,7 @@ def test_rows_of_a_flat_group_are_left_out(rolled):
     batch = make(rolled, 4)
     parts = list(problems.micro_batches(batch, 4, ALONE))
     assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask[batch.weight.any(1)].sum())
-    everything = list(problems.micro_batches(batch, 4, ALONE, idle=True))
+    everything = list(problems.micro_batches(batch, 4, ALONE, keep_flat=True))
     assert sum(int(part.mask.sum()) for part in everything) == int(batch.mask.sum())
 
 

@@ -117,4 +117,10 @@ def test_the_log_of_training(whole, capsys):
 
 def test_no_log_and_no_such_question(whole, world, capsys):
     assert str(world.base) in refused(capsys, "sample", log=world.base)
-    assert "no such val question" in refused(capsys, "sample", log=whole("sft"), id="nobody")
+    message = refused(capsys, "sample", log=whole("rl"), id="nobody")
+    said = {
+        split: {row["id"] for row in shown(whole("rl")) if row["split"] == split}
+        for split in ("train", "val")
+    }
+    assert "no such val question" in message and said["train"] - said["val"]
+    assert {name.strip() for name in message.rpartition("has ")[2].split(",")} == said["val"]

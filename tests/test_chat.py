@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import sample
-from helpers import ROOT, call
+from helpers import ROOT, call, refused
 
 
 @pytest.fixture
@@ -35,6 +35,13 @@ def test_each_question_gets_its_answers(world, typed, capsys):
     typed("sam has 2 apples . how many now ?", "max has 3 beads . how many now ?")
     call("sample", world.taught, n=3, max_new=8)
     assert capsys.readouterr().out.count(" |") == 6
+
+
+def test_questions_that_are_not_there(world, typed, capsys, tmp_path):
+    """The form of a question is in their folder."""
+    typed("sam has 2 apples . how many now ?")
+    message = refused(capsys, "sample", world.taught, questions=tmp_path / "gone")
+    assert f"no folder {tmp_path / 'gone'} of questions" in message
 
 
 def test_an_empty_line_ends(world, typed, capsys):

@@ -869,6 +869,7 @@ def begin(
     )
     if not cfg.questions:
         raise ValueError(f"{cfg.init} names no questions: give --questions FOLDER")
+    problems.refuse_test(cfg.questions)
     if cfg.eval_questions and cfg.questions.endswith(".jsonl"):
         raise ValueError(
             f"{cfg.questions} is all for training: give --eval_questions 0, or a folder that has "

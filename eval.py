@@ -93,8 +93,7 @@ def solve(
     """
     encoding, form = asked.encoding, asked.form
     mine = asked.rows[world.rank :: world.size]
-    # the sampler stops at the first token of the next question; its text is taken off below
-    ends = [encoding.eot_token, tokens.encode(encoding, problems.stop_string(form))[0]]
+    ends = problems.stop_tokens(form, encoding)  # the text of a next question is taken off below
     texts = [problems.prompt(form, row["question"]) for row in mine]
     prompts = [tokens.encode(encoding, text) for text in texts]
     seeds = problems.answer_seeds(seed, "eval", mine, n)
@@ -422,8 +421,8 @@ def evaluate(path, cfg: Config, world):
 def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world):
     """Add the row of one set of questions, `shots` solved ones before each, if it is missing."""
     cfg, meta = sheet.cfg, subject.meta
-    if Path(folder).name == "test.jsonl" and not cfg.final:
-        raise ValueError(f"{folder} looks like a test split: only --final opens one")
+    if not cfg.final:
+        problems.refuse_test(folder)
     questions = problems.load(folder, sheet.split)[: cfg.limit or None]
     max_new = cfg.max_new or common.longest(meta)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))

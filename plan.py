@@ -87,7 +87,7 @@ KNOWN = {
     "split-easy": Questions(8000, 1000, 1000, 23 * 8000),
     "split-hard": Questions(8000, 1000, 1000, 23 * 8000),
 }
-TOY = Questions(400, 200, 300, 24 * 400)
+TOY = Questions(1600, 200, 300, 24 * 1600)
 
 
 @functools.cache

@@ -79,8 +79,7 @@ def main(given: dict):
         return show_log(cfg)
     if len(cfg.checkpoints) != 1:
         raise ValueError("name one checkpoint: python sample.py ckpt/toy/step5859.pt")
-    if Path(cfg.questions).name == "test.jsonl":
-        raise ValueError(f"{cfg.questions} looks like a test split: only eval.py --final opens one")
+    problems.refuse_test(cfg.questions)
     world = common.start(cfg.device, cfg.dtype)
     saved = common.load(cfg.checkpoints[0])
     meta = saved["meta"]

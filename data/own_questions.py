@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def paths_of(source) -> list[Path]:
         return found
     if path.is_file() and not path.name.endswith(ENDINGS):
         raise ValueError(f"{source}: --source takes {', '.join(ENDINGS)}, or a name of the hub")
-    if not path.exists() and (path.suffix or source.count("/") != 1):
+    if not path.exists() and (source.count("/") != 1 or path.suffix[1:].isalpha()):
         raise ValueError(f"there is no file {source}; a name of the hub is OWNER/NAME")
     return [path] if path.is_file() else []
 
@@ -97,20 +98,29 @@ def question_of(row: dict, cfg: Own, where: str) -> dict:
 
 
 def solution_of(text: str, answer: str) -> str | None:
-    """A solution that ends in `#### answer`; None if it is empty, or ends in another answer."""
+    r"""A solution that ends in `#### answer`; None if it is empty, or ends in another answer: after
+    its last ####, or else in its last \boxed{}."""
     said = grader.final_answer(text)
-    if said is not None:
-        value = grader.number(said)
-        if said != answer and (value is None or value != grader.number(answer)):
+    box = unbox(text)[1] if said is None else said
+    if box is not None:
+        marks, _ = grader.judge(box, answer)
+        if marks and not marks[0]:  # no marks: only algebra could tell
             return None
+    if said is not None:
         text = text.rpartition(grader.ENDING)[0]
     return finish(unbox(text)[0], answer) if text.strip() else None
+
+
+def asked_as(text: str) -> str:
+    """A question without case, spacing and the marks of a sentence; 2 + 2 is not 2 * 2."""
+    return " ".join(re.findall(r"[^\W_]+|[^\w\s.,;:?!\"'`]", text.lower()))
 
 
 def gather(cfg: Own, rows) -> tuple[list[dict], collections.Counter]:
     """Rows to one row per question, and counts of what was left out.
 
-    Equal questions, without case, punctuation and spacing, are one with the solutions of all.
+    Questions that are equal but for case, spacing and the marks of a sentence are one, with the
+    solutions of all. With --solution, one that has none in the end is left out.
     """
     found = {}
     left_out = collections.Counter()
@@ -122,7 +132,7 @@ def gather(cfg: Own, rows) -> tuple[list[dict], collections.Counter]:
             continue
         digest = hashlib.sha256(asked["question"].encode()).hexdigest()[:12]
         fresh = {"id": f"own-{digest}", **asked, "solutions": []}
-        kept = found.setdefault(words(asked["question"]), fresh)
+        kept = found.setdefault(asked_as(asked["question"]), fresh)
         if kept["answer"] != answer:
             left_out["with another answer than the same question before"] += 1
             continue
@@ -133,7 +143,9 @@ def gather(cfg: Own, rows) -> tuple[list[dict], collections.Counter]:
                 left_out["solutions that are empty or end in another answer"] += 1
             elif solution not in kept["solutions"]:
                 kept["solutions"].append(solution)
-    return list(found.values()), +left_out
+    kept = [row for row in found.values() if row["solutions"] or not cfg.solution]
+    left_out["questions without a solution"] += len(found) - len(kept)
+    return kept, +left_out
 
 
 # ------------------------------------------------------------------------------- the command
@@ -150,8 +162,7 @@ def splits_of(cfg: Own, rows: list[dict]) -> tuple[dict, dict]:
     order = sorted(rows, key=lambda row: draw(f"{cfg.seed} test", words(row["question"])))
     test, rest = order[:held], order[held:]
     others = [row for folder in cfg.check for row in problems.load(folder, "test")]
-    solved = [row for row in rest if row["solutions"]]
-    shown = min(cfg.shots, len(rows) // 10) if len(solved) == len(rest) else 0
+    shown = min(cfg.shots, len(rows) // 10) if cfg.solution else 0
     splits, overlap = apart(rest, [*test, *others], [], shown, held, cfg.seed, cfg.keep_overlap)
     if not splits["shots"]:
         splits.pop("shots")

@@ -183,6 +183,21 @@ def stop_string(form: Form):
     return form.prompt.split("{}")[0].rstrip()
 
 
+def stop_tokens(form: Form, enc) -> list[int]:
+    """The ids that end an answer in evaluation: the end of text, and what the next question begins
+    with, if that is a word. Of other prompts, "[INST] {}" or "\\nQ: {}", it is a bracket or a new
+    line, which answers have, too: `until_next_question` cuts these later."""
+    first = tokens.encode(enc, stop_string(form))[0]
+    is_word = enc.name == "toy" or sum(map(str.isalpha, tokens.decode(enc, [first]))) > 2
+    return [enc.eot_token] + [first] * is_word
+
+
+def refuse_test(path):
+    """Raises ValueError for the file of a test split."""
+    if Path(path).name == "test.jsonl":
+        raise ValueError(f"{path} looks like a test split: only eval.py --final opens one")
+
+
 def few_shot(form: Form, shots):
     """The text before a prompt that shows it solved questions.
 

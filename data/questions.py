@@ -105,6 +105,8 @@ def unbox(text):
                 inner = text[box.end() + 1 : brace.start()]
                 after = brace.end()
                 break
+        else:  # a brace without an end, or none
+            inner = inner.replace("{", "")
         inner = unbox(inner)[0]
         kept += [text[at : box.start()], inner]
         last = " ".join(inner.split())
@@ -345,6 +347,7 @@ class OpenMath:
 @dataclass(frozen=True)
 class Split:
     # rows of eval.py CHECKPOINT --questions FOLDER/train.jsonl --limit 0 --n 64 --temperature 1
+    # --shots 4; the last row of these questions counts
     samples: str
     questions: str  # the FOLDER
     # easy: so many of the answers right, or more; hard: so many or fewer (paper, of 64)
@@ -451,10 +454,8 @@ def make_math(cfg):
 
 def make_openmath(cfg):
     """OpenMathInstruct-1: the training questions of GSM8K and MATH, each with many solutions."""
-    if cfg.dataset not in ("all", "gsm8k", "math") or cfg.solutions_per_question < 1:
-        raise ValueError(
-            "--dataset takes all, gsm8k or math, and --solutions_per_question at least 1"
-        )
+    if cfg.dataset not in ("all", "gsm8k", "math"):
+        raise ValueError(f"--dataset takes all, gsm8k or math, not {cfg.dataset!r}")
     name = "openmath" + f"-{cfg.dataset}" * (cfg.dataset != "all")
     facts = {"source_contents": sources_of(cfg.source, cfg.tests, cfg.shots)}
     if files.finished(cfg, name, **facts):
@@ -497,7 +498,7 @@ def make_split(cfg):
     if len(cfg.levels) != 2 or not 0 < cfg.held_out < 0.5:
         raise ValueError("--levels takes two counts, and --held_out a share between 0 and 0.5")
     counts = dict(zip(sample["ids"], sample["correct"], strict=True))
-    facts = {"n": sample["n"], "checkpoint": sample["checkpoint"]}
+    facts = {"n": sample["n"], "checkpoint": sample["checkpoint"], "shots": sample.get("shots", 0)}
     facts["sampled"] = files.fingerprint([rows, counts])
     if files.finished(cfg, "split", **facts):
         return
@@ -507,12 +508,14 @@ def make_split(cfg):
         "hard": [name for name in rows if counts[name] <= hard],
     }
     form = problems.form(cfg.questions)
-    shown = problems.load(cfg.questions, "shots")
+    shots_there = problems.split_path(cfg.questions, "shots").is_file()
+    shown = problems.load(cfg.questions, "shots") if shots_there else []
     with files.new_folder(cfg, "split", **facts) as folder:
         for level, names in levels.items():
-            same = {}  # what is calculated -> the questions: none is in two parts
+            same = {}  # what is calculated, or asked -> the questions: none is in two parts
             for name in names:
-                same.setdefault(rows[name].get("calculation", name), []).append(name)
+                key = rows[name].get("calculation") or words(rows[name]["question"])
+                same.setdefault(key, []).append(name)
             if len(same) < 3:
                 raise ValueError(
                     f"{len(same)} of {len(rows)} questions are {level} for "
@@ -530,6 +533,7 @@ def make_split(cfg):
                 many = None if split == "train" else 1
                 chosen = [rows[name] for key in part for name in same[key][:many]]
                 write_questions(folder, f"split-{level}/{split}", chosen, form)
-            files.write_rows(folder / f"split-{level}" / "shots.jsonl", shown)
+            if shown:
+                files.write_rows(folder / f"split-{level}" / "shots.jsonl", shown)
         between = len(rows) - len({*levels["easy"], *levels["hard"]})
         print(f"{between:,} of {len(rows):,} questions are neither: left out")

@@ -235,7 +235,8 @@ def draw_map(r, path):
         for t, line in lines.items():
             place = r.tokens.index(t)
             colour = plt.get_cmap("viridis")(0.9 * place / max(1, len(r.tokens) - 1))
-            look = {"color": colour, "marker": MARKERS[place], "ms": 4, "label": tokens_name(t)}
+            marker = MARKERS[place % len(MARKERS)]
+            look = {"color": colour, "marker": marker, "ms": 4, "label": tokens_name(t)}
             steps = sorted(line)
             plot(axis, steps, [line[step] for step in steps], **look)
         axis.axhline(0, color="#444444", linewidth=0.8)

@@ -44,7 +44,8 @@ cell() {  # CHECKPOINT SEED RECIPE QUESTIONS
     as-is) gpus eval.py "$M.pt" "${eval[@]}" ;;
     rl | mix) gpus "$3.py" --init "$M.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
-    rl-n5 | rl-n64) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" --group "${3#rl-n}" &&
+    rl-n5 | rl-n64) gpus rl.py --init "$M.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" \
+        --group "${3#rl-n}" &&
       gpus eval.py "$to.pt" "${eval[@]}" ;;
     sft-rl) gpus sft.py --init "$M.pt" --out "$sft.pt" "${train[@]}" &&
       gpus rl.py --init "$sft.pt" --out "$to.pt" "${train[@]}" "${rl[@]}" &&

@@ -443,6 +443,8 @@ def test_only_final_opens_the_test_split(measured, tmp_path, monkeypatch, capsys
     for script, how in (("eval", dict(results=tmp_path)), ("sample", {})):
         assert "--final" in refused(capsys, script, measured.trained, questions=test, **how)
     assert "--split" in refused(capsys, "sample", measured.trained, split="test")
+    how = dict(questions=test, eval_questions=0, out=tmp_path / "new.pt")
+    assert "--final" in refused(capsys, "rl", init=measured.trained, **how)
     opened.clear()
     call("eval", measured.trained, "--final", results=tmp_path, **FEW)
     assert opened == ["test"]

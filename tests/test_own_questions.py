@@ -79,8 +79,8 @@ def test_a_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *which, split: asked.append((*which, split)) or rows()
     )
-    splits = prepared(tmp_path, "owner/name", split="part", subset="main")
-    assert asked == [("owner/name", "main", "part")]
+    splits = prepared(tmp_path, "owner/name-1.5", split="part", subset="main")
+    assert asked == [("owner/name-1.5", "main", "part")]
     assert len(splits["train"]) == 35
 
 
@@ -131,13 +131,16 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, capsys):
     content.append(rows()[0] | {"cot": "Another way."})
     content.append(rows()[1] | {"final": 99})
     content.append(rows()[2] | {"cot": "wrong #### 98"})
+    content.append(rows()[2] | {"cot": r"wrong, so \boxed{98}"})
+    content.append({"problem": "why not?", "final": 3, "cot": None})
     splits = prepared(tmp_path, write(tmp_path / "a.jsonl", content))
     told = capsys.readouterr().out
     assert "1 without a question, or an answer that can be graded" in told
     assert "1 with another answer" in told
-    assert "1 solutions that are empty or end in another answer" in told
+    assert "3 solutions that are empty or end in another answer" in told
+    assert "1 questions without a solution" in told
     found = {row["question"]: row for part in splits.values() for row in part}
-    assert len(found) == 50
+    assert len(found) == 50 and len(splits["shots"]) == 5
     made = json.loads((tmp_path / "out" / "world.json").read_text())
     assert sum(made["questions"].values()) == 50
 
@@ -147,6 +150,20 @@ def test_copies_of_a_question_stay_together(tmp_path):
     splits = prepared(tmp_path, write(tmp_path / "a.jsonl", [*rows(), *copies]))
     names = [words(row["question"]) for part in splits.values() for row in part]
     assert len(names) == len(set(names)) == 50
+
+
+def test_signs_make_another_question(tmp_path):
+    """Which words alone do not tell apart."""
+    content = [
+        {"problem": f"{i} {sign} 2 ?", "final": value, "cot": "x"}
+        for i in range(20)
+        for sign, value in (("+", i + 2), ("*", 2 * i), ("-", i - 2))
+    ]
+    again = [row | {"problem": row["problem"].replace(" ?", "?")} for row in content]
+    splits = prepared(tmp_path, write(tmp_path / "a.jsonl", [*content, *again]))
+    found = {row["question"]: row["answer"] for part in splits.values() for row in part}
+    assert found.items() <= {row["problem"]: str(row["final"]) for row in content}.items()
+    assert len({question.split()[1] for question in found}) == 3
 
 
 def test_questions_of_other_tests_are_left_out(tmp_path, capsys):

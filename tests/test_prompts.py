@@ -75,6 +75,17 @@ def test_the_usual_next_question_stops_the_sampler(cl100k):
     assert [tokens.decode(cl100k, ids[:1]), problems.stop_string(TOY)] == ["Question", " Q :"]
 
 
+@pytest.mark.parametrize("prompt", ["Q: {}", "[INST] {} [/INST]", "<|user|>{}", "\nQ: {}\nA:"])
+def test_what_answers_have_too_does_not_stop_the_sampler(cl100k, prompt):
+    assert problems.stop_tokens(problems.Form(prompt), cl100k) == [cl100k.eot_token]
+
+
+def test_words_stop_the_sampler(cl100k):
+    for form, enc, word in ((FORM, cl100k, "Question"), (TOY, tokens.encoding("toy"), " Q")):
+        end, *begin = problems.stop_tokens(form, enc)
+        assert end == enc.eot_token and tokens.decode(enc, begin) == word
+
+
 def test_ended_truncated_and_unfinished_answers(cl100k):
     """Right by itself; right but truncated; the end-of-text id inside; half of the stop string; a
     right answer after the stop.

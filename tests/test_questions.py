@@ -124,7 +124,7 @@ def test_shots_of_wei_et_al(tmp_path):
         ("\\boxed{a\n  b}", "a\n  b", "a b"),
         (r"\boxed{}", "", ""),
         ("none", "none", None),
-        (r"\boxed{3", r"{3", "{"),
+        (r"\boxed{3", "3", ""),
         (r"\boxed", "", ""),
     ],
 )
@@ -314,6 +314,23 @@ def test_split_by_what_the_base_model_solves(tmp_path, capsys):
         assert len(parts["val"]) == len(parts["test"]) == round(0.1 * len(right))
         assert len(problems.load(tmp_path / "split" / f"split-{level}", "shots")) == 1
     assert split("again") == found and split("other", "--seed", "1") != found
+    copies = [
+        row | {"id": f"q{65 + i}", "question": row["question"].upper()}
+        for i, row in enumerate(rows)
+    ]
+    write(folder / "train.jsonl", [*rows, *copies])
+    (folder / "shots.jsonl").unlink()
+    both = {"ids": [row["id"] for row in [*rows, *copies]], "correct": [*range(65)] * 2}
+    write(samples, [sample | both])
+    for parts in split("copies").values():
+        for name in ("train", "val", "test"):
+            others = set.union(*(part for other, part in parts.items() if other != name))
+            assert others.isdisjoint(
+                {number % 65 for number in parts[name]} | {65 + n for n in parts[name]}
+            )
+    assert not (tmp_path / "copies" / "split-easy" / "shots.jsonl").exists()
+    write(folder / "train.jsonl", rows)
+    write(samples, [sample])
     assert {len(parts["train"]) for parts in split("few", "--most", "9").values()} == {7}
     for levels in ("65,8", "8"):
         with pytest.raises(SystemExit) as stop:

@@ -373,7 +373,8 @@ def guarded(script, Config, doc: str, argv: list[str]):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def memory_message(error: RuntimeError, Config, given: dict) -> str:
@@ -938,8 +939,12 @@ def claim(cfg, contents: dict, others=()) -> dict | None:
     out = Path(cfg.out)
     state = Path(f"{out}.resume")
     if cfg.overwrite:
-        if is_first():
-            state.unlink(missing_ok=True)  # or a later --resume would go on with what was replaced
+        replaced = {out, state, *map(Path, others)}
+        if cfg.init and Path(cfg.init).resolve() in {path.resolve() for path in replaced}:
+            raise ValueError(f"--init {cfg.init} would be overwritten: give another --out")
+        if is_first():  # or a later --resume would take what was replaced for this run's
+            for path in replaced:
+                path.unlink(missing_ok=True)
         return None
     there = [path for path in (out, state, *map(Path, others)) if path.exists()]
     if there and not cfg.resume:

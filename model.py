@@ -796,6 +796,7 @@ class Sampler:
         one, two = (self._bytes(q, n, len(prompts[order[0]]), max_new, prefix) for q in (1, 2))
         most = min(len(order), max(1, self.rows // n))
         held = self.buffers.nbytes if self.buffers else 0
+        # memory is linear in the number of questions: two points give the line
         fit = 1 + (0.9 * (free_bytes(self.embed.device) + held) - one) / (two - one)
         if fit < most:
             need = (
@@ -980,8 +981,8 @@ class Sampler:
         have, held = (self.buffers.sizes, self.buffers.nbytes) if self.buffers else (sizes, 0)
         larger = tuple(map(max, have, sizes))
         exact, kept = (Buffers(self.model, "meta", some).nbytes for some in (sizes, larger))
-        share = 1.0 if larger == have else 0.9  # what is there goes only if it must
-        if need - exact + kept > share * (free_bytes(device) + held):
+        room = free_bytes(device) + held  # as if the old ones were gone
+        if need + kept - exact > (room if larger == have else 0.9 * room):
             larger = sizes
         if self.buffers and larger == have:
             return
@@ -1459,7 +1460,7 @@ def log_probs(
 # sums fit the registers (128 of 255 a thread), with 3 stages of 48 KB. GPUs before Hopper keep both
 # factors of a product in registers, too, and would spill some to memory: half of the columns.
 TILES = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
-TILES_BEFORE_HOPPER = {2: (128, 128, 64, 8, 3), 4: TILES[4]}
+SMALLER_TILES = {2: (128, 128, 64, 8, 3), 4: TILES[4]}
 # Columns of a step of (a): 32 a thread of 8 warps; from 2048 on no element is held by two threads.
 ROW_BLOCK = 8192
 # Of (b): 8 * 16 programs are one wave on 132 SMs; together they read 8 MB of rows over and over and
@@ -1626,8 +1627,9 @@ if triton is not None:
 
 def _tiles(hidden: Tensor) -> dict:
     """The settings of the kernels of (b)."""
-    old = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (9, 0)
-    n, v, d, warps, stages = (TILES_BEFORE_HOPPER if old else TILES)[hidden.element_size()]
+    # on others, consumer Blackwell (12) too, the large tiles spill registers
+    large = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device)[0] in (9, 10)
+    n, v, d, warps, stages = (TILES if large else SMALLER_TILES)[hidden.element_size()]
     even = hidden.shape[1] % d == 0
     return dict(BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, EVEN=even, num_warps=warps, num_stages=stages)
 

@@ -230,7 +230,7 @@ def batches_of(stream, cfg: Config, batch: int, world: common.World, encoding, f
     """
 
     def make(step):
-        rows = stream.rows(step, batch, world.share(batch, "--batch_tokens / --length ="))
+        rows = stream.rows(step, batch, world.share(batch, "--batch_tokens"))
         return [pinned(rows[i : i + cfg.micro]) for i in range(0, len(rows), cfg.micro)]
 
     def pinned(rows):
@@ -290,6 +290,12 @@ def main(given: dict):
     if before:
         contents["init"] = common.weights_hash(cfg.init)
     last = replace(cfg, out=paths[steps])  # what is claimed, saved and resumed
+    for other in Path(cfg.out).glob("step*.pt.resume") if cfg.resume else ():
+        if other != Path(f"{last.out}.resume"):
+            raise ValueError(
+                f"{other} is of a run of another length: give its --tokens, --batch_tokens and "
+                "--stop, or another --out"
+            )
     state = common.claim(last, contents, others=paths.values())
     if cfg.verify:
         tokens.verify(cfg.data, world.rank, world.size)

@@ -55,8 +55,8 @@ class Config(common.PostTraining):
     temperature: Positive = 1.0  # of sampling and of the log-probs trained on
     format_reward: NonNegative = 0.1  # of a wrong answer in the right form; the paper's is unknown
     # a file with your own reward(question, answer, text) -> float in place of 1 and
-    # --format_reward: an answer that takes more than 2 s has 0, as a truncated one has; an error or
-    # more than 1 GiB ends the run
+    # --format_reward: an answer that takes more than 2 s of processor time (10 on the clock) has
+    # 0, as a truncated one has; an error or more than 1 GiB ends the run
     reward: str = ""  # validation goes on to count right answers
     std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
     batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead

@@ -41,11 +41,10 @@ class Worker:
         )
         said = self.process.stdout.readline()
         if said != "ready\n":
-            raise ValueError(
-                said.strip()
-                or "the grader's process does not start; "
-                "pip install -r requirements.txt brings what it needs"
-            )
+            why = "the grader's process does not start: pip install -r requirements.txt"
+            if self.more:
+                why = f"{self.more[0]}: its process ended while it was loaded, in a minute at most"
+            raise ValueError(said.strip() or why)
 
     def ask(self, said, meant):
         """(are they equivalent, can `said` be read). What takes too long or too much is neither."""

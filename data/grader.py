@@ -8,6 +8,7 @@ data/algebra.py in processes of its own. Nothing that a model wrote is executed.
 import collections
 import json
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -167,6 +168,9 @@ def own_reward_of(path, question, answer, text):
     five times as long on the clock. An error in the file is a ValueError with the line at fault."""
     with own_worker(path) as worker:
         line = worker.line([question, answer, text], tries=1, patience=5)
+        ended = worker.process.returncode
+    if not line and ended not in (-signal.SIGPROF, -signal.SIGKILL):
+        raise ValueError(f"{path}: its process ended ({ended}) on the text {text[:60]!r}")
     said = json.loads(line) if line else {"reward": None}
     if "error" in said:
         raise ValueError(f"{said['error']} (in the reward of the text {text[:60]!r})")

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import traceback
@@ -33,7 +34,7 @@ def told(error, path) -> str:
 def load(path):
     """The function `reward` of a file. Raises AttributeError if it has none."""
     spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))
     spec.loader.exec_module(module)
     if not callable(getattr(module, "reward", None)):
@@ -52,7 +53,10 @@ def serve(seconds, memory, path):
     """A JSON line [question, answer, text] in, one out: {"reward": ...} or {"error": ...}."""
     import resource
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # what it prints is for people
+    # what it prints, or a program that it starts, is for people; neither reads the questions
+    answers, asked = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.setitimer(signal.ITIMER_PROF, LOADING)
     try:
         reward = load(path)
@@ -64,7 +68,7 @@ def serve(seconds, memory, path):
         most = int(pages) * resource.getpagesize() + memory  # beside what its imports have mapped
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     print("ready", file=answers, flush=True)
-    for line in sys.stdin:
+    for line in asked:
         # at the end of the time the kernel ends this process, whatever it is in the middle of
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:

@@ -22,13 +22,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402
-from common import Count, Fraction, Whole  # noqa: E402
+from common import Count, Fraction, Range, Whole  # noqa: E402
 from data import (  # noqa: E402
     corpus,
     files,
@@ -55,7 +56,7 @@ class Toy:
     val_questions: Count = 200  # of each level
     test_questions: Count = 300  # of each level
     shots: Whole = 32  # solved questions to show a base model, of each level
-    task_items: Count = 400  # of each general-capability task
+    task_items: Annotated[int, Range(1, 6000)] = 400  # of each general-capability task
     seed: Whole = 0  # of everything
     overwrite: bool = False  # replace the folder if it exists
 

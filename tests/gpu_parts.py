@@ -499,7 +499,8 @@ def tree():
             print(f"gradients differ by {gap:.1e}")
             figures[f"{name}_{side}_ms"] = milliseconds
             assert gap < (1e-4 if dtype == torch.float32 else 0.05), "other gradients"
-        figures = {f"{name}_faster": seconds["1"] / seconds["8"], **figures}
+        if dtype != torch.float32:  # there a row an answer is not compiled
+            figures = {f"{name}_faster": seconds["1"] / seconds["8"], **figures}
     return figures
 
 
@@ -718,7 +719,8 @@ def decode():
     column = 2 * config.layers * config.width * model.compute.itemsize
     for length in on_gpu((64, 256, 512), (8, 16, 24)):
         seconds = token_seconds(drawn, rows, length, prompts)
-        bytes_read = 2 * weights + column * (rows * length + questions * max(map(len, prompts)))
+        own = length - min(drawn.span, length) / 2  # columns, on average over the tokens timed
+        bytes_read = 2 * weights + column * (rows * own + questions * max(map(len, prompts)))
         speed = bytes_read / seconds / 1e12
         figures[f"ms_at_{length}"] = 1e3 * seconds
         print(f"column {length}: {1e3 * seconds:.2f} ms a token, {speed:.2f} TB/s of what is read")
@@ -733,7 +735,7 @@ def token_seconds(drawn: Sampler, rows: int, length: int, prompts) -> float:
     """Seconds of a token when the rows' own cache has `length` columns, after a whole call."""
     step = Step(
         rows=rows,
-        max_new=drawn.buffers.sizes[3] - drawn.span,
+        max_new=drawn.buffers.sizes[3] - drawn.SPARE,
         columns=round_up(length, drawn.span),
         prompt=round_up(max(map(len, prompts)), drawn.span),
         prefix=0,
@@ -742,7 +744,7 @@ def token_seconds(drawn: Sampler, rows: int, length: int, prompts) -> float:
     )
     count = min(drawn.span, length) - 4
     for _ in range(2):  # at a whole call's graphs, or the first capture
-        drawn.buffers.t.fill_(length - count - 2)
+        drawn.buffers.t.fill_(length - count - 4)
         drawn.buffers.alive.fill_(True)
         for _ in range(2):
             drawn._advance(step)

@@ -31,7 +31,7 @@ def small_and_poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
     tiles = {2: (32, 128, 32, 4, 2), 4: (32, 128, 32, 4, 2)}
-    small = {"TILES": tiles, "TILES_BEFORE_HOPPER": tiles, "ROW_BLOCK": 128, "SEGMENTS": 2}
+    small = {"TILES": tiles, "SMALLER_TILES": tiles, "ROW_BLOCK": 128, "SEGMENTS": 2}
     small |= {"GROUP": 2, "CHUNK_CUDA": 1, "ROWS_CUDA": 32, "CHUNK": 1, "ROWS": 32}
     for name, value in small.items():
         monkeypatch.setattr(network, name, value)
@@ -228,7 +228,7 @@ TYPES |= dict.fromkeys("N D vocab padded step".split(), "i32")
 
 
 def compiled(kernel, dtype, arch):
-    tiles = model.TILES if arch >= 90 else model.TILES_BEFORE_HOPPER
+    tiles = model.TILES if arch >= 90 else model.SMALLER_TILES
     n, v, d, warps, stages = tiles[2 if dtype == "bf16" else 4]
     blocks = dict(BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, BLOCK=model.ROW_BLOCK, EVEN=True)
     types = TYPES | dict.fromkeys("hidden head logits grad".split(), "*" + dtype)

@@ -97,6 +97,31 @@ def test_what_is_no_number_is_an_error(own, value):
         grader.own_rewards(path, [("q", "1", "text")])
 
 
+def test_a_process_that_ends_itself_is_an_error(own):
+    """And does not count as too slow."""
+    with pytest.raises(ValueError, match="my_reward.py: its process ended while it was loaded"):
+        grader.check_own_reward(own("import os\n\nos._exit(1)"))
+    path = own("import os\n\ndef reward(question, answer, text):\n    os._exit(1)")
+    with pytest.raises(ValueError, match="process ended .1. on the text 'text'"):
+        grader.own_rewards(path, [("q", "1", "text")])
+
+
+def test_a_reward_may_start_programs_and_have_dataclasses(own):
+    source = """from __future__ import annotations
+import subprocess
+from dataclasses import dataclass
+@dataclass
+class Seen:
+    text: str
+def reward(question, answer, text):
+    subprocess.run(["cat"])  # all of its input, which is none of the questions
+    subprocess.run(["echo", "hello"])
+    return len(Seen(text).text)
+"""
+    asked = [("q", "1", "a" * i) for i in range(1, 6)]
+    assert grader.own_rewards(own(source), asked) == [1, 2, 3, 4, 5]
+
+
 def test_no_file_and_no_function(own, world, capsys, tmp_path):
     words = words_of("rl", world, tmp_path / "a.pt")
     missing = tmp_path / "missing.py"

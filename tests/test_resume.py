@@ -97,10 +97,12 @@ def test_how_and_where_a_run_works_may_change(whole, world, tmp_path):
     goes_on("sft", whole, world, out, [*words, *more])
 
 
-def test_which_checkpoints_are_kept_may_change(whole, world, tmp_path):
+def test_which_checkpoints_are_kept_may_change(whole, world, tmp_path, capsys):
     out = tmp_path / "run/step6.pt"
     words = words_of("pretrain", world, out)
     stopped("pretrain", words)
+    longer = words_of("pretrain", world, out, tokens=8 * 1024)
+    assert "of another length" in refused(capsys, "pretrain", *longer, "--resume")
     call("pretrain", *words, *flags("--resume", "--verify", "false", save_steps=5))
     assert (tmp_path / "run/step5.pt").exists() and same_weights(out, whole("pretrain"))
 

@@ -54,7 +54,8 @@ def serve(seconds, memory, path):
     import resource
 
     # what it prints, or a program that it starts, is for people; neither reads the questions
-    answers, asked = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    asked = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.setitimer(signal.ITIMER_PROF, LOADING)

@@ -24,6 +24,7 @@ import functools
 import importlib
 import io
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -275,7 +276,9 @@ def memory(
         return Memory(holds, summed, ways, row)
     # of one parameter at a time, the largest of which is the head
     summed = max(summed, 8 * max(p.numel() for p in model.parameters()))
-    return Memory(holds, summed, ways, row, 8 * optimizers * weights)
+    # the two moments of each; PyTorch takes page-locked memory in powers of two
+    pinned = sum(2 ** math.ceil(math.log2(4 * p.numel())) for p in model.parameters())
+    return Memory(holds, summed, ways, row, 2 * optimizers * pinned)
 
 
 def side_by_side(cfg, job: Job, ranks: int) -> tuple[int, int]:

@@ -939,12 +939,8 @@ def claim(cfg, contents: dict, others=()) -> dict | None:
     out = Path(cfg.out)
     state = Path(f"{out}.resume")
     if cfg.overwrite:
-        replaced = {out, state, *map(Path, others)}
-        if cfg.init and Path(cfg.init).resolve() in {path.resolve() for path in replaced}:
+        if cfg.init and Path(cfg.init).resolve() in {Path(x).resolve() for x in (out, *others)}:
             raise ValueError(f"--init {cfg.init} would be overwritten: give another --out")
-        if is_first():  # or a later --resume would take what was replaced for this run's
-            for path in replaced:
-                path.unlink(missing_ok=True)
         return None
     there = [path for path in (out, state, *map(Path, others)) if path.exists()]
     if there and not cfg.resume:
@@ -1104,8 +1100,9 @@ class Log:
     """One JSON line per step in OUT.metrics.jsonl, and a progress bar that shows some of them.
 
     Beside it OUT.answers.jsonl has a few questions with their answers, to be read. Rank 0 writes,
-    and its answers are those shown. state: what `save_state` saved, or None; lines of steps after
-    it are dropped, since these steps are done again. shown: names of what the progress bar shows.
+    and its answers are those shown. state: what `save_state` saved, or None, for a run that begins:
+    it removes what was at OUT; lines of steps after it are dropped, since these steps are done
+    again. shown: names of what the progress bar shows.
     """
 
     WINDOW = 128  # steps that a spike is measured against (OLMo-core, SkipStepOptimizer)
@@ -1123,6 +1120,9 @@ class Log:
         self.totals = state["totals"] if state else {}
         if not self.active:
             return
+        if not state:  # what --overwrite replaces: a later --resume would take it for this run's
+            for path in (Path(cfg.out), Path(f"{cfg.out}.resume")):
+                path.unlink(missing_ok=True)
         kept = lines_before(first, self.path)
         if first and not kept:
             kept = [{"step": first - 1, "totals": self.totals}]

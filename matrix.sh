@@ -5,8 +5,8 @@
 #   bash matrix.sh               2 checkpoints x 4 recipes: 20 minutes on two cores
 #   RUN=31 bash matrix.sh        the same on another seed: text, facts, questions, weights, answers
 #
-# Run it again after a Ctrl-C: what is finished is skipped, what was interrupted goes on. A cell that
-# has rows is skipped even if the code, QUESTIONS or FINAL changed: give another OUT then.
+# Run it again after a Ctrl-C: what is finished is skipped, what was interrupted goes on. A cell
+# that has rows is skipped even if the code, QUESTIONS or FINAL changed: give another OUT then.
 # JOBS: cells side by side (2). OUT, DATA, RESULTS: folders. The larger experiments are in runs/.
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 source runs/common.sh

@@ -290,8 +290,8 @@ def main(given: dict):
     if before:
         contents["init"] = common.weights_hash(cfg.init)
     last = replace(cfg, out=paths[steps])  # what is claimed, saved and resumed
-    for other in Path(cfg.out).glob("step*.pt.resume") if cfg.resume else ():
-        if other != Path(f"{last.out}.resume"):
+    for other in Path(cfg.out).glob("step*.pt.resume"):  # named after the last step of its run
+        if cfg.resume and other != Path(f"{last.out}.resume"):
             raise ValueError(
                 f"{other} is of a run of another length: give its --tokens, --batch_tokens and "
                 "--stop, or another --out"

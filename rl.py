@@ -10,8 +10,8 @@ advantage r - mean(r of its group), and take one gradient of
 
 No solution is ever read. The progress line shows reward, correct, flat (groups of equal rewards,
 which teach nothing) and truncated, and no loss: it is small, of either sign, and says nothing of
-what is learned. OUT.answers.jsonl has a few questions with their answers,
-rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
+what is learned. OUT.answers.jsonl has a few questions with their answers, rewards and advantages at
+every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
  1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a
@@ -47,7 +47,7 @@ class Config(common.PostTraining):
     """Flags of GRPO."""
 
     steps: Count = 300  # rollout batches; the paper trains until validation reward converges
-    questions_per_step: Count = 16  # over all ranks
+    questions_per_step: Count = 16  # questions of a batch, over all ranks
     group: Count = 8  # answers per question, the n of the paper
     # solved questions (shots.jsonl) before each, in sampling and in the passes that train, where
     # they weigh nothing: for a base that never finds the form of an answer; validation has none
@@ -189,7 +189,7 @@ def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded:
         if not flat:
             break
         drawn = rollout(run, sampler, step, draw, flat)
-        marked = grade(run, drawn)
+        regraded = grade(run, drawn)
         for place, group in enumerate(flat):
             old = slice(group * size, (group + 1) * size)
             new = slice(place * size, (place + 1) * size)
@@ -197,7 +197,7 @@ def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded:
             for name in ("questions", "prompts", "answers", "logp", "truncated"):
                 getattr(rolled, name)[old] = getattr(drawn, name)[new]
             for name in Graded._fields:
-                getattr(graded, name)[old] = getattr(marked, name)[new]
+                getattr(graded, name)[old] = getattr(regraded, name)[new]
     return dropped
 
 
@@ -377,8 +377,8 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
 
 
 def parts_of(batch: problems.Batch, cfg, world):
-    """The micro-batches of a batch, in the same order for each pass over it. Flat groups are left
-    out, as their gradient is 0, but for the KL term, which they have."""
+    """The micro-batches of a batch, in the same order for each pass over it. Without --kl flat
+    groups are left out: their gradient is 0."""
     return problems.micro_batches(batch, cfg.micro, world, keep_flat=cfg.kl > 0)
 
 

@@ -53,11 +53,12 @@ def serve(seconds, memory, path):
     """A JSON line [question, answer, text] in, one out: {"reward": ...} or {"error": ...}."""
     import resource
 
-    # what it prints, or a program that it starts, is for people; neither reads the questions
+    # what it prints, or a program that it starts, goes to people; neither can read the questions
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     asked = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout = sys.stderr  # line by line: what a killed process has not written is lost
     signal.setitimer(signal.ITIMER_PROF, LOADING)
     try:
         reward = load(path)

@@ -56,7 +56,8 @@ class Toy:
     val_questions: Count = 200  # of each level
     test_questions: Count = 300  # of each level
     shots: Whole = 32  # solved questions to show a base model, of each level
-    task_items: Annotated[int, Range(1, 6000)] = 400  # of each general-capability task
+    # of each general-capability task; there are 6,000 ways to ask for a fact
+    task_items: Annotated[int, Range(1, 6000)] = 400
     seed: Whole = 0  # of everything
     overwrite: bool = False  # replace the folder if it exists
 

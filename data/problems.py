@@ -188,8 +188,9 @@ def stop_tokens(form: Form, enc) -> list[int]:
     with, if that is a word. Of other prompts, "[INST] {}" or "\\nQ: {}", it is a bracket or a new
     line, which answers have, too: `until_next_question` cuts these later."""
     first = tokens.encode(enc, stop_string(form))[0]
-    is_word = enc.name == "toy" or sum(map(str.isalpha, tokens.decode(enc, [first]))) > 2
-    return [enc.eot_token] + [first] * is_word
+    if enc.name == "toy" or sum(map(str.isalpha, tokens.decode(enc, [first]))) > 2:
+        return [enc.eot_token, first]
+    return [enc.eot_token]
 
 
 def refuse_test(path):

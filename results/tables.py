@@ -139,9 +139,9 @@ def seeds(r):
                 ends = 100 * r.values(arm, t, metric).mean()
                 for run, some in ends.groupby(level=0):
                     if len(some) >= SEEDS:
-                        ends_ = f"{some.min():.1f} to {some.max():.1f}"
+                        reach = f"{some.min():.1f} to {some.max():.1f}"
                         where = [f"**{arm}**", tokens_name(t), run, len(some)]
-                        rows.append([*where, metric, ends_, f"{some.std():.1f}"])
+                        rows.append([*where, metric, reach, f"{some.std():.1f}"])
     header = ["arm", "tokens", "model", "seeds", "", "ends", "standard deviation"]
     return f"## Seeds of a model\n\n{table(header, rows)}" if rows else ""
 

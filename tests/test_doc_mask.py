@@ -1,5 +1,7 @@
 """--doc_mask: attention and positions stay inside a document."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def test_doc_mask_in_training_and_in_the_held_out_loss(world, tmp_path):
         ends = [i + 1 for i, token in enumerate(row[:-1].tolist()) if token == end]
         bounds = sorted({0, *ends, 64})
         assert len(bounds) > 2
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in itertools.pairwise(bounds):
             some = row[None, first : last + 1]
             total -= float(model(some[:, :-1], some[:, 1:])[0].sum())
     # weights are saved in fp32

@@ -122,6 +122,12 @@ def reward(question, answer, text):
     assert grader.own_rewards(own(source), asked) == [1, 2, 3, 4, 5]
 
 
+def test_what_a_reward_prints_is_seen_at_once(own, capfd):
+    path = own("def reward(question, answer, text):\n    print('seen', text)\n    return 1")
+    assert grader.own_rewards(path, [("q", "1", "text")]) == [1]
+    assert "seen text" in capfd.readouterr().err
+
+
 def test_no_file_and_no_function(own, world, capsys, tmp_path):
     words = words_of("rl", world, tmp_path / "a.pt")
     missing = tmp_path / "missing.py"

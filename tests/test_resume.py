@@ -211,7 +211,9 @@ def test_overwritten_run_does_not_resume_what_it_replaced(world, tmp_path, monke
     stops_at(0, "--overwrite")
     assert not state.exists()
     call("sft", *words, "--lr", "2e-3")
-    stops_at(0, "--overwrite")  # and now the old result was there
+    refused(capsys, "sft", *words, "--overwrite", "--batch", "999")
+    assert (tmp_path / "a.pt").exists()  # nothing has begun
+    stops_at(0, "--overwrite")
     assert not (tmp_path / "a.pt").exists()
     call("sft", *words, "--resume")
     stops_at(3, "--overwrite")

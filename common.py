@@ -234,9 +234,8 @@ def print_help(Config, doc: str):
     classes = Config.__mro__[:-1]
     comments: dict = {}
     for cls in classes[::-1]:  # a field that is declared again keeps its comment, or has a new one
-        comments |= {
-            name: text for name, text in read_comments(cls) if text or name not in comments
-        }
+        for name, text in read_comments(cls):
+            comments[name] = text or comments.get(name, "")
     width = max(map(len, comments))
     lines = [(doc or "").strip()]
     told = set()
@@ -384,12 +383,13 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
     for name in ("micro", "answers_per_row", "rows", "max_new"):
         if name in Config.__dataclass_fields__:
             ways.append(f"a lower --{name}" + (f" (now {given[name]})" if name in given else ""))
-    for name in ("checkpoint_activations", "offload", "shard"):
+    on_gpu = "CPU" not in str(error)
+    for name in ("checkpoint_activations", *(("offload", "shard") if on_gpu else ())):
         other = {"offload": "shard", "shard": "offload"}.get(name)  # the two exclude each other
         if name in Config.__dataclass_fields__ and not given.get(name) and not given.get(other):
             ways.append(f"--{name}")
     more = f" ({wanted[1]} more)" if wanted else ""
-    return f"out of memory{more}: try {', '.join(ways)} or more GPUs"
+    return f"out of memory{more}: try {', '.join(ways)}{' or more GPUs' * on_gpu}"
 
 
 def say(text: str):
@@ -702,6 +702,7 @@ def check_archive(path: Path):
                     pass
 
 
+@torch.no_grad()
 def load_model(saved: dict, world: World) -> Model:
     """The model of a loaded checkpoint, on the world's device, sharded if the world is.
 
@@ -713,35 +714,20 @@ def load_model(saved: dict, world: World) -> Model:
             raise ValueError(f"{config['layers']} layers in {len(weights)} tensors")
         with torch.device("meta"):
             model = Model(ModelConfig(**config), world.compute)
+        here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        there = {name: tuple(x.shape) for name, x in weights.items()}
+        for name in here | there:  # before memory is taken
+            if here.get(name) != there.get(name):
+                raise ValueError(f"{name} is {there.get(name)}, not {here.get(name)}")
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"{saved['path']} is of another model than its config says: {str(error)[:150]}"
         ) from None
-    return fill_model(model, saved, world)
-
-
-@torch.no_grad()
-def fill_model(model, saved: dict, world: World):
-    """Give a model of the meta device the weights of a checkpoint, on the world's device.
-
-    Sizes are compared before memory is taken. Raises ValueError as `load_model`.
-    """
-    path = saved["path"]
-    if saved["config"] != dataclasses.asdict(model.config):
-        raise ValueError(f"{path} is of another model: {saved['config']}")
-    here = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    there = {name: tuple(x.shape) for name, x in saved["model"].items()}
-    for name in here | there:
-        if here.get(name) != there.get(name):
-            raise ValueError(
-                f"{path} is of another model than its config says: "
-                f"{name} is {there.get(name)}, not {here.get(name)}"
-            )
     materialize(model, world)
     for name, p in model.named_parameters():
-        source = saved["model"][name]
+        source = weights[name]
         if not source.isfinite().all():
-            raise ValueError(f"{path} has weights that are NaN or infinite, in {name}")
+            raise ValueError(f"{saved['path']} has weights that are NaN or infinite, in {name}")
         put(p, source)
     return model
 
@@ -945,15 +931,17 @@ def claim(cfg, contents: dict, others=()) -> dict | None:
     there = [path for path in (out, state, *map(Path, others)) if path.exists()]
     if there and not cfg.resume:
         raise ValueError(f"{there[0]} exists: --resume continues that run, --overwrite replaces it")
-    found = None
-    for path in [state] if state in there else there:
-        found = load(path)
-        check_same_run(path, found["meta"], cfg, contents)
-    if out in there and state not in there:
+    if state in there:
+        found = load(state)
+        check_same_run(state, found["meta"], cfg, contents)
+        return found
+    for path in there:
+        check_same_run(path, load(path)["meta"], cfg, contents)
+    if out in there:
         if is_first():
             print(f"{out} is finished", flush=True)
         raise SystemExit(0)
-    return found if state in there else None
+    return None
 
 
 def check_same_run(path, meta: dict, cfg, contents: dict):
@@ -1120,6 +1108,7 @@ class Log:
         self.totals = state["totals"] if state else {}
         if not self.active:
             return
+        self.track, self.end_track = tracker(cfg, first)
         if not state:  # what --overwrite replaces: a later --resume would take it for this run's
             for path in (Path(cfg.out), Path(f"{cfg.out}.resume")):
                 path.unlink(missing_ok=True)
@@ -1133,7 +1122,6 @@ class Log:
         else:
             self.answers.unlink(missing_ok=True)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self.track, self.end_track = tracker(cfg, first)
         self.bar = tqdm(
             desc=self.path.name.removesuffix(".metrics.jsonl"),
             total=steps,

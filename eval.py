@@ -43,7 +43,8 @@ class Config:
     json: bool = False  # with --report: the findings as one JSON object on the last line
     questions: tuple[str, ...] = ()  # question folders (default: the one that the checkpoint names)
     tasks: str | None = None  # general-capability tasks (default: the checkpoint's; "" for none)
-    text: str = ""  # folder of token shards: the loss on its held-out text, window by window
+    # folder of token shards: the loss on its held-out text, window by window, across documents
+    text: str = ""  # whatever pretrain.py's --doc_mask was
     final: bool = False  # the test split; without it, validation
     limit: Whole = 300  # questions taken from the split (0: all)
     n: Count = 32  # answers per question, at least the largest k
@@ -77,6 +78,10 @@ class Asked(NamedTuple):
     def prefix(self) -> list[int]:
         return tokens.encode(self.encoding, problems.few_shot(self.form, self.shots))
 
+    def prompts(self, rows: list[dict]) -> list[list[int]]:
+        texts = [problems.prompt(self.form, row["question"]) for row in rows]
+        return [tokens.encode(self.encoding, text) for text in texts]
+
 
 def solve(
     sampler, asked: Asked, n, max_new, temperature, seed, world, ks, progress=iter, shown=None
@@ -91,16 +96,14 @@ def solve(
     a reward. "log_prob": what the model itself (temperature 1) gives a token of its answers, in
     nats, on average: sharpening raises it.
     """
-    encoding, form = asked.encoding, asked.form
     mine = asked.rows[world.rank :: world.size]
-    ends = problems.stop_tokens(form, encoding)  # the text of a next question is taken off below
-    texts = [problems.prompt(form, row["question"]) for row in mine]
-    prompts = [tokens.encode(encoding, text) for text in texts]
+    # the text of a next question is taken off below
+    ends = problems.stop_tokens(asked.form, asked.encoding)
     seeds = problems.answer_seeds(seed, "eval", mine, n)
     samples = None
     if mine:
         how = dict(temperature=temperature, prefix=asked.prefix, progress=progress)
-        samples = sampler(prompts, n, max_new, seeds, ends, **how)
+        samples = sampler(asked.prompts(mine), n, max_new, seeds, ends, **how)
     counts = torch.zeros(len(COUNTED), len(asked.rows), dtype=torch.float64)
     bar = tqdm(mine, desc="grading", delay=5, leave=False, disable=world.rank > 0)
     for place, row in enumerate(bar):
@@ -339,7 +342,6 @@ class Sheet:
                 f"{before} has the rows of {others.pop()}: give another --results, or --overwrite"
             )
         self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
-        self.found = list(self.rows)  # nothing is written if nothing is added
 
     def lacks(self, kind: str, settings: dict, split: str = "") -> bool:
         """Is there no such row, of these weights and measured with these settings?
@@ -370,11 +372,8 @@ class Sheet:
                 tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
-        if not self.active:
-            return
-        if self.rows != self.found or self.state.exists() or not self.file.exists():
-            write_rows(self.file, self.rows)
-        self.state.unlink(missing_ok=True)
+        if self.active and self.state.exists():  # or nothing was added
+            self.state.replace(self.file)
 
 
 def facts(subject: Subject, cfg: Config) -> dict:
@@ -428,10 +427,12 @@ def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
     asked = Asked(subject.encoding, problems.form(folder), questions, shown)
     if not cfg.shots:  # as many as a row of its text has room for, together with an answer
-        while asked.shots and len(asked.prefix) + max_new > meta["length"]:
+        longest = max(map(len, asked.prompts(questions)))
+        room = min(meta["length"], subject.model.config.context - longest) - max_new
+        while asked.shots and len(asked.prefix) > room:
             asked = asked._replace(shots=asked.shots[:-1])
         if len(asked.shots) < shots and sheet.active:
-            why = f"a row of {meta['length']} tokens has room for no more"
+            why = f"beside an answer {room} tokens are left for them"
             if len(asked.shots) == len(shown):
                 why = f"{folder} has no more"
             common.say(f"{len(asked.shots)} shots, not {shots}: {why}")
@@ -515,7 +516,7 @@ def job_of(cfg: Config) -> plan.Job:
         is_base = "-" not in Path(path).stem
         asked += count * (len(cfg.shots) or 1 + is_base)
     measured = 0
-    if cfg.tasks is None and paper_size(cfg.plan):
+    if cfg.tasks != "" and paper_size(cfg.plan):
         measured = plan.TASKS
     if cfg.text:
         measured += 256 * plan.text_row(cfg.plan)

@@ -39,9 +39,9 @@ class Config(rl.Config):
     # the share at the last step, to which it goes linearly from --share
     share_end: Fraction | None = None  # none: it stays
     text: str = ""  # folder of token shards: pre-training text in place of the solutions
-    solutions: str = "1"  # SFT: solutions per question, 1 or all
+    solutions: str = "1"  # SFT: solutions per question, a number or all
     # SFT: solutions per step over all ranks, or rows of text as long as in pre-training
-    batch: Count = 7  # with 400 questions as many solutions in 300 steps as sft.py sees in 5 epochs
+    batch: Count = 7  # 2,100 in 300 steps: about 5 epochs of 400 questions, as sft.py
     sft_lr: Positive = 1e-3  # SFT, or text: peak learning rate, cosine to a tenth
     sft_warmup: Whole = 10  # SFT: steps of linear warm-up
 

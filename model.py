@@ -431,6 +431,9 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 0, floor: float = 0
 # Questions are taken in by prefill (each prompt through the network, whole) and a draw; then decode
 # (one token of each row through the network) and a draw in turn, until every row has ended or is
 # full.
+#
+# To read it: in Sampler `__call__`, `_change_rows`, `_take_in`, `_decode`, `_draw`; then `choose`.
+# `_batches`, `_bytes` and `_reserve` are about memory, `_captured` and `refill` about CUDA.
 
 
 class Samples(NamedTuple):
@@ -557,7 +560,7 @@ class Request(NamedTuple):
     n: int
     noise: Tensor  # (A, max_new), see `uniform_noise`
     answers: Samples  # on the CPU, filled as rows are dropped
-    held: Tensor  # (slots,) on the CPU: the number of the answer in each of Buffers, -1: none
+    held: Tensor  # (slots,) on the CPU: for each row of Buffers the number of its answer; -1: free
 
 
 class Buffers:
@@ -746,7 +749,7 @@ class Sampler:
             temperature=temperature,
             ends=tuple(ends),
         )
-        decoded = A  # rows, token by token; the first comes with the prompt
+        decoded = A  # rows x tokens so far; the first token of an answer comes out of the prefill
         for batch in progress(batches):
             waiting = deque(batch)
             finish = not self.refill or batch is batches[-1]

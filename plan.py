@@ -125,9 +125,9 @@ class Cost(NamedTuple):
     flops: float
     hours: float  # of one GPU
     disk: float  # bytes of checkpoints
-    memory: float  # bytes per GPU, at this --micro
+    memory: float  # bytes per GPU, with what is chosen on a card of PLANNED GB, if it fits there
     text: tuple[str, float]  # folder and bytes
-    chosen: tuple[dict, ...] = ()  # the flags that it would choose on each of CARDS
+    chosen: list[dict | None]  # the flags that it would choose on each of CARDS, see `fitting`
 
 
 @functools.cache
@@ -151,23 +151,6 @@ def work(model: Model, part: Tokens) -> tuple[float, float]:
     dense = each * (part.trained + part.read / 3)
     sampled = each * part.sampled / 3
     return dense + sampled, (dense / TRAINING + sampled / SAMPLING) / PEAK / 3600
-
-
-def cost_of(cfg, job: Job, given: dict) -> Cost:
-    """What a run costs; its memory as it would be on the card of PLANNED, if it fits there."""
-    model = shape(cfg.plan, encoding_of(job.text[0]))
-    if job.optimizers:
-        cfg = dataclasses.replace(cfg, **fitting(cfg, given, job, model, ROOM * PLANNED * 1e9))
-    done = [work(model, part) for part in job.parts]
-    folder, count = job.text
-    return Cost(
-        script=job.script,
-        flops=sum(flops for flops, _ in done),
-        hours=sum(hours for _, hours in done),
-        disk=4.0 * weights_of(model) * job.checkpoints,
-        memory=memory_of(cfg, job, model).needed(cfg),
-        text=(folder, count * (2 if model.config.vocab < 1 << 16 else 4)),
-    )
 
 
 def encoding_of(folder: str) -> str:
@@ -310,20 +293,19 @@ def fit(cfg, given: dict, job: Job, preset: str, device: str):
         return cfg
     room = ROOM * torch.cuda.get_device_properties(device).total_memory
     chosen = fitting(cfg, given, job, shape(preset), room)
-    told = as_flags(chosen)
     if os.environ.get("RANK", "0") == "0":
-        gigabytes = f"{room / 1e9:.0f} GB of GPU memory"
-        line = f"for {gigabytes}: {told}" if told else f"nothing fits {gigabytes}"
+        line = f"for {room / 1e9:.0f} GB of GPU memory: {as_flags(chosen)}"
         print(f"{job.script}.py: {line} (computed, see --plan)", file=sys.stderr)
-    return dataclasses.replace(cfg, **chosen)
+    return dataclasses.replace(cfg, **(chosen or {}))
 
 
-def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
-    """Values for the flags that are not `given`, so that a run takes `room` bytes; {} if none do.
+def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict | None:
+    """Values for the flags that are not `given`, so that a run takes `room` bytes; None if none do.
 
-    Tried in this order, the first with micro-batches that keep a GPU busy: as it is; with blocks
-    run again in the backward pass; sharded; both. In each, fewer answers side by side. Only where
-    none of them fits, all again without sharding, and with moments in the CPU's memory.
+    Tried in this order: as it is; with blocks run again in the backward pass; sharded; both. In
+    each, fewer answers side by side. The first counts that has the --micro that was given, or one
+    that keeps a GPU busy. Only where none of them fits, all again without sharding, and with
+    moments in the CPU's memory.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rows = getattr(cfg, "rows", 0)
@@ -333,7 +315,7 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
         "rows": (rows, rows // 2, rows // 4, rows // 8, rows // 16) if rows else (),
     }
     choices = {name: values for name, values in choices.items() if values and name not in given}
-    best = {}
+    best = None
     for values in itertools.product(*choices.values()):
         found = dict(zip(choices, values, strict=True))
         tried = dataclasses.replace(cfg, **found)
@@ -345,14 +327,14 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
         if "micro" not in given:
             found["micro"] = min(64, 1 << (most.bit_length() - 1))
         found = {name: value for name, value in found.items() if value is not False}
-        if most * job.row >= BUSY:
+        if "micro" in given or most * job.row >= BUSY:
             return found
         best = best or found
     if best or "offload" in given or given.get("shard"):
         return best
     given = given | {"offload": True}
     best = fitting(dataclasses.replace(cfg, offload=True), given, job, model, room)
-    return {"offload": True} | best if best else {}
+    return None if best is None else {"offload": True} | best
 
 
 # ---------------------------------------------------------------------------------------- shown
@@ -360,15 +342,30 @@ def fitting(cfg, given: dict, job: Job, model: Model, room: float) -> dict:
 
 def show(cfg, job: Job, given: dict) -> Cost:
     """Print what a command costs. Raises ValueError for a preset that there is not."""
-    cost = cost_of(cfg, job, given)
     model = shape(cfg.plan, encoding_of(job.text[0]))
+    chosen = []
+    if job.optimizers:
+        chosen = [fitting(cfg, given, job, model, room) for room in ROOMS]
+    flags = dict(zip(CARDS, chosen, strict=False)).get(PLANNED) or {}
+    planned = dataclasses.replace(cfg, **flags)
+    done = [work(model, part) for part in job.parts]
+    folder, count = job.text
+    cost = Cost(
+        script=job.script,
+        flops=sum(flops for flops, _ in done),
+        hours=sum(hours for _, hours in done),
+        disk=4.0 * weights_of(model) * job.checkpoints,
+        memory=memory_of(planned, job, model).needed(planned),
+        text=(folder, count * (2 if model.config.vocab < 1 << 16 else 4)),
+        chosen=chosen,
+    )
     held = memory_of(cfg, job, model)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    done = [sum(part[i] for part in job.parts) for i in range(3)]
+    counted = [sum(part[i] for part in job.parts) for i in range(3)]
     gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
     lines = [
         f"{job.script}.py, {cfg.plan} ({weights_of(model):,} weights), {gpus}",
-        "  tokens   trained {:.3g}, read {:.3g}, sampled {:.3g}".format(*done),
+        "  tokens   trained {:.3g}, read {:.3g}, sampled {:.3g}".format(*counted),
         f"  compute  {cost.flops:.3g} FLOPs, {cost.hours:.3g} GPU hours",
     ]
     if job.optimizers:
@@ -379,8 +376,6 @@ def show(cfg, job: Job, given: dict) -> Cost:
         lines[-1] += f"; {cost.text[1] / 1e9:.3g} GB of text"
     lines += memory_lines(cfg, job, held)
     if job.optimizers:
-        chosen = tuple(fitting(cfg, given, job, model, room) for room in ROOMS)
-        cost = cost._replace(chosen=chosen)
         lines += choice_lines(chosen)
     assumed = f"{TRAINING:.0%} of {PEAK / 1e12:.0f} TFLOP/s in training, {SAMPLING:.0%} in sampling"
     lines += [f"  assumed  {assumed}"]
@@ -413,11 +408,11 @@ def memory_lines(cfg, job: Job, held: Memory) -> list[str]:
     return lines
 
 
-def choice_lines(chosen: tuple[dict, ...]) -> list[str]:
+def choice_lines(chosen: list[dict | None]) -> list[str]:
     """The flags that a trainer would choose on each of CARDS."""
     lines = ["           what it would choose there"]
     for card, flags in zip(CARDS, chosen, strict=True):
-        lines.append(f"             {card:>4} GB  {as_flags(flags) or 'nothing fits'}")
+        lines.append(f"             {card:>4} GB  {as_flags(flags)}")
     return lines
 
 
@@ -439,14 +434,19 @@ def cards_table() -> list[str]:
     return lines
 
 
-def in_a_cell(chosen: dict) -> str:
+def in_a_cell(chosen: dict | None) -> str:
     """What a trainer would choose: 16 c for --micro 16 --checkpoint_activations."""
+    if chosen is None:
+        return "no"
     letters = "".join(LETTERS[name] for name in LETTERS if chosen.get(name))
-    return f"{chosen['micro']} {letters}".strip() if chosen else "no"
+    return f"{chosen['micro']} {letters}".strip()
 
 
-def as_flags(chosen: dict) -> str:
-    return " ".join(f"--{name} {value}" for name, value in chosen.items()).replace(" True", "")
+def as_flags(chosen: dict | None) -> str:
+    if chosen is None:
+        return "nothing fits"
+    told = " ".join(f"--{name} {value}" for name, value in chosen.items()).replace(" True", "")
+    return told or "as it is"
 
 
 def main(words: list[str]):

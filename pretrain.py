@@ -117,6 +117,8 @@ def configure(given: dict):
         )
     defaults = dict(PAPER) if paper_size(preset) else {}
     defaults |= {"preset": preset, "out": "ckpt/toy"}
+    if given.get("plan"):
+        defaults["data"] = ""  # a text that was not named is assumed, and not read
     if parent:
         out = f"{Path(given['init']).with_suffix('')}-text"
         defaults |= {"length": parent["length"], "seed": parent["seed"], "out": out}

@@ -8,13 +8,13 @@ advantage r - mean(r of its group), and take one gradient of
 
     sum over sampled tokens of  -advantage/N * log pi(token),    N = sampled tokens of the step.
 
-No solution is ever read. The progress line shows reward, correct, flat (groups of equal rewards,
-which teach nothing) and truncated, and no loss: it is small, of either sign, and says nothing of
-what is learned. OUT.answers.jsonl has a few questions with their answers, rewards and advantages at
-every --eval_every; `python sample.py --log OUT` shows them.
+No solution of a training question is ever read. The progress line shows reward, correct, flat
+(groups of equal rewards, which teach nothing) and truncated, and no loss: it is small, of either
+sign, and says nothing of what is learned. OUT.answers.jsonl has a few questions with their answers,
+rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
- 1. --std_norm false   the advantage is not divided by the group's std (veRL divides): with a
+ 1. --std_norm false   the advantage is not divided by the group's std (the paper divides): with a
                        format reward a gap of 0.1 inside a group would be blown up to 1
  2. --updates 1        one update per batch of rollouts: the ratio to the old policy is 1 and
                        nothing needs clipping
@@ -39,9 +39,10 @@ import plan
 from common import Count, NonNegative, Positive, Whole
 from data import grader, problems, tokens
 from eval import validate
-from model import Sampler, adam, cosine, update
+from model import Layout, Sampler, adam, cosine, update
 
 
+# --help shows the comment above a field and the one beside it, joined.
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
     """Flags of GRPO."""
@@ -57,8 +58,8 @@ class Config(common.PostTraining):
     # a file with your own reward(question, answer, text) -> float in place of 1 and
     # --format_reward: an answer that takes more than 2 s of processor time (10 on the clock) has
     # 0, as a truncated one has; an error or more than 1 GiB ends the run
-    reward: str = ""  # validation goes on to count right answers
-    std_norm: bool = False  # divide the advantage by the group's std (veRL's default)
+    reward: str = ""  # validation ignores it, and counts right answers
+    std_norm: bool = False  # divide the advantage by the group's std (GRPO)
     batch_std: bool = False  # REINFORCE++: divide it by the std of the whole step instead
     leave_one_out: bool = False  # RLOO: the baseline of an answer is the mean of the others
     # what the loss of a token is divided by: the tokens of the step (DAPO), or the answers of the
@@ -75,7 +76,7 @@ class Config(common.PostTraining):
     kl: NonNegative = 0.0  # weight of the KL divergence from the starting checkpoint
     lr: Positive = 1.5e-4  # learning rate, constant after the warm-up; 6e-4 collapses
     warmup: Whole = 5  # updates of linear warm-up
-    weight_decay: NonNegative = 0.0  # off, as in veRL
+    weight_decay: NonNegative = 0.0  # off (veRL: 0.01)
     clip: NonNegative = 1.0  # largest norm of the gradient (0: any)
     max_mismatch: Positive = 0.1  # stop if sampler and trainer differ more, in mean |log-prob|
     save_every: Count = 10
@@ -105,8 +106,8 @@ def rollout(run: common.Setup, sampler: Sampler, step: int, draw: int = 0, group
 
     draw: from 1 on the number of a new draw for the same step (--resample); questions of it may
     have been in an earlier one. groups: the places among this rank's questions that are asked
-    (default: all). Raises ValueError if the log-probs are NaN: every group would be flat, and
-    nothing said.
+    (default: all). Raises ValueError if the log-probs are NaN: the run would go on in silence,
+    with all groups flat.
     """
     cfg = run.cfg
     places = problems.shuffled(len(run.train), cfg.questions_per_step, cfg.seed, step, draw)
@@ -147,19 +148,19 @@ class Graded(NamedTuple):
 
 @record_function("reward")
 def grade(run: common.Setup, rolled: Rollout) -> Graded:
-    """The reward sees the answer's text and the right answer, nothing else."""
+    """The grader sees the text of an answer and the right one; --reward the question, too."""
     ended = [not truncated for truncated in rolled.truncated]
     # the end token is no part of the text
-    ids = [ids[: len(ids) - end] for ids, end in zip(rolled.answers, ended, strict=True)]
-    texts = [tokens.decode(run.encoding, answer) for answer in ids]
+    answers = [ids[:-1] if end else ids for ids, end in zip(rolled.answers, ended, strict=True)]
+    texts = [tokens.decode(run.encoding, ids) for ids in answers]
     right = [row["answer"] for row in rolled.questions]
     marks = grader.grade_all(texts, right, ended)
     if run.cfg.reward:
         rewards = own_rewards(run, rolled, texts)
     else:
         rewards = [grader.reward(*mark, run.cfg.format_reward) for mark in marks]
-    late = [worth is None for worth in rewards]
-    rewards = [worth or 0.0 for worth in rewards]
+    late = [reward is None for reward in rewards]
+    rewards = [reward or 0.0 for reward in rewards]
     return Graded(texts, marks, torch.tensor(rewards, dtype=torch.float64), late)
 
 
@@ -201,18 +202,18 @@ def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded:
     return dropped
 
 
-def advantages(rewards_QG: torch.Tensor, std_norm: bool, leave_one_out: bool = False):
+def advantages(rewards_QG: torch.Tensor, cfg) -> torch.Tensor:
     """(Q, G) rewards -> r - mean over the group; GRPO, section 4.1.2.
 
-    std_norm: divided by the group's (population) std. leave_one_out: the mean is that of the other
-    answers (RLOO, arXiv 2402.14740, section 3). A flat group gets exactly 0: the mean of equal
-    floats need not equal them.
+    --std_norm: divided by the group's (population) std. --leave_one_out: the mean is that of the
+    other answers (RLOO, arXiv 2402.14740, section 3). A flat group gets exactly 0: the mean of
+    equal floats need not equal them. For a baseline that is not the group's own drop that line.
     """
     centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
-    if leave_one_out:
+    if cfg.leave_one_out:
         count = rewards_QG.shape[1]
         centred = centred * (count / (count - 1))
-    if std_norm:
+    if cfg.std_norm:
         centred = centred / rewards_QG.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
     return centred.masked_fill(flat_groups(rewards_QG)[:, None], 0.0)
 
@@ -227,7 +228,10 @@ def over_batch_std(advantage_QG: torch.Tensor, world) -> torch.Tensor:
 
 
 def token_weights(advantage_A, lengths_A, total: dict, cfg) -> torch.Tensor:
-    """(A,) what each token of an answer weighs in the loss. total: sums over the whole step."""
+    """(A,) what each token of an answer weighs in the loss. total: sums over the whole step.
+
+    A list of one tensor (length,) per answer does as well: a weight for each token of it.
+    """
     if cfg.denominator == "length":  # GRPO (arXiv 2402.03300, eq. 3): a mean of means
         return advantage_A / (lengths_A * total["answers"])
     if cfg.denominator == "max_new":  # Dr. GRPO (arXiv 2503.20783, section 3.2): a constant
@@ -239,9 +243,9 @@ def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage)
     """A few questions of the step, with answers, rewards and advantages, for OUT.answers.jsonl."""
     answers = []
     columns = (graded.texts, graded.marks, rolled.truncated, graded.rewards.tolist(), advantage)
-    for text, (correct, formatted), truncated, reward, worth in zip(*columns, strict=True):
+    for text, (correct, formatted), truncated, reward, gain in zip(*columns, strict=True):
         marks = dict(correct=correct, formatted=formatted, truncated=truncated)
-        answers.append({"text": text, **marks, "reward": reward, "advantage": round(worth, 6)})
+        answers.append({"text": text, **marks, "reward": reward, "advantage": round(gain, 6)})
     return common.examples(rolled.questions[:: run.cfg.group], answers)
 
 
@@ -282,7 +286,8 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     """-> this rank's rows of RL step `step` (Batch), and numbers of the whole step for the log.
 
     log: a common.Log for a few of the answers, at the steps that are validated. The seconds and
-    the waste among the numbers are those of this rank.
+    the waste among the numbers are those of this rank; with --resample the waste is that of the
+    first draw, and to grade the later ones counts as sampling.
     """
     cfg = run.cfg
     began = time.monotonic()
@@ -293,7 +298,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     dropped = replace_flat(run, sampler, step, rolled, graded)
     sample_seconds = time.monotonic() - began - grade_seconds
 
-    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg.std_norm, cfg.leave_one_out)
+    advantage = advantages(graded.rewards.view(-1, cfg.group), cfg)
     if cfg.batch_std:
         advantage = over_batch_std(advantage, run.world)
     if log and common.validates(cfg, step):
@@ -304,7 +309,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
     lengths = torch.tensor([len(answer) for answer in rolled.answers])
     # one denominator for all ranks
-    weights = token_weights(advantage.flatten(), lengths, total, cfg).tolist()
+    weights = token_weights(advantage.flatten(), lengths, total, cfg)
     pad = tokens.pad_id(run.encoding)
     batch = problems.make_batch(
         rolled.prompts, rolled.answers, weights, pad, rolled.logp, cfg.per_row
@@ -322,7 +327,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
 def policy_loss(logp, old_logp, weight, clip_ratio, clip_high=None):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), summed; all (B, T).
 
-    weight is advantage/N, and 0 outside the mask. clip_high: another bound above 1 (DAPO, arXiv
+    weight: see token_weights; 0 outside the mask. clip_high: another bound above 1 (DAPO, arXiv
     2503.14476, section 3.1), so that rare tokens may become likely.
     """
     ratio = (logp - old_logp).exp()
@@ -335,12 +340,12 @@ def answer_means(values, micro: problems.Batch):
 
     Of log ratios: the log of GSPO's ratio (arXiv 2507.18071, section 4.1).
     """
-    # number of the answer in its row; 0: prompt
-    branch = micro.layout[2] if micro.layout else micro.mask.long()
-    sums = values.new_zeros(len(values), int(branch.max()) + 1)
-    counts = sums.scatter_add(1, branch, micro.mask.to(values))
-    sums = sums.scatter_add(1, branch, values * micro.mask)
-    return (sums / counts.clamp_min(1)).gather(1, branch) * micro.mask
+    # number of the answer in its row, from 1; 0: prompt and padding
+    branch = Layout(*micro.layout).branch if micro.layout else micro.mask.long()
+    zeros = values.new_zeros(len(values), int(branch.max()) + 1)
+    counts = zeros.scatter_add(1, branch, micro.mask.to(values))
+    means = zeros.scatter_add(1, branch, values * micro.mask) / counts.clamp_min(1)
+    return means.gather(1, branch) * micro.mask
 
 
 def kl_to(reference_logp, logp):
@@ -357,10 +362,12 @@ def rl_loss(model, micro: problems.Batch, cfg, old=None, reference=None, count=1
 
     On-policy, without a KL term, the ratio to the old policy is 1 and the gradient is that of
     sum weight * -log pi. Otherwise `old` and `reference` are log-probs (B, T) of the same
-    micro-batch; count: trained tokens of the step, over all ranks, that the KL is averaged over.
+    micro-batch. count: tokens of all answers of the step, over all ranks.
 
     The first branch holds only for a loss that is linear in the log-probs. For any other delete it:
-    the second takes any function of them, and computes the logits twice.
+    the second takes any function of them, and computes the logits twice. Micro-batches are summed:
+    a term that is not multiplied by micro.weight is divided by count, as the KL is, and needs
+    keep_flat=True in parts_of, or it misses the groups that have no advantage.
     """
     how = dict(mask=micro.mask, temperature=cfg.temperature, layout=micro.layout)
     if cfg.updates == 1 and not cfg.kl:
@@ -402,8 +409,9 @@ def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
     """
     cfg, world = run.cfg, run.world
     loss = 0.0
-    gaps = [torch.zeros(5, dtype=torch.float64, device=world.device)]  # all groups may be flat
-    count = world.sum(float(batch.mask.sum()))[0] if cfg.kl else 1.0
+    # a row per micro-batch, see `compare`; the first because all groups may be flat
+    measured = [torch.zeros(5, dtype=torch.float64, device=world.device)]
+    count = world.sum(float(batch.mask.sum()))[0]
     for i, micro in enumerate(parts_of(batch, cfg, world)):
         part, logp, entropy = rl_loss(
             run.model,
@@ -416,25 +424,25 @@ def rl_gradients(run: common.Setup, batch: problems.Batch, old, reference):
         with record_function("backward"):
             part.backward()
         loss += part.detach().double()  # read once for all: to read is to wait for the GPU
-        gaps.append(compare(micro, logp.detach(), entropy.detach()))
-    gaps = torch.stack(gaps)
-    loss, gap, kl, entropy, count = world.sum(loss, *gaps[:, :4].sum(0))
+        measured.append(compare(micro, logp.detach(), entropy.detach()))
+    measured = torch.stack(measured)
+    loss, gap, kl, entropy, compared = world.sum(loss, *measured[:, :4].sum(0))
     known = {"mismatch": gap, "mismatch_kl": kl, "entropy": entropy}
-    known = {name: total / count if count else None for name, total in known.items()}
-    known["mismatch_max"] = world.max(gaps[:, 4].max())[0]
+    known = {name: total / compared if compared else None for name, total in known.items()}
+    known["mismatch_max"] = world.max(measured[:, 4].max())[0]
     gradients, norm = common.gradients(run.model, world, cfg.clip)
     return loss, gradients, norm, known
 
 
 def compare(micro: problems.Batch, logp, entropy) -> torch.Tensor:
-    """fp64 (5,): sums over the mask of |gap|, k3 estimate of the KL, entropy and 1; largest |gap|.
+    """fp64 (5,): sums over the mask of |gap|, KL, entropy and 1; and the largest |gap|.
 
     gap: log-prob (B, T) of the trainer less that of the sampler.
     """
     gap = torch.where(micro.mask, logp - micro.logp, 0).double()
     found = (
         gap.abs().sum(),
-        kl_to(gap, 0.0).sum(),
+        (gap.exp() - gap - 1).sum(),  # as in kl_to: KL(sampler || trainer)
         entropy.double().sum(),
         micro.mask.sum(),
         gap.abs().amax(),
@@ -461,6 +469,7 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     if not cfg.kl:
         trained *= 1 - numbers["flat"]  # flat groups are left out
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
+    # tokens of a training pass, of which a forward pass alone is a third
     passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
     return dict(
         flops=passes * model.flops_per_token(size),

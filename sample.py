@@ -7,10 +7,11 @@
 
 On a terminal the first command asks for questions, one after the other, and prints answers; with
 --first or another flag of theirs, and where there is no terminal, it prints validation questions.
-Beside each answer are the reward of rl.py, if the right answer is known, and the mean log-prob of
-the answer's tokens (nats; nearer to 0 is surer). With --prompt, answers to that text as it stands.
-With --log, how the answers to one question changed along the run that made a checkpoint, or is
-making it; --split train shows what it was trained on, with the advantages.
+Beside each answer are the reward of rl.py without --reward, if the right answer is known, and the
+mean log-prob of the answer's tokens (nats; nearer to 0 is surer). With --prompt, answers to that
+text as it stands. With --log, how the answers to one question changed along the run that made a
+checkpoint, or is making it; --split train shows what it was trained on, with the advantages and
+what --reward gave.
 """
 
 import functools

@@ -23,7 +23,7 @@ from model import Sampler, adam, cosine, update
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.PostTraining):
-    solutions: str = "1"  # solutions per question: 1 (the realistic case) or all (SFT-Gold)
+    solutions: str = "1"  # per question: 1 (the realistic case), 2, ... or all (SFT-Gold)
     epochs: Positive = 5.0  # paper: 5, "10 add nothing"
     steps: Whole = 0  # train for so many steps instead (0: what --epochs makes)
     batch: Count = 16  # solutions per step, over all ranks

@@ -95,7 +95,8 @@ def shots(folder, count, questions, seed=None, exactly=True):
 
 
 def chosen_solutions(row, solutions, seed) -> list[str]:
-    """`solutions` ("3") of a question's, chosen by (seed, id), or "all" of them."""
+    """The solutions of a question to train on: as many as `solutions` ("3") says, chosen by (seed,
+    id), or "all"."""
     texts = row["solutions"]
     if solutions == "all":
         return texts
@@ -387,6 +388,8 @@ def tree_rows(prompts, answers, per_row: int) -> list[tuple[tuple[int, ...], lis
 def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
     """Lists of ids to a Batch, whose rows are those of `tree_rows`.
 
+    The prompt's last token is repeated before each answer, whose first token it predicts (see the
+    drawing in model.Layout).
     weights: for each answer one number, or one per token of it. logps: for each answer (length,).
     T is a multiple of 8, so that few shapes occur. The mask comes from lengths: ids may hold any
     value.
@@ -424,8 +427,8 @@ def make_batch(prompts, answers, weights, pad, logps=None, per_row=1) -> Batch:
     return Batch(ids, target, mask, weight, logp, layout)
 
 
-def micro_batches(batch: Batch, answers: int, world, keep_flat=False):
-    """A batch in parts of about `answers` answers, rows of like length together.
+def micro_batches(batch: Batch, per_pass: int, world, keep_flat=False):
+    """A batch in parts of about `per_pass` answers, rows of like length together.
 
     Each part is as wide as its longest row. Rows whose weights are all 0 (a flat group) have no
     gradient and are left out, but with `keep_flat`. A sharded model needs all ranks for
@@ -436,7 +439,7 @@ def micro_batches(batch: Batch, answers: int, world, keep_flat=False):
     order = last.argsort(descending=True, stable=True)
     order = order if keep_flat else order[batch.weight[order].any(1)]
     per_row = int(batch.layout[2].amax()) if batch.layout else 1
-    size = max(1, answers // per_row)
+    size = max(1, per_pass // per_row)
     starts = range(0, len(order), size)
     # agreed upon before any of them is passed through the model
     most = int(world.max(len(starts))[0]) if world.shard else 0

@@ -169,8 +169,12 @@ print(json.dumps(SQLiteStorage.get_logs("rl-excursions", "step6"), default=str))
 def test_a_missing_package_is_one_line(world, tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    words = words_of("sft", world, tmp_path / "a.pt", track=package)
+    out = tmp_path / "a.pt"
+    words = words_of("sft", world, out, track=package)
     assert f"pip install {package}" in refused(capsys, "sft", *words)
+    out.write_text("a result")
+    assert f"pip install {package}" in refused(capsys, "sft", *words, "--overwrite")
+    assert out.read_text() == "a result"
 
 
 def test_nothing_of_them_is_imported_without_the_flag(world, tmp_path):

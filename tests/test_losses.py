@@ -131,10 +131,12 @@ def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.1, 0.1, 0.0]], dtype=torch.float64)
     expected = [[0.75, -0.25, -0.25, -0.25], [0.7, -0.2, -0.2, -0.3]]
     expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(rl.advantages(rewards, std_norm=False), expected)
+    torch.testing.assert_close(rl.advantages(rewards, RL), expected)
     # the root of the mean of the squares above
     std = torch.tensor([[3**0.5 / 4], [(0.66 / 4) ** 0.5]], dtype=torch.float64)
-    torch.testing.assert_close(rl.advantages(rewards, std_norm=True), expected / std)
+    torch.testing.assert_close(
+        rl.advantages(rewards, dataclasses.replace(RL, std_norm=True)), expected / std
+    )
 
 
 @pytest.mark.parametrize("std_norm", [False, True])
@@ -143,7 +145,8 @@ def test_flat_group_has_no_advantage(value, std_norm):
     """Exactly 0: the mean of seven 0.1 is not 0.1."""
     for dtype in (torch.float32, torch.float64):
         for size in (3, 5, 7):
-            assert not rl.advantages(torch.full((2, size), value, dtype=dtype), std_norm).any()
+            rewards = torch.full((2, size), value, dtype=dtype)
+            assert not rl.advantages(rewards, dataclasses.replace(RL, std_norm=std_norm)).any()
 
 
 @pytest.mark.parametrize(
@@ -385,6 +388,23 @@ def test_ratio_one_does_not_hide_a_mismatch(toy_model):
         assert known["mismatch_kl"] == pytest.approx(math.exp(-shift) + shift - 1, abs=1e-9)
 
 
+def test_a_loss_is_told_the_tokens_of_the_step(toy_model, monkeypatch):
+    """Of all ranks and micro-batches, with groups that have no advantage, and without --kl."""
+    counts = []
+
+    def watched(model, micro, cfg, old, reference, count):
+        counts.append(count)
+        return rl_loss(model, micro, cfg, old, reference, count)
+
+    rl_loss = rl.rl_loss
+    monkeypatch.setattr(rl, "rl_loss", watched)
+    batch = ragged_batch()
+    weight = batch.weight.clone()
+    weight[0] = 0
+    rl.rl_gradients(rl_run(toy_model, micro=1), batch._replace(weight=weight), None, None)
+    assert counts == [int(batch.mask.sum())] * (len(batch.ids) - 1)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampling_and_training_see_one_temperature(toy_model, temperature):
     run = rl_run(toy_model, temperature=temperature)
@@ -413,8 +433,8 @@ def test_nothing_writes_through_a_view(toy_model):
     given += toy_model.parameters()
     before = [(x.detach().clone(), x._version) for x in given]
 
-    rl.advantages(rewards, True)
-    rl.advantages(rewards.T[:2], False)
+    rl.advantages(rewards, dataclasses.replace(RL, std_norm=True))
+    rl.advantages(rewards.T[:2], RL)
     rl.policy_loss(own[0], own[0], own[0], 0.2)
     rl.kl_to(own[0], own[0])
     for z in (0.0, 0.1):

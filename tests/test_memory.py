@@ -62,3 +62,4 @@ def test_out_of_memory_on_the_cpu(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(network.Model, "hidden", no_cpu_memory)
     message = refused(capsys, "sft", *words_of("sft", world, tmp_path / "a.pt", eval_questions=0))
     assert message.startswith("out of memory") and "--micro" in message
+    assert "--offload" not in message and "GPU" not in message

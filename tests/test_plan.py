@@ -262,6 +262,16 @@ def test_an_unknown_preset_is_one_line(capsys, script):
     assert stop.value.code == 2 and "'huge'" in line and "4b" in line
 
 
+def test_a_text_that_was_not_named_is_not_read(world, tmp_path, monkeypatch):
+    """Where data/out/toy is, too, 1b is planned for the vocabulary of cl100k."""
+    before = cost("pretrain.py")
+    (tmp_path / "data/out").mkdir(parents=True)
+    (tmp_path / "data/out/toy").symlink_to(world.data)
+    monkeypatch.chdir(tmp_path)
+    assert cost("pretrain.py").disk == before.disk
+    assert cost("pretrain.py", "--data", "data/out/toy").disk < before.disk
+
+
 def cost(*words) -> plan.Cost:
     return plan.cost_of_command([*words, "--plan", "1b"])
 
@@ -291,6 +301,8 @@ def test_the_prices_by_hand():
     assert base.flops == pytest.approx(2 * answers, rel=0.1)  # with shots and without
     trained = cost("eval.py", "step5-rl.pt", "--limit", "100", "--tasks=")
     assert trained.flops == pytest.approx(answers, rel=0.1)
+    tasks = cost("eval.py", "step5-rl.pt", "--limit", "100", "--tasks", "here")
+    assert tasks.flops - trained.flops == pytest.approx(plan.TASKS * FORWARD, rel=0.01)
 
 
 def test_questions_that_are_there_are_counted(tmp_path):
@@ -384,7 +396,7 @@ def fitted(script, preset, card, ranks, monkeypatch, **given):
     job = module.job_of(cfg)
     room = plan.ROOM * card * 1e9
     chosen = plan.fitting(cfg, given, job, plan.shape(preset), room)
-    cfg = dataclasses.replace(cfg, **chosen)
+    cfg = dataclasses.replace(cfg, **(chosen or {}))
     return chosen, plan.memory_of(cfg, job, plan.shape(preset)).needed(cfg), room
 
 
@@ -405,7 +417,7 @@ def test_a_larger_gpu_has_no_smaller_batches(monkeypatch):
 
 def test_sharding_is_chosen_where_one_gpu_cannot_hold_it(monkeypatch):
     alone, _, _ = fitted("rl", "4b", 80, 1, monkeypatch, offload=False)
-    assert alone == {}
+    assert alone is None
     together, _, _ = fitted("rl", "4b", 80, 8, monkeypatch)
     assert together["shard"]
     small, _, _ = fitted("sft", "190m", 80, 8, monkeypatch)
@@ -416,6 +428,21 @@ def test_flags_that_were_given_stay(monkeypatch):
     given = dict(micro=2, rows=64, checkpoint_activations=True)
     chosen, _, _ = fitted("rl", "1b", 80, 1, monkeypatch, **given)
     assert not chosen.keys() & given.keys()
+
+
+def test_what_fits_as_it_is_is_not_what_fits_nowhere(monkeypatch, capsys):
+    chosen, needed, room = fitted("pretrain", "1b", 80, 1, monkeypatch, micro=4)
+    assert chosen == {} and needed <= room
+    importlib.import_module("pretrain").main({"plan": "1b", "micro": 4})
+    said = capsys.readouterr().out
+    assert "  8 GB  nothing fits\n" in said and " 80 GB  as it is\n" in said
+
+
+def test_moments_beside_the_gpu_are_kept_where_nothing_else_is_needed(monkeypatch):
+    given = dict(micro=1, rows=64, checkpoint_activations=False)
+    assert fitted("rl", "1b", 40, 1, monkeypatch, **given, offload=False)[0] is None
+    chosen, needed, room = fitted("rl", "1b", 40, 1, monkeypatch, **given)
+    assert chosen == {"offload": True} and needed <= room
 
 
 def test_the_choice_for_a_gpu_is_said_in_one_line(monkeypatch, capsys):

@@ -205,3 +205,15 @@ def test_a_base_gets_as_many_shots_as_there_are(world, tmp_path, capsys):
     (easy / "shots.jsonl").unlink()  # needed by none
     call("eval", world.taught, **how)
     assert measured("taught") == [0]
+
+
+def test_shots_leave_room_for_the_question(world, tmp_path):
+    """Where rows of the text are as long as the context: eight shots and an answer fill it."""
+    folder = world.data / "easy"
+    base = changed(world.base, tmp_path / "base.pt", meta=lambda meta: meta | {"length": 512})
+    asked = Asked(tokens.encoding("toy"), problems.form(folder), [], problems.load(folder, "shots"))
+    eight = len(asked._replace(shots=asked.shots[:8]).prefix)
+    few = FEW | dict(max_new=512 - eight)
+    call("eval", base, questions=folder, results=tmp_path, **few)
+    rows = [row for row in files.read_rows(tmp_path / "base.jsonl") if row["kind"] == "pass"]
+    assert [row["shots"] for row in rows] == [6, 0]

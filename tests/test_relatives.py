@@ -26,7 +26,7 @@ def fp64(*values):
 
 def test_leave_one_out_by_hand():
     """RLOO: 1 - mean(0, 0, 0.1), 0 - mean(1, 0, 0.1), ..."""
-    found = rl.advantages(REWARDS, False, leave_one_out=True)
+    found = rl.advantages(REWARDS, rl.Config(init="", leave_one_out=True))
     assert found[0].tolist() == pytest.approx([1 - 0.1 / 3, -1.1 / 3, -1.1 / 3, 0.1 - 1 / 3])
     assert found[1].tolist() == [0.0] * 4
 
@@ -54,6 +54,16 @@ def test_what_a_token_weighs_by_hand(denominator, expected):
     total = {"tokens": 10.0, "answers": 3.0}
     found = rl.token_weights(fp64(2, -1, -1), lengths, total, cfg)
     assert found.tolist() == pytest.approx(expected)
+
+
+def test_each_token_may_have_a_weight_of_its_own(monkeypatch):
+    def later_counts_more(advantage, lengths, total, cfg):
+        return [torch.arange(1.0, length + 1) for length in lengths.tolist()]
+
+    monkeypatch.setattr(rl, "token_weights", later_counts_more)
+    batch, _ = rl.rl_batch(setup(), FakeSampler(), 0)
+    assert batch.weight[batch.mask].tolist() == [1.0, 2.0, 3.0] * 32
+    assert not batch.weight[~batch.mask].any()
 
 
 # ------------------------------------------------------------------------------------- loss

@@ -95,7 +95,7 @@ def test_the_gpu_holds_no_moments_but_those_of_one_parameter(monkeypatch, optimi
 def test_rl_of_the_1b_fits_24_gb_with_it_and_not_without(monkeypatch):
     chosen, needed, room = fitted("rl", "1b", 24, 1, monkeypatch, offload=True)
     assert chosen["micro"] >= 1 and needed <= room
-    assert fitted("rl", "1b", 24, 1, monkeypatch, offload=False)[0] == {}
+    assert fitted("rl", "1b", 24, 1, monkeypatch, offload=False)[0] is None
     chosen, needed, room = fitted("rl", "1b", 24, 1, monkeypatch)
     assert chosen["offload"] and needed <= room  # nobody said, and nothing else fits
 

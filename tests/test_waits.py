@@ -44,6 +44,7 @@ def test_a_step_reads_two_numbers_whatever_its_parts(world, tmp_path, monkeypatc
 
 
 def test_rl_reads_its_sums_once(monkeypatch):
+    """The tokens of the step before its micro-batches, everything else after them."""
     rows = [[1, 2, 3, 4]] * 8
     batch = problems.make_batch(rows, rows, [0.1, -0.1] * 4, 0, [[-1.0] * 4] * 8)
     totals = []
@@ -55,7 +56,7 @@ def test_rl_reads_its_sums_once(monkeypatch):
             patch.setattr(problems, "micro_batches", lambda *_, parts=parts, **__: parts)
             _, _, _, known = rl.rl_gradients(run, batch, None, None)
         totals.append(found.total)
-    assert len(parts) == 8 and totals[0] == totals[1] <= 4
+    assert len(parts) == 8 and totals[0] == totals[1] <= 8
     assert known["mismatch_max"] > known["mismatch"] > 0
 
 

@@ -132,8 +132,10 @@ for seed in $MODELS; do  # a quarter of the questions
   finish
 done
 for seed in $MODELS; do  # hard questions
-  run=p$seed cells=("p$seed-math60/step$LAST $seed rl-hard" "p$seed-large/step$LAST $seed rl-hard")
-  cells+=("$run/step$LAST $seed rl-hard")
+  run=p$seed cells=()
+  for model in "$run-math60" "$run-large" "$run"; do
+    cells+=("$model/step$LAST $seed rl-hard --steps 600")
+  done
   finish relatives
 done
 [ "$KEPT" ] && RESULTS=$(dirname "$KEPT")

@@ -359,7 +359,7 @@ def test_a_record(recorded):
         for level, count in itertools.product(("easy", "hard"), (5, 64)):
             assert f"p{run}/step{LAST}-rl-n{count}-split-{level}-s{run}.pt" in names
         for model in (f"p{run}", f"p{run}-math60", f"p{run}-large"):
-            assert f"{model}/step{LAST}-rl-hard-s{run}.pt" in names
+            assert f"{model}/step{LAST}-rl-hard--steps-600-s{run}.pt" in names
     seeds = {name for name in names if f"step{MIDDLE}-rl-s" in name}
     assert seeds == {f"p30/step{MIDDLE}-rl-s{seed}.pt" for seed in (30, *range(3001, 3008))} | {
         f"p31/step{MIDDLE}-rl-s31.pt"
@@ -425,7 +425,7 @@ def test_a_record_that_stopped_between_dividing_and_asking_the_base_asks_it(reco
 def test_what_has_not_converged_goes_on_in_all_models_and_seeds(recorded):
     shell = recorded.shell
     cells = [(MIDDLE, "rl"), (MIDDLE, "sft-rl"), (LAST, "mix --batch 4"), (LAST, "rl"),
-             (LAST, "rl-hard")]  # fmt: skip
+             (LAST, "rl-n64-split-hard")]  # fmt: skip
     longer = "; ".join(f"{step} {recipe}" for step, recipe in cells)
     status, _, err = shell.run("runs/record.sh", **recorded.how | dict(LONGER=longer))
     assert (status, err) == (0, "")
@@ -640,5 +640,5 @@ def test_smoke_is_a_record_with_small_numbers(shell):
     }
     limits = {flags["limit"] for script, _, flags in commands if script in ("rl", "sft", "mix")}
     assert limits == {"16", "32", "64"}  # 100, 400 and 1,600 questions
-    expected = "rl-n5-split-easy rl-n64-split-hard rl-hard sft-gold-rl sft-rl-many--steps-600 mix"
-    assert {*expected.split()} <= recipes
+    expected = "rl-n5-split-easy rl-n64-split-hard sft-gold-rl sft-rl-many--steps-600 mix"
+    assert {*expected.split(), "rl-hard--steps-600"} <= recipes

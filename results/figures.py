@@ -172,7 +172,8 @@ def draw_recipes(r, path):
 def draw_curves(r, path, arms, sets, panels, note):
     """Validation along training: a row per (question set, checkpoint), panels (field, against)."""
     names = {"flexible@1": "pass@1 in any format", "formatted": "in the format"}
-    names |= {"step": "training step", "flops": "FLOPs of training", "questions": "questions, with repeats"}
+    names |= {"step": "training step", "flops": "FLOPs of training"}
+    names |= {"questions": "questions, with repeats"}
     found = {
         (a, t): [arm for arm in arms if len(r.curve(arm, t, "pass@1", a)) > 2] for a, t in sets
     }

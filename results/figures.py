@@ -243,7 +243,7 @@ def draw_map(r, path):
         axis.axhline(0, color="#444444", linewidth=0.8)
         axis.set(title=title if len(found) > 1 else "", xlabel="steps of RL")
     axes[0].set_ylabel("rl - sft, pass@1 (points)")
-    note = "validation; above the line RL is ahead; lines: tokens of pre-training"
+    note = f"validation; above the line RL is ahead; lines: tokens of pre-training; bars: {bars(r)}"
     return save(figure, path, note)
 
 

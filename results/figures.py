@@ -1,6 +1,5 @@
 """Figures of the report, each drawn if its rows are there."""
 
-import re
 from pathlib import Path
 
 import matplotlib
@@ -8,9 +7,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from results.along import lead, mean, of_questions, rivals
 from results.findings import BASE, RL, SFT, SFT_RL
 from results.rows import RECIPES, Arm, tokens_name
-from results.stats import estimate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend first: there may be no display
@@ -55,12 +54,6 @@ def tick_names(tokens):
         names.append(tokens_name(t) if far else "")
         right = t if far else right
     return names[::-1]
-
-
-def of_questions(recipe):
-    """ "50" of "rl-50-questions"; None where a name says nothing."""
-    found = re.search(r"-(\d+)-questions", recipe)
-    return found and found[1]
 
 
 def bars(r):
@@ -210,24 +203,13 @@ def draw_curves(r, path, arms, sets, panels, note):
 def draw_map(r, path):
     """Where RL overtakes SFT: pass@1 of rl along its steps less that of sft at its end, a panel per
     number of training questions, a line per checkpoint."""
-    sizes = {of_questions(arm.recipe) for arm in r.arms} - {None}
     found = {}  # title -> {tokens: {step: Estimate}}
-    for size in ("", *sorted(sizes, key=int)):
-        name = size and f"-{size}-questions"
+    for size, t, rl, sft in rivals(r):
         title = f"{int(size):,} training questions" if size else "the usual training questions"
-        for t in r.tokens:
-            rl, sft = (r.validations(Arm(x + name), t) for x in ("rl", "sft"))
-            gaps = {}  # step -> {(pre-training seed, seed): difference}
-            for run in sorted(rl.keys() & sft.keys()):
-                end = sft[run][max(sft[run])]
-                for step, value in rl[run].items():
-                    gaps.setdefault(step, {})[run] = [value - end]
-            most = max(map(len, gaps.values()), default=0)
-            line = {
-                step: estimate(pd.DataFrame(at)) for step, at in gaps.items() if len(at) == most
-            }
-            if line:
-                found.setdefault(title, {})[t] = line
+        gaps = lead(r, rl, sft, t)
+        if len(gaps):
+            line = {step: mean(dict(row)) for step, row in gaps.iterrows()}
+            found.setdefault(title, {})[t] = line
     if not found:
         return None
     figure, axes = plt.subplots(1, len(found), figsize=(2.4 + 3 * len(found), 3.9), sharey=True)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from data.files import whole_file
-from results import figures, tables
+from results import along, figures, tables
 from results.findings import decide
 from results.rows import Record, read
 
@@ -23,7 +23,9 @@ def one(folder, brief=False):
     r = Record(frame)
     verdicts = decide(r)
     pictures = figures.draw(r, folder)
-    write(folder / "report.md", tables.page(r, verdicts, decide(r, waived=True), pictures, torn))
+    runs = along.overtaking(r), along.answers_compared(r)
+    waived = decide(r, waived=True)
+    write(folder / "report.md", tables.page(r, verdicts, waived, pictures, torn, runs))
     lines = [f"{folder}: {r.split} questions, in %", *torn]
     lines += [] if brief else [tables.grid(r), ""]
     lines += tables.directions(r, verdicts)

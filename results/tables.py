@@ -246,8 +246,8 @@ def training(r):
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 
-def page(r, verdicts, waived, pictures, torn):
-    """The text of report.md."""
+def page(r, verdicts, waived, pictures, torn, along=()):
+    """The text of report.md. along: sections about the runs, see results/along.py."""
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
     if any(v.parts for v in verdicts.values()) and r.split == "test":
         bases = {t: r.level(BASE, t, "pass@32", split="val") for t in r.tokens}
@@ -255,7 +255,7 @@ def page(r, verdicts, waived, pictures, torn):
         room = f"Base pass@32 on validation questions: {', '.join(room)}.\n" if room else ""
         parts += ["## Claims\n", in_full(verdicts, waived), room]
         parts += ["## Has RL converged? Validation pass@1, in points\n", convergence(r)]
-        parts += [longer(r), seeds(r)]
+        parts += [longer(r), *along, seeds(r)]
     parts += [f"![{name}]({name})\n" for name in pictures]
     for asked in r.benchmarks or [""]:
         parts += [f"## Levels and differences{', ' * bool(asked)}{asked}\n", levels(r, asked)]

@@ -346,8 +346,8 @@ def show(cfg, job: Job, given: dict) -> Cost:
     chosen = []
     if job.optimizers:
         chosen = [fitting(cfg, given, job, model, room) for room in ROOMS]
-    flags = dict(zip(CARDS, chosen, strict=False)).get(PLANNED) or {}
-    planned = dataclasses.replace(cfg, **flags)
+    flags = chosen[CARDS.index(PLANNED)] if chosen else None
+    planned = dataclasses.replace(cfg, **(flags or {}))
     done = [work(model, part) for part in job.parts]
     folder, count = job.text
     cost = Cost(

@@ -2,7 +2,7 @@
 # The record that RESULTS.md rests on: eight pre-trained models, each with text, questions and
 # seeds of its own, five checkpoints of each, RL of 300 steps (LONGER: 600 where that is too few).
 #
-#   bash runs/record.sh                 some nineteen hours on two cores with AVX-512
+#   bash runs/record.sh                 some twenty-one hours on two cores with AVX-512
 #   MODELS="30 31" bash runs/record.sh  only these models
 #
 # Models come one after the other, and what most claims rest on comes first, so a record that is not

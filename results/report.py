@@ -18,7 +18,8 @@ def write(path, text):
 
 
 def one(folder, brief=False):
-    """Writes report.md and figures of a folder of rows, prints what they say; -> verdicts."""
+    """Writes report.md and figures of a folder of rows, prints what they say; -> the verdicts, and
+    those without the rule of convergence."""
     frame, torn = read(folder)
     r = Record(frame)
     verdicts = decide(r)
@@ -31,7 +32,7 @@ def one(folder, brief=False):
     lines += tables.directions(r, verdicts)
     lines += [f"figure: {folder / name}" for name in pictures[:1]]
     print("\n".join([*lines, f"tables: {folder / 'report.md'}", ""]))
-    return verdicts
+    return verdicts, waived
 
 
 def report(folder, as_json=False):
@@ -46,15 +47,16 @@ def report(folder, as_json=False):
     records = sorted(path.name for path in folder.glob("record-*") if path.is_dir())
     if records:
         others = {path.parent.name for path in folder.glob("*/*.jsonl")} - set(records)
-        verdicts = {name: one(folder / name, True) for name in [*records, *sorted(others)]}
-        verdicts = {name: verdicts[name] for name in records}
-        block = tables.block(verdicts)
+        found = {name: one(folder / name, True) for name in [*records, *sorted(others)]}
+        found = {name: found[name] for name in records}
+        block = tables.block(found)
         write(folder / "findings.md", block)
         prose = folder.resolve().parent / "RESULTS.md"
         if prose.exists() and BLOCK.search(text := prose.read_text(encoding="utf-8")):
             write(prose, BLOCK.sub(lambda _: block, text))
     else:
-        verdicts = {folder.name: one(folder)}
+        found = {folder.name: one(folder)}
+    verdicts = {name: decided for name, (decided, _) in found.items()}
     first, *more = verdicts
     if as_json:
         said = {name: {n: v.verdict for n, v in found.items()} for name, found in verdicts.items()}

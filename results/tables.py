@@ -58,23 +58,26 @@ def span(part):
     return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
-def said(v):
-    """The verdict, and the difference that it hangs on: of several the one that is least likely to
-    lie where the claim says."""
-    reason = f" ({v.reason})" if v.reason else ""
+def said(v, waived):
+    """The verdict, also without the rule of convergence, and the difference that it hangs on: of
+    several the one that is least likely to lie where the claim says."""
+    other = f"; without this rule: {waived.verdict}" if waived.verdict != v.verdict else ""
+    reason = f" ({v.reason}{other})" if v.reason else ""
     words = f"**{v.verdict}**{reason}"
     if not v.parts:
         return words
     part = max(v.parts, key=lambda part: part.chances[0])
-    which = f" ({part.name}, the weakest of {len(v.parts)})" if len(v.parts) > 1 else ""
-    return f"{words} {span(part)}{which}"
+    weakest = f", the weakest of {len(v.parts)}" if len(v.parts) > 1 else ""
+    return f"{words} {span(part)} ({part.name}{weakest})"
 
 
 def block(records):
-    """{name: verdicts} -> the table of the claims, one column per record."""
+    """{name: (verdicts, verdicts with convergence waived)} -> the table of the claims, one column
+    per record."""
     rows = []
     for finding in FINDINGS:
-        told = [said(verdicts[finding.number]) for verdicts in records.values()]
+        number = finding.number
+        told = [said(verdicts[number], waived[number]) for verdicts, waived in records.values()]
         rows.append([finding.number, finding.claim, finding.paper, *told, finding.earlier])
     names = [name.replace("-", " ") for name in records]
     return table(["", "claim", "paper", *names, "records 1 and 2"], rows)

@@ -1048,12 +1048,17 @@ def test_of_several_differences_the_block_shows_the_one_that_decides():
     sure = difference("mix - rl, pass@8", 0.05, 0.0)
     weak = difference("mix - sft, pass@32", 0.06, 0.055)
     several = findings.Verdict("not resolved", "", [sure, weak], 0.3, 1.0)
-    assert tables.said(several) == (
+    assert tables.said(several, several) == (
         "**not resolved** +6.0 [+3.6, +8.4] (mix - sft, pass@32, the weakest of 2)"
     )
-    assert tables.said(several._replace(parts=[sure])) == "**not resolved** +5.0 [+2.6, +7.4]"
+    one = several._replace(parts=[sure])
+    found = "+5.0 [+2.6, +7.4] (mix - rl, pass@8)"
+    assert tables.said(one, one) == f"**not resolved** {found}"
+    rising = one._replace(verdict="not tested", reason="rl rises")
+    words = "**not tested** (rl rises; without this rule: not resolved)"
+    assert tables.said(rising, one) == f"{words} {found}"
     missing = findings.Verdict("not tested", "no rows", [], 1.0, 1.0)
-    assert tables.said(missing) == "**not tested** (no rows)"
+    assert tables.said(missing, missing) == "**not tested** (no rows)"
 
 
 def test_the_convergence_of_each_arm_has_its_gain_the_bound_and_each_model():

@@ -46,8 +46,9 @@ pretrain() {  # NAME DATA SEED [FLAGS]: the checkpoints OUT/NAME/step*.pt
 }
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # runs/*.sh take what is above
 
-# sft-rl has sft in it, sft-gold-rl has sft-gold; a variant: "rl --std_norm --recipe rl-std"
-recipes=(base rl sft-rl mix)
+# sft-rl has sft in it, sft-gold-rl has sft-gold; a variant: "rl --std_norm --recipe rl-std". The
+# longest come first, so that the last two cells end together.
+recipes=(mix sft-rl rl base)
 run python data/prepare.py toy --seed "$RUN" --out "$DATA-p$RUN"
 pretrain "p$RUN" "$DATA-p$RUN" "$RUN"
 for step in $CHECKPOINTS; do

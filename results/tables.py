@@ -151,11 +151,11 @@ def seeds(r):
 
 def longer(r):
     """What more steps changed, where an arm was run again with more of them."""
-    before = r.shorter[(r.shorter.split == r.split) & (r.shorter.asked == r.main)]
+    ended = r.shorter[(r.shorter.split == r.split) & (r.shorter.asked == r.main)]
     kinds = {"pass@1": "pass", "pass@8": "pass", "pass@32": "pass", "loss": "text"}
     rows = []
-    for (t, *key), runs in before.groupby(["tokens", *Arm._fields]):
-        arm, changes, steps = Arm(*key), {metric: {} for metric in kinds}, ""
+    for (t, *key), runs in ended.groupby(["tokens", *Arm._fields]):
+        arm, changes, steps, before = Arm(*key), {metric: {} for metric in kinds}, "", {}
         for row in runs.to_dict("records"):
             run = row["pretrain_seed"], row["seed"]
             alike = r.rows(row["kind"], arm, t, part=row["part"])
@@ -164,11 +164,15 @@ def longer(r):
             for metric in (metric for metric in kinds if kinds[metric] == row["kind"]):
                 with suppress(Missing):  # pass@32 of 8 answers
                     changes[metric][run] = of_row(more, metric) - of_row(row, metric)
+            if row["kind"] == "pass":
+                before[run] = of_row(row, "pass@1")
         found = {m: estimate(pd.DataFrame(each)) for m, each in changes.items() if each}
         cells = (shown(found.get(metric), metric, "+") for metric in kinds)
-        rows.append([tokens_name(t), f"**{arm}**", steps, *cells])
+        shorter = by_run(estimate(pd.DataFrame(before))) if before else ""
+        rows.append([tokens_name(t), f"**{arm}**", steps, *cells, shorter])
     title = "## What more steps of RL changed\n\nThe longer run less the shorter one.\n"
     header = ["tokens", "arm", "steps", *(METRICS[metric] for metric in kinds)]
+    header += ["pass@1 of the shorter, by run"]
     return f"{title}\n{table(header, rows)}" if rows else ""
 
 

@@ -383,7 +383,7 @@ def memory_message(error: RuntimeError, Config, given: dict) -> str:
     for name in ("micro", "answers_per_row", "rows", "max_new"):
         if name in Config.__dataclass_fields__:
             ways.append(f"a lower --{name}" + (f" (now {given[name]})" if name in given else ""))
-    on_gpu = "CPU" not in str(error)
+    on_gpu = "CPU" not in str(error)  # whose allocator says so; there are no moments to offload
     for name in ("checkpoint_activations", *(("offload", "shard") if on_gpu else ())):
         other = {"offload": "shard", "shard": "offload"}.get(name)  # the two exclude each other
         if name in Config.__dataclass_fields__ and not given.get(name) and not given.get(other):

@@ -432,7 +432,7 @@ def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world)
         while asked.shots and len(asked.prefix) > room:
             asked = asked._replace(shots=asked.shots[:-1])
         if len(asked.shots) < shots and sheet.active:
-            why = f"beside an answer {room} tokens are left for them"
+            why = f"an answer leaves room for {max(0, room)} tokens of them"
             if len(asked.shots) == len(shown):
                 why = f"{folder} has no more"
             common.say(f"{len(asked.shots)} shots, not {shots}: {why}")

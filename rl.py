@@ -14,8 +14,8 @@ sign, and says nothing of what is learned. OUT.answers.jsonl has a few questions
 rewards and advantages at every --eval_every; `python sample.py --log OUT` shows them.
 
 What differs from a textbook GRPO (arXiv 2402.03300):
- 1. --std_norm false   the advantage is not divided by the group's std (the paper divides): with a
-                       format reward a gap of 0.1 inside a group would be blown up to 1
+ 1. --std_norm false   the textbook divides the advantage by the group's std, which with a format
+                       reward blows up a gap of 0.1 inside a group to 1
  2. --updates 1        one update per batch of rollouts: the ratio to the old policy is 1 and
                        nothing needs clipping
  3. --kl 0             no pull to the start

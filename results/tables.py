@@ -253,7 +253,7 @@ def training(r):
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
 
-def page(r, verdicts, waived, pictures, torn, along=()):
+def page(r, verdicts, waived, pictures, torn, along):
     """The text of report.md. along: sections about the runs, see results/along.py."""
     parts = [f"# Report\n\nWorld {r.world}, model {r.model}, {r.split} questions. {ABOUT}", *torn]
     if any(v.parts for v in verdicts.values()) and r.split == "test":

@@ -202,12 +202,12 @@ def test_an_unknown_recipe_is_an_error(shell, recipe):
 
 def test_a_cell_that_fails_stops_the_matrix(shell):
     """So does what runs beside it; the last lines of its log are shown."""
-    status, out, err = shell.run("matrix.sh", FAILING="mix", SLOW=f"{LAST}-sft-s30")
+    status, out, err = shell.run("matrix.sh", FAILING="'0,1'", SLOW=f"{LAST}-sft-s30")
     assert status == 1
-    assert f"p30/step{LAST} 30 mix failed" in err and "mix.py: error: no luck today" in err
+    assert f"p30/step{LAST} 30 base failed" in err and "eval.py: error: no luck today" in err
     commands = shell.commands()
     assert not any(script == "eval" and "report" in flags for script, _, flags in commands)
-    assert not any(f"step{EARLY}-rl" in str(flags) for _, _, flags in commands)
+    assert not any(f"step{EARLY}-mix" in str(flags) for _, _, flags in commands)
     nothing_is_left(shell, 1)
     status, out, _ = shell.run("matrix.sh")
     assert status == 0 and "8 cells, 2 finished before" in out
@@ -287,11 +287,11 @@ def test_a_signal_leaves_nothing_running(shell, number, status, slow, running):
     shell.commands()
     status, out, err = shell.run("matrix.sh")
     assert (status, err) == (0, "")
-    assert len(shell.commands()) == (21 if slow == "pretrain" else 19)  # base was there
+    assert len(shell.commands()) == (21 if slow == "pretrain" else 19)  # mix was there
 
 
 def test_a_killed_matrix_goes_on(shell):
-    process = shell.start("matrix.sh", SLOW=f"step{LAST}-mix")
+    process = shell.start("matrix.sh", SLOW=f"step{LAST}-rl")
     for _ in range(600):
         if any(shell.calls.glob("slow-*")):
             break

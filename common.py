@@ -973,7 +973,7 @@ def save_state(cfg, model, meta, optimizers: list, log, step: int):
     """
     log.flush()
     moments = [optimizer.state_dict() for optimizer in optimizers]
-    kept = dict(recent=log.recent, skipped=log.skipped, totals=log.totals)
+    kept = dict(recent=log.recent, skipped=log.skipped, totals=log.totals, run_id=log.run_id)
     save(f"{cfg.out}.resume", model, meta(step), step=step, optimizers=moments, **kept)
 
 
@@ -1106,9 +1106,11 @@ class Log:
         self.recent = state["recent"] if state else {}
         self.skipped = state["skipped"] if state else 0
         self.totals = state["totals"] if state else {}
+        fresh = fingerprint([str(Path(cfg.out).resolve()), time.time_ns()])
+        self.run_id = (state or {}).get("run_id", fresh)  # by which --track knows the run again
         if not self.active:
             return
-        self.track, self.end_track = tracker(cfg, first)
+        self.track, self.end_track = tracker(cfg, first, self.run_id)
         if not state:  # what --overwrite replaces: a later --resume would take it for this run's
             for path in (Path(cfg.out), Path(f"{cfg.out}.resume")):
                 path.unlink(missing_ok=True)
@@ -1241,11 +1243,11 @@ def numbers_in(values: dict, above: str = ""):
             yield above + name, value
 
 
-def tracker(cfg, first: int):
+def tracker(cfg, first: int, run_id: str):
     """What --track asks for -> two functions: of (step, {name: number}), and one that ends it.
 
-    A run that resumes at step `first` goes on in the same place. Raises ValueError if the package
-    is missing.
+    A run that resumes at step `first` goes on where its run_id began. Raises ValueError if the
+    package is missing.
     """
     if cfg.track == "none":
         return (lambda step, numbers: None), (lambda: None)
@@ -1266,7 +1268,11 @@ def tracker(cfg, first: int):
 
         return write, writer.close
     name = Path(cfg.out).stem
-    more = dict(id=fingerprint(str(Path(cfg.out).resolve()))) if cfg.track == "wandb" else {}
+    more = {}
+    if cfg.track == "wandb":
+        more["id"] = run_id
+    else:  # trackio knows a run by its name alone
+        name += f"-{run_id[:6]}"
     run = package.init(
         project="rl-excursions",
         name=name,

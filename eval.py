@@ -10,8 +10,9 @@ text) and with none, everything else with none. Questions come from the validati
 takes the test split.
 
 A measurement is one JSON object, a row. The rows of a checkpoint come together to
-RESULTS/CHECKPOINT.jsonl, and those that are there are kept. Until all of them are measured they
-are in .jsonl.resume beside it: an evaluation that was stopped goes on.
+RESULTS/CHECKPOINT.jsonl, and those that are there are kept; one of the same weights that was
+measured with other flags is in the way, and --overwrite replaces it. Until all of them are measured
+they are in .jsonl.resume beside it: an evaluation that was stopped goes on.
 """
 
 import functools
@@ -343,33 +344,49 @@ class Sheet:
             )
         self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
 
-    def lacks(self, kind: str, settings: dict, split: str = "") -> bool:
-        """Is there no such row, of these weights and measured with these settings?
+    def keep(self, kind: str, settings: dict, measure, tell, split: str = ""):
+        """Print what tell(row) says of a row: of the one that is there, or of a new one, which has
+        what measure() finds.
 
-        settings: what shapes the measurement; "benchmark" and "shots" name the row.
+        settings: what shapes the measurement; "benchmark" and "shots" name the row. Raises
+        ValueError if these weights have a row with other settings, or if a new one has a NaN.
         """
-        wanted = {"kind": kind, "split": split or self.split, **settings}
-        wanted |= {name: self.base[name] for name in ("config_hash", "weights")}
-        there = [row for row in self.rows if place(row) == place(wanted)]
-        same = there and all(there[-1].get(name) == value for name, value in wanted.items())
-        return self.cfg.overwrite or not same
-
-    def add(self, kind: str, row: dict, told: str):
-        """Keep a row, in place of one that was measured otherwise, and print what it says. Raises
-        ValueError if a number in it is NaN."""
-        losses = row.get("losses", [])
-        numbers = [value for value in (*row.values(), *losses) if isinstance(value, float)]
-        if any(map(math.isnan, numbers)):
+        row = {"kind": kind, **self.base, "split": split or self.split, **settings}
+        there = [other for other in self.rows if place(other) == place(row)]
+        same = ("config_hash", "weights")  # else the checkpoint is another one by now
+        if there and not self.cfg.overwrite and all(there[-1].get(x) == row[x] for x in same):
+            self.check_settings(there[-1], settings)
+            if told := tell(there[-1]):
+                self.say(f"{told}  (from {self.file.parent})")
+            return
+        row |= measure()
+        values = (*row.values(), *row.get("losses", []))
+        if any(math.isnan(value) for value in values if isinstance(value, float)):
             raise ValueError(
-                f"{self.base['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
+                f"{row['checkpoint']} gives log-probs that are NaN ({row['benchmark']}): "
                 "no row is written"
             )
-        row = {"kind": kind, **self.base, **row}
         self.rows = [other for other in self.rows if place(other) != place(row)] + [row]
         if self.active:
             write_rows(self.state, self.rows)
-            if told:
-                tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
+        if told := tell(row):
+            self.say(told)
+
+    def check_settings(self, row: dict, settings: dict):
+        """Raises ValueError if a row was measured with other settings."""
+        other = [name for name, value in settings.items() if row.get(name) != value]
+        if not other:
+            return
+        flags = [name for name in other if name not in ("ids", "content")]
+        why = ", ".join(f"{name} {row.get(name)} and not {settings[name]}" for name in flags)
+        raise ValueError(
+            f"{self.file} has {row['benchmark']} with {why or 'other questions, shots or items'}: "
+            "give another --results, or --overwrite"
+        )
+
+    def say(self, told: str):
+        if self.active:
+            tqdm.write(f"{self.base['checkpoint']}  {told}")  # above the bars
 
     def finish(self):
         if self.active and self.state.exists():  # or nothing was added
@@ -404,25 +421,38 @@ def evaluate(path, cfg: Config, world):
     folder = meta["tasks"] if cfg.tasks is None else cfg.tasks
     general = tasks.load(folder) if folder else {}
     windows = text_windows(cfg, meta) if cfg.text else None
-    for folder in cfg.questions or (meta["questions"],):
+    folders = cfg.questions or tuple(filter(None, [meta["questions"]]))
+    sets = {folder: questions_of(folder, sheet) for folder in folders}
+    if not (sets or general or cfg.text):
+        raise ValueError(f"{path} names no questions: give --questions FOLDER")
+    for folder, questions in sets.items():
         for shots in cfg.shots or ((8, 0) if meta["recipe"] == "base" else (0,)):
-            question_row(subject, sheet, folder, shots, world)
+            question_row(subject, sheet, folder, questions, shots, world)
     for name, items in general.items():
         task_row(subject, sheet, name, items, world)
     if cfg.text:
         text_row(subject, sheet, windows, world)
     points, _ = common.history(path)
-    if points and sheet.lacks("curve", {}, split="val"):  # what a trainer watched
-        sheet.add("curve", {"split": "val", "points": points}, told="")
+    if points:  # what a trainer watched
+        sheet.keep("curve", {}, lambda: {"points": points}, tell=lambda row: "", split="val")
     sheet.finish()
 
 
-def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world):
-    """Add the row of one set of questions, `shots` solved ones before each, if it is missing."""
-    cfg, meta = sheet.cfg, subject.meta
-    if not cfg.final:
+def questions_of(folder: str, sheet: Sheet) -> list[dict]:
+    """Those of a folder that are asked."""
+    if not sheet.cfg.final:
         problems.refuse_test(folder)
-    questions = problems.load(folder, sheet.split)[: cfg.limit or None]
+    return problems.load(folder, sheet.split)[: sheet.cfg.limit or None]
+
+
+def name_of(folder: str) -> str:
+    """What the rows call a set of questions: the name of its folder, or of its file."""
+    return Path(folder).resolve().name.removesuffix(".jsonl")
+
+
+def question_row(subject: Subject, sheet: Sheet, folder, questions, shots: int, world):
+    """The row of one set of questions, `shots` solved ones before each."""
+    cfg, meta = sheet.cfg, subject.meta
     max_new = cfg.max_new or common.longest(meta)
     shown = problems.shots(folder, shots, questions, cfg.shot_seed, exactly=bool(cfg.shots))
     asked = Asked(subject.encoding, problems.form(folder), questions, shown)
@@ -437,48 +467,54 @@ def question_row(subject: Subject, sheet: Sheet, folder: str, shots: int, world)
                 why = f"{folder} has no more"
             common.say(f"{len(asked.shots)} shots, not {shots}: {why}")
     settings = dict(
-        benchmark=Path(folder).stem,
+        benchmark=name_of(folder),
         shots=len(asked.shots),
         n=cfg.n,
-        k=list(cfg.k),
         temperature=cfg.temperature,
         max_new=max_new,
         noise=sheet.noise,
         ids=[row["id"] for row in questions],
         content=fingerprint(questions + asked.shots),
     )
-    if not sheet.lacks("pass", settings):
-        return
-    found = solve(
-        subject.sampler,
-        asked,
-        n=cfg.n,
-        max_new=max_new,
-        temperature=cfg.temperature,
-        seed=sheet.noise,
-        world=world,
-        ks=cfg.k,
-        progress=subject.progress,
-    )
-    told = [f"{settings['benchmark']} {sheet.split} {settings['shots']}-shot"]
+
+    def measure() -> dict:
+        found = solve(
+            subject.sampler,
+            asked,
+            n=cfg.n,
+            max_new=max_new,
+            temperature=cfg.temperature,
+            seed=sheet.noise,
+            world=world,
+            ks=cfg.k,
+            progress=subject.progress,
+        )
+        return {"k": list(cfg.k)} | found
+
+    sheet.keep("pass", settings, measure, functools.partial(pass_told, cfg))
+
+
+def pass_told(cfg: Config, row: dict) -> str:
+    told = [f"{row['benchmark']} {row['split']} {row['shots']}-shot"]
     for k in cfg.k:
-        told.append(f"pass@{k} {100 * found[f'pass@{k}']:.1f} ± {100 * found[f'se@{k}']:.1f}")
-    told.append(f"in any format {100 * found['flexible@1']:.1f}")
-    told.append(f"well-formed {100 * found['formatted']:.0f}%")
-    sheet.add("pass", settings | found, "  ".join(told))
+        each = pass_at_k(row["n"], row["correct"], k)
+        told.append(f"pass@{k} {100 * each.mean():.1f} ± {100 * standard_error(each):.1f}")
+    told.append(f"in any format {100 * row['flexible@1']:.1f}")
+    told.append(f"well-formed {100 * row['formatted']:.0f}%")
+    return "  ".join(told)
 
 
 def task_row(subject: Subject, sheet: Sheet, name: str, items: list[dict], world):
-    """Add the row of one task of general capability, if it is missing."""
+    """The row of one task of general capability."""
+    bar = functools.partial(subject.progress, desc=f"{subject.path.name}: {name}")
+    score = functools.partial(continuation_log_probs, subject.model, world=world, progress=bar)
+
+    def tell(row):
+        numbers = f"accuracy {100 * row['accuracy']:.1f}  probability {row['probability']:.3f}"
+        return f"{name}  {numbers}"
+
     settings = dict(benchmark=name, content=fingerprint(items))
-    if not sheet.lacks("general", settings):
-        return
-    score = functools.partial(
-        continuation_log_probs, subject.model, world=world, progress=subject.progress
-    )
-    found = tasks.score(items, subject.encoding, score)
-    told = f"{name}  accuracy {100 * found['accuracy']:.1f}  probability {found['probability']:.3f}"
-    sheet.add("general", settings | found, told)
+    sheet.keep("general", settings, lambda: tasks.score(items, subject.encoding, score), tell)
 
 
 def text_windows(cfg: Config, meta: dict):
@@ -487,16 +523,18 @@ def text_windows(cfg: Config, meta: dict):
 
 
 def text_row(subject: Subject, sheet: Sheet, windows, world):
-    """Add the row of the loss on held-out text, if it is missing."""
+    """The row of the loss on held-out text."""
+
+    def measure() -> dict:
+        micro = max(1, 16384 // (windows.shape[1] - 1))
+        losses = held_out_losses(subject.model, windows, micro, world)
+        return dict(losses=[round(loss, 5) for loss in losses], loss=statistics.fmean(losses))
+
+    def tell(row):
+        return f"text  {row['loss']:.4f} nats per token in {len(row['losses'])} windows"
+
     settings = dict(benchmark="text", content=fingerprint(windows.tolist()))
-    if not sheet.lacks("text", settings):
-        return
-    micro = max(1, 16384 // (windows.shape[1] - 1))
-    losses = held_out_losses(subject.model, windows, micro, world)
-    mean = statistics.fmean(losses)
-    found = dict(losses=[round(loss, 5) for loss in losses], loss=mean)
-    told = f"text  {mean:.4f} nats per token in {len(losses)} windows"
-    sheet.add("text", settings | found, told)
+    sheet.keep("text", settings, measure, tell)
 
 
 def job_of(cfg: Config) -> plan.Job:
@@ -564,8 +602,11 @@ def main(given: dict):
         )
     if cfg.plan:
         return plan.show(cfg, job_of(cfg), given)
-    if len({Path(folder).stem for folder in cfg.questions}) < len(cfg.questions):
+    if len(set(map(name_of, cfg.questions))) < len(cfg.questions):
         raise ValueError("two of --questions have one name, and a row is known by it: rename one")
+    for path in cfg.checkpoints:
+        if not Path(path).is_file():  # known before the others are measured
+            raise ValueError(f"there is no checkpoint {path}")
     world = common.start(cfg.device, cfg.dtype)
     for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)

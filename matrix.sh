@@ -25,7 +25,7 @@ cell() {  # CHECKPOINT SEED RECIPE [FLAGS of its last training]: train, then eva
   local gold=(--solutions all --epochs 1 --batch 64 --lr 4e-3)
   case $3 in
     base)  # validation questions, too: they say which checkpoint is "early"
-      python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --final false &&
+      { [ "$FINAL" = false ] || python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --final false; } &&
         python eval.py "$M.pt" "${eval[@]}" --shots 0,1 --shot_seed "$2" ;;
     rl | sft | mix) python "$3.py" --init "$M.pt" --out "$to.pt" "${go[@]}" "${@:4}" &&
       python eval.py "$to.pt" "${eval[@]}" ;;

@@ -32,7 +32,16 @@ NEEDS = {  # kind of row -> its fields: right answers of each question; tasks; l
 }
 RUN = ["checkpoint", "config_hash", "world", "model", "recipe", "tokens", "pretrain_seed", "seed"]
 OPTIONAL = ["benchmark", "shots", "group", "share", "share_end", "lr", "sft_lr", "n"]
-OPTIONAL += ["weights", "formatted", "flexible@1", "probability", "flops", "seconds"]
+OPTIONAL += [
+    "weights",
+    "noise",
+    "content",
+    "formatted",
+    "flexible@1",
+    "probability",
+    "flops",
+    "seconds",
+]
 BEST = -1  # shots of a base: as many as score best
 
 
@@ -78,7 +87,7 @@ def checked(line):
 def read(folder):
     """The rows of all *.jsonl files under a folder -> (DataFrame, notes on torn last lines).
 
-    Columns: the fields of the rows, and "place", FILE:LINE. Raises ValueError without rows and
+    Columns: the fields of the rows, and "where", FILE:LINE. Raises ValueError without rows and
     for a line that is no row, unless it is the last and has no end: its writer was killed.
     """
     rows, torn = [], []
@@ -87,7 +96,7 @@ def read(folder):
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    rows.append(checked(line) | {"place": f"{path}:{number}"})
+                    rows.append(checked(line) | {"where": f"{path}:{number}"})
             except ValueError as error:
                 if number < len(lines):
                     raise ValueError(f"{path}:{number}: {error}") from error
@@ -136,6 +145,8 @@ def combined(terms):
     for weight, values, is_base in terms:
         runs = values.columns.get_level_values(0)
         kept = sorted(unit for unit in units if unit[0] in runs)
+        if not kept:
+            raise Missing("no seed in all arms")
         if is_base and trained:
             means = [values.to_numpy()[:, runs == run].mean(axis=1) for run, _ in kept]
             values = pd.DataFrame(dict(zip(kept, means, strict=True)), values.index)
@@ -149,8 +160,8 @@ def combined(terms):
 
 def minus(first, second, tokens):
     """first - second, the mean over checkpoints, as terms (weight, arm, tokens)."""
-    both = [(sign / len(tokens), t) for t in tokens for sign in (1, -1)]
-    return [(weight, first if weight > 0 else second, t) for weight, t in both]
+    both = (1, first), (-1, second)
+    return [(sign / len(tokens), arm, t) for t in tokens for sign, arm in both]
 
 
 def tokens_name(tokens):
@@ -203,17 +214,21 @@ class Record:
             model=frame.model.where(frame.model != self.model, ""),
         )
 
-        def two_runs():  # of one arm, seed and step: by their flags, or by what came of them
+        # of one arm, seed and step: by their flags, by what came of them, or by what was asked
+        def two_runs():
             same = frame.groupby([*PLACE, *UNIT, "step"])
-            return frame[(same[["config_hash", "weights"]].transform("nunique") > 1).any(axis=1)]
+            marks = same[["config_hash", "weights", "noise", "content"]]
+            return frame[(marks.transform("nunique") > 1).any(axis=1)]
 
         if len(two_runs()) and set(frame.split) == {"val"}:  # a sweep: each rate is a recipe
             rates = " lr=" + frame.lr.map("{:g}".format)
             rates += (" sft_lr=" + frame.sft_lr.map("{:g}".format)).where(frame.sft_lr.notna(), "")
             frame["recipe"] += rates.where(frame.recipe != "base", "")
         if len(found := two_runs()):
-            place, name = found.iloc[-1][["place", "checkpoint"]]
-            raise ValueError(f"{place}: {name} is a second run of one arm and seed")
+            where, name = found.iloc[-1][["where", "checkpoint"]]
+            raise ValueError(
+                f"{where}: {name} is a second run of one arm and seed, or measured a second time"
+            )
         frame = frame.sort_values("step", kind="stable")
         again = frame.duplicated([*PLACE, *UNIT], keep="last")
         self.shorter = frame[again]  # rows of runs of which there is one with more steps
@@ -267,8 +282,8 @@ class Record:
 
     def cells(self, metric, terms, asked=""):
         """terms (weight, arm, tokens) -> DataFrame of their paired sum; raises Missing."""
-        found = [(w, self.values(arm, t, metric, asked), arm.recipe) for w, arm, t in terms]
-        return combined([(w, values, recipe == "base") for w, values, recipe in found])
+        found = [(w, self.values(a, t, metric, asked), a.recipe == "base") for w, a, t in terms]
+        return combined(found)
 
     def gap(self, metric, first, second, tokens, asked=""):
         """-> Estimate of first - second at a checkpoint, None without rows."""

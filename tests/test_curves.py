@@ -1,9 +1,11 @@
 """Metrics of runs as curves: eval.py --curves, and --track."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,8 +163,39 @@ def test_trackio_has_the_same_numbers(world, tmp_path):
 READ_TRACKIO = """
 import json
 from trackio.sqlite_storage import SQLiteStorage
-print(json.dumps(SQLiteStorage.get_logs("rl-excursions", "step6"), default=str))
+(name,) = SQLiteStorage.get_runs("rl-excursions")
+print(json.dumps(SQLiteStorage.get_logs("rl-excursions", name), default=str))
 """
+
+
+@pytest.mark.parametrize("package, known_by", [("wandb", "id"), ("trackio", "name")])
+def test_a_tracked_run_is_known_again_and_no_other_is_taken_for_it(
+    world, tmp_path, monkeypatch, package, known_by
+):
+    """Stopped and resumed it is one run; begun anew, or of the same name elsewhere, another."""
+    begun = []
+    steps = []
+
+    def log(numbers, step):
+        steps.append(step)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    def init(**how):
+        begun.append(how)
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(init=init))
+    (tmp_path / "b").mkdir()
+    words = words_of("sft", world, tmp_path / "step6.pt", track=package)
+    with pytest.raises(SystemExit):
+        call("sft", *words)
+    call("sft", *words, "--resume")
+    call("sft", *words, "--overwrite")
+    call("sft", *words_of("sft", world, tmp_path / "b/step6.pt", track=package))
+    stopped, resumed, anew, elsewhere = (how[known_by] for how in begun)
+    assert stopped == resumed and len({stopped, anew, elsewhere}) == 3
+    assert all(how["name"].startswith("step6") for how in begun)
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "trackio", "wandb"])

@@ -3,8 +3,10 @@
 import collections
 import itertools
 import json
+import math
 import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -355,33 +357,48 @@ def test_rows_that_cannot_be_written(measured, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["rl.jsonl"]
 
 
-def test_what_was_measured_otherwise_is_measured_again(measured, kept, calls, tmp_path):
-    def again(*words, **values):
-        calls.clear()
-        call("eval", measured.trained, *words, results=kept, **HOW | values)
-        assert len(rows_in(kept, "rl")) == 4, "in the place of the old ones"
-        return collections.Counter(calls)
+def test_a_row_is_told_again_with_any_k(measured, kept, calls, capsys):
+    """All answers are in it: another pass@k needs no new ones."""
+    before = (kept / "rl.jsonl").read_bytes()
+    call("eval", measured.trained, results=kept, **HOW | {"k": "4"})
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "0-shot" in line]
+    (row,) = rows_in(kept, "rl", "pass")
+    by_hand = statistics.fmean(1 - math.comb(8 - c, 4) / math.comb(8, 4) for c in row["correct"])
+    assert f"pass@4 {100 * by_hand:.1f} " in said and "pass@8" not in said and str(kept) in said
+    assert calls == [] and (kept / "rl.jsonl").read_bytes() == before
 
-    assert again(temperature=1.0) == {"solve": 1}
+
+def test_what_was_measured_otherwise_is_in_the_way(measured, kept, calls, tmp_path, capsys):
+    """A short look does not replace the answers of hours, unless --overwrite says so."""
+    before = (kept / "rl.jsonl").read_bytes()
+
+    def asked(**values):
+        message = refused(capsys, "eval", measured.trained, results=kept, **HOW | values)
+        assert "--overwrite" in message and str(kept / "rl.jsonl") in message
+        assert calls == [] and (kept / "rl.jsonl").read_bytes() == before
+        return message
+
+    assert "easy with n 8 and not 16, temperature 0.6 and not 1.0" in asked(n=16, temperature=1)
+    assert "easy with other questions" in asked(limit=4)
     easy = shutil.copytree(measured.easy, tmp_path / "easy")
     rows = problems.load(easy, "val")
     texts = [row["question"] for row in rows]
     rows[0]["question"], rows[1]["question"] = texts[1], texts[0]  # the same ids
     write_rows(easy / "val.jsonl", rows)
-    assert again(temperature=1.0, questions=easy) == {"solve": 1}
-    assert again(temperature=1.0, questions=easy) == {}
-    every = {"solve": 1, "score": len(TASKS)}
-    assert again("--overwrite", temperature=1.0, questions=easy) == every
+    assert "easy with other questions" in asked(questions=easy)
+    call("eval", measured.trained, "--overwrite", results=kept, **HOW | {"temperature": 1})
+    assert collections.Counter(calls) == {"solve": 1, "score": len(TASKS)}
+    assert len(rows_in(kept, "rl")) == 4, "in the place of the old ones"
 
 
-def test_other_shots_are_measured_again(measured, calls, tmp_path):
+def test_other_shots_are_in_the_way(measured, calls, tmp_path, capsys):
     easy = shutil.copytree(measured.easy, tmp_path / "easy")
     how = dict(results=tmp_path, questions=easy, shots="2,0", **FEW)
     call("eval", measured.base, **how)
     write_rows(easy / "shots.jsonl", problems.load(measured.easy, "shots")[2:])
     calls.clear()
-    call("eval", measured.base, **how)
-    assert calls == ["solve"]
+    assert "other questions, shots" in refused(capsys, "eval", measured.base, **how)
+    assert calls == []
 
 
 def test_other_weights_under_the_same_flags_are_measured_again(
@@ -428,6 +445,38 @@ def test_another_checkpoint_of_that_name_is_refused(measured, kept, calls, tmp_p
     other = shutil.copy(measured.trained, tmp_path / "rl.pt")
     assert str(measured.trained) in refused(capsys, "eval", other, results=kept, **HOW)
     assert calls == [] and (kept / "rl.jsonl").read_bytes() == before
+
+
+def test_what_is_missing_is_said_before_the_long_part(measured, calls, tmp_path, capsys):
+    how = dict(results=tmp_path / "rows", **HOW)
+    message = refused(capsys, "eval", measured.trained, tmp_path / "typo.pt", **how)
+    assert "typo.pt" in message
+    there = measured.easy
+    message = refused(capsys, "eval", measured.trained, questions=f"{there},{tmp_path}/x", **how)
+    assert f"{tmp_path}/x" in message and calls == []
+
+
+def test_a_checkpoint_that_names_no_questions(world, tmp_path, capsys, monkeypatch):
+    """It can be measured on tasks alone, and a val.jsonl that lies about is not taken for its."""
+    saved = torch.load(world.base, weights_only=True)
+    saved["meta"]["questions"] = ""
+    bare = tmp_path / "bare.pt"
+    torch.save(saved, bare)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(world.data / "easy/val.jsonl", "val.jsonl")
+    call("eval", bare, results="rows", **HOW | {"tasks": world.data / "tasks"})
+    assert {row["kind"] for row in rows_in(tmp_path / "rows", "bare")} == {"general"}
+    assert "--questions FOLDER" in refused(capsys, "eval", bare, results="none", **FEW)
+
+
+def test_a_dot_in_the_name_of_a_folder(measured, tmp_path):
+    """sums-1.0 and sums-1.5 are two sets of questions, and . has the name of the folder."""
+    folders = [shutil.copytree(measured.easy, tmp_path / f"sums-1.{i}") for i in (0, 5)]
+    call("eval", measured.trained, questions=",".join(map(str, folders)), results=tmp_path, **FEW)
+    names = {row["benchmark"] for row in rows_in(tmp_path, "rl", "pass")}
+    assert names == {"sums-1.0", "sums-1.5"}
+    assert evaluation.name_of(".") == Path.cwd().name
+    assert evaluation.name_of("data/easy/train.jsonl") == "train"
 
 
 def test_only_final_opens_the_test_split(measured, tmp_path, monkeypatch, capsys):

@@ -159,6 +159,16 @@ def test_what_is_finished_is_skipped(shell):
     assert [script for script, _, _ in shell.commands()[2:]] == ["sft", "rl", "eval", "eval"]
 
 
+def test_without_the_test_questions_a_base_is_measured_once(shell):
+    """On validation questions, as all that is tuned: twice would be two rows of one place."""
+    status, _, err = shell.run("matrix.sh", FINAL="false")
+    assert (status, err) == (0, "")
+    asked = [(words, flags) for script, words, flags in shell.commands() if script == "eval"][:-1]
+    assert {flags["final"] for _, flags in asked} == {"false"}
+    evaluated = Counter(Path(path).stem for words, _ in asked for path in words)
+    assert len(evaluated) == 10 and set(evaluated.values()) == {1}
+
+
 def test_blanks_quotes_and_umlauts_in_paths(shell):
     odd = shell.folder / "a b'c\"d äöü $x"
     folders = dict(OUT=odd / "out", DATA=odd / "data x", RESULTS=odd / "rows *")
@@ -503,7 +513,7 @@ def test_a_sweep_opens_no_test_questions(shell):
     status, _, err = shell.run("runs/sweep.sh", JOBS=4)
     commands = shell.commands()
     assert (status, err) == (0, "")
-    assert count(commands) == dict(prepare=2, pretrain=2, eval=49, rl=20, sft=28)
+    assert count(commands) == dict(prepare=2, pretrain=2, eval=45, rl=20, sft=28)
     understood(commands)
     assert not any(flags.get("final") == "true" for _, _, flags in commands)
     seeds = {flags["seed"] for script, _, flags in commands if script == "prepare"}

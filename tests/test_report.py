@@ -159,7 +159,7 @@ def save(folder, rows, name="rows.jsonl"):
 
 
 def record(rows):
-    frame = pd.DataFrame(rows).assign(place="here:1")
+    frame = pd.DataFrame(rows).assign(where="here:1")
     return Record(frame.reindex(columns=frame.columns.union(OPTIONAL, sort=False)))
 
 
@@ -891,8 +891,21 @@ def test_two_runs_of_one_arm_and_seed_are_refused_and_in_a_sweep_each_rate_is_a_
     again += [row | {"weights": "b", "checkpoint": "mine.pt"} for row in rows]
     with pytest.raises(ValueError, match="mine.pt"):
         record(again)
+    twice = [row | {"noise": 1} for row in rows] + [row | {"noise": 2} for row in rows]
+    with pytest.raises(ValueError, match="measured a second time"):
+        record(twice)  # of one run: not the same with more steps
     sweep = record([row | {"split": "val"} for row in rows + other])
     assert [*map(str, sweep.arms)] == ["rl lr=0.0003", "rl lr=0.001"]
+
+
+def test_arms_of_no_common_model_have_no_difference(holding):
+    """A record that stopped when it had a base of one model and RL of another."""
+    rows = [row for row in few(holding[0], "rl", "base") if row["tokens"] == TOKENS[0]]
+    other = {"pretrain_seed": 1, "seed": 1}
+    r = record([row | other if row["recipe"] == "rl" else row for row in rows])
+    assert r.level(RL, TOKENS[0], "pass@1") and r.level(BASE, TOKENS[0], "pass@1")
+    with pytest.raises(Missing, match="no seed in all arms"):
+        r.cells("pass@1", [(1, RL, TOKENS[0]), (-1, BASE, TOKENS[0])])
 
 
 def test_runs_on_two_question_sets_are_two_arms(holding):

@@ -608,10 +608,11 @@ def compile_blocks(model, dynamic: bool = True):
 
     dynamic: one code for all numbers of rows and tokens. It is still compiled anew for one row and
     for several, for one block of FlexAttention's mask and for several, with gradients and without,
-    with a layout and without: twelve at most, where PyTorch gives up after eight and goes on with
-    uncompiled blocks.
+    with a layout and without, and some more by chance: PyTorch's limit of eight, after which it
+    goes on with uncompiled blocks, is too low. Those would take many times the memory with a layout
+    on a GPU.
     """
-    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         block.compile(dynamic=dynamic)
     model.compiled = True

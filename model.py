@@ -979,13 +979,16 @@ class Sampler:
 
     def _reserve(self, need: int, *sizes: int):
         """Buffers with room for at least these `sizes` of Buffers. No size becomes smaller, if that
-        leaves room for a batch that needs so many bytes in all."""
+        leaves room for a batch that needs so many bytes in all, and if it is little more than what
+        one batch takes: many rows of one and the long prompt of another would together be many
+        times that, and stay in the way of training."""
         device = self.embed.device
         have, held = (self.buffers.sizes, self.buffers.nbytes) if self.buffers else (sizes, 0)
         larger = tuple(map(max, have, sizes))
         exact, kept = (Buffers(self.model, "meta", some).nbytes for some in (sizes, larger))
         room = free_bytes(device) + held  # as if the old ones were gone
-        if need + kept - exact > (room if larger == have else 0.9 * room):
+        too_much = need + kept - exact > (room if larger == have else 0.9 * room)
+        if too_much or kept > 1.25 * max(exact, held):
             larger = sizes
         if self.buffers and larger == have:
             return
@@ -1012,12 +1015,14 @@ class Sampler:
         """A CUDA graph of `_decode`, not run yet.
 
         Not through torch.cuda.graph, which hands all unused memory back to the system at each of
-        the tens of captures of a batch."""
+        the tens of captures of a batch. Here it is handed back once, for a new pool, which cannot
+        take what PyTorch holds unused."""
         if not any(self.graphs.values()):
             # A pool dies with the last graph that uses it, and PyTorch 2.11 refuses a capture into
             # a dead one.
             self.pool = torch.cuda.graph_pool_handle()
             gc.collect()
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         collects = gc.isenabled()

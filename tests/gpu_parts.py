@@ -415,7 +415,7 @@ def bf16():
             print(
                 f"sampler - trainer ({name}): mean {mean:.4f}, largest {most:.3f}; {nats:.1f} nats"
             )
-            assert mean < 0.02, "the sampler samples from another distribution than is trained"
+            assert mean < 0.03, "the sampler samples from another distribution than is trained"
     return figures
 
 
@@ -472,7 +472,7 @@ def tree_attention() -> dict:
         name = f"{str(dtype).removeprefix('torch.')}, heads of {width // heads}"
         print(f"{name}: largest difference {worst:.1e}, {count} graphs for {len(shapes)} shapes")
         assert worst < (1e-4 if dtype == torch.float32 else 0.05), "other numbers than SDPA"
-        assert count <= 4 * len(model.blocks), "compiled anew for other shapes"
+        assert count <= len(shapes) // 2, "compiled anew for other shapes"
         figures[f"{name} error"] = worst
     return figures
 

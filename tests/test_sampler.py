@@ -360,25 +360,30 @@ def test_batch_that_does_not_fit_is_made_smaller_or_refused(model, monkeypatch):
         Sampler(model)(PROMPTS, 4, 24, range(20), [END])
 
 
-def test_buffers_grow_in_each_size_only_while_that_fits(model, monkeypatch):
-    """Many short questions, then a few answers to a long one: both sizes at once are many times
-    what either takes."""
-    short, long = ([[1, 2, 3]] * 40, 1, 8), ([[1, 2, 3] * 16], 2, 40)
+@pytest.mark.parametrize("second", [([[1, 2, 3]] * 36, 1, 16), ([[1, 2, 3] * 16], 2, 40)])
+def test_buffers_grow_in_each_size_only_while_that_is_little_and_fits(model, monkeypatch, second):
+    """Many short questions, then somewhat fewer with longer answers, or a few answers to a long
+    one. The rows of the first with the columns of the second are somewhat more than either, or
+    many times that."""
+    first = ([[1, 2, 3]] * 40, 1, 8)
     alone = [Sampler(model) for _ in range(2)]
-    for sampler, (prompts, n, max_new) in zip(alone, (short, long), strict=True):
+    for sampler, (prompts, n, max_new) in zip(alone, (first, second), strict=True):
         sampler(prompts, n, max_new, range(len(prompts) * n), [END])
-    larger = tuple(map(max, *(sampler.buffers.sizes for sampler in alone)))
-    both = network.Buffers(model, "meta", larger).nbytes
-    need = max(alone[0]._bytes(40, 1, 8, 8, 0), alone[1]._bytes(1, 2, 48, 40, 0))
-    assert both > need
-    for room, sizes in ((math.inf, larger), (1.2 * need, alone[1].buffers.sizes)):
+    own = alone[1].buffers.sizes
+    larger = tuple(map(max, alone[0].buffers.sizes, own))
+    more = network.Buffers(model, "meta", larger).nbytes - alone[1].buffers.nbytes
+    prompts, n, max_new = second
+    need = alone[1]._bytes(len(prompts), n, len(prompts[0]), max_new, 0)
+    little = max_new == 16
+    assert (more < alone[1].buffers.nbytes / 5) == little
+    for room, sizes in ((math.inf, larger if little else own), ((need + more / 2) / 0.9, own)):
         sampler = Sampler(model)
         total = lambda _, s=sampler, room=room: room - (s.buffers.nbytes if s.buffers else 0)  # noqa
         monkeypatch.setattr(network, "free_bytes", total)
-        sampler(*short, range(40), [END])
-        found = sampler(*long, range(2), [END])
+        sampler(*first, range(40), [END])
+        found = sampler(*second, range(len(prompts) * n), [END])
         assert sampler.buffers.sizes == sizes
-        same(found, alone[1](*long, range(2), [END]))
+        same(found, alone[1](*second, range(len(prompts) * n), [END]))
 
 
 def test_a_prefix_of_new_weights_is_written_where_graphs_read_it(model):

@@ -489,7 +489,7 @@ def test_gradients_through_blocks_are_those_of_the_dense_mask(by_blocks):
 def test_all_codes_of_the_blocks_fit_the_limit_of_recompilations():
     """PyTorch's is eight; beyond it the blocks run as they are."""
     common.compile_blocks(small_model(VOCAB, PADDED))
-    assert torch._dynamo.config.recompile_limit >= 12
+    assert torch._dynamo.config.recompile_limit >= 64
 
 
 # ---- waits for the GPU

@@ -606,7 +606,7 @@ def main(given: dict):
         raise ValueError("two of --questions have one name, and a row is known by it: rename one")
     for path in cfg.checkpoints:
         if not Path(path).is_file():  # known before the others are measured
-            raise ValueError(f"there is no checkpoint {path}")
+            raise ValueError(f"no checkpoint at {path}; pretrain.py makes them, as step*.pt")
     world = common.start(cfg.device, cfg.dtype)
     for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)

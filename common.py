@@ -608,9 +608,9 @@ def compile_blocks(model, dynamic: bool = True):
 
     dynamic: one code for all numbers of rows and tokens. It is still compiled anew for one row and
     for several, for one block of FlexAttention's mask and for several, with gradients and without,
-    with a layout and without, and some more by chance: PyTorch's limit of eight, after which it
-    goes on with uncompiled blocks, is too low. Those would take many times the memory with a layout
-    on a GPU.
+    with a layout and without, and now and then for sizes that happen to be equal. After eight times
+    PyTorch would go on with uncompiled blocks, which with a layout on a GPU take many times the
+    memory.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
@@ -655,6 +655,12 @@ def save(path, model, meta: dict, **more):
 BROKEN = (OSError, EOFError, RuntimeError, KeyError, ValueError, MemoryError, zipfile.BadZipFile)
 
 
+def check_there(path):
+    """Raises ValueError if there is no such checkpoint."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}; pretrain.py makes them, as step*.pt")
+
+
 def load(path) -> dict:
     """A checkpoint as saved; its tensors stay in the file until they are used.
 
@@ -662,8 +668,7 @@ def load(path) -> dict:
     ValueError if it is absent, truncated, changed since it was written, or something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; pretrain.py makes them, as step*.pt")
+    check_there(path)
     try:
         check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

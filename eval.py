@@ -605,8 +605,7 @@ def main(given: dict):
     if len(set(map(name_of, cfg.questions))) < len(cfg.questions):
         raise ValueError("two of --questions have one name, and a row is known by it: rename one")
     for path in cfg.checkpoints:
-        if not Path(path).is_file():  # known before the others are measured
-            raise ValueError(f"no checkpoint at {path}; pretrain.py makes them, as step*.pt")
+        common.check_there(path)  # before the others are measured
     world = common.start(cfg.device, cfg.dtype)
     for path in dict.fromkeys(cfg.checkpoints):
         evaluate(path, cfg, world)

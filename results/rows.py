@@ -32,16 +32,8 @@ NEEDS = {  # kind of row -> its fields: right answers of each question; tasks; l
 }
 RUN = ["checkpoint", "config_hash", "world", "model", "recipe", "tokens", "pretrain_seed", "seed"]
 OPTIONAL = ["benchmark", "shots", "group", "share", "share_end", "lr", "sft_lr", "n"]
-OPTIONAL += [
-    "weights",
-    "noise",
-    "content",
-    "formatted",
-    "flexible@1",
-    "probability",
-    "flops",
-    "seconds",
-]
+OPTIONAL += ["weights", "noise", "content"]
+OPTIONAL += ["formatted", "flexible@1", "probability", "flops", "seconds"]
 BEST = -1  # shots of a base: as many as score best
 
 

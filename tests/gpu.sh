@@ -19,7 +19,8 @@
 #             share of what is allowed: below 1; times beside plain and compiled PyTorch, "faster"
 #             above 1 is a gain. Ceiling: the TB/s of facts.
 #   bf16      |log-prob| between sampler and trainer, a row an answer and a row a question, and
-#             fp32: means below 0.03, of which rounded logits alone are some 0.01. --max_mismatch 0.1 of rl.py rests on it.
+#             fp32: means below 0.03, of which rounded logits alone are some 0.01. --max_mismatch
+#             0.1 of rl.py rests on it.
 #   sampler   in fp64 the GPU draws the CPU's tokens, compiled or not: any other token is a fault.
 #   tree      FlexAttention in compiled blocks against SDPA with the dense mask, forward and
 #             backward; a step of RL with 8 answers a row against 1. "faster" above 1 is a gain.

@@ -9,10 +9,10 @@ base model is measured with 8 shots (or as many as the set has and, with an answ
 text) and with none, everything else with none. Questions come from the validation split; --final
 takes the test split.
 
-A measurement is one JSON object, a row. The rows of a checkpoint come together to
-RESULTS/CHECKPOINT.jsonl, and those that are there are kept; one of the same weights that was
-measured with other flags is in the way, and --overwrite replaces it. Until all of them are measured
-they are in .jsonl.resume beside it: an evaluation that was stopped goes on.
+A measurement is one JSON object, a row. The rows of a checkpoint are in RESULTS/CHECKPOINT.jsonl. A
+row that is there is not measured again. If it was measured with other flags, another --n for
+instance, eval.py stops and says so; --overwrite replaces it. Until all rows are measured they are
+in .jsonl.resume beside it: an evaluation that was stopped goes on.
 """
 
 import functools
@@ -345,11 +345,11 @@ class Sheet:
         self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
 
     def keep(self, kind: str, settings: dict, measure, tell, split: str = ""):
-        """Print what tell(row) says of a row: of the one that is there, or of a new one, which has
-        what measure() finds.
+        """See to it that there is such a row, and print what tell(row) says of it.
 
-        settings: what shapes the measurement; "benchmark" and "shots" name the row. Raises
-        ValueError if these weights have a row with other settings, or if a new one has a NaN.
+        measure(): called only if there is none; what it finds goes into the row. settings: what
+        shapes the measurement; "benchmark" and "shots" name the row. Raises ValueError if these
+        weights have a row with other settings, or if a new one has a NaN.
         """
         row = {"kind": kind, **self.base, "split": split or self.split, **settings}
         there = [other for other in self.rows if place(other) == place(row)]

@@ -5,9 +5,9 @@
     python eval.py --curves ckpt/toy/*.metrics.jsonl
 
 pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1) at temperature 0.6. A
-base model is measured with 8 shots (or as many as the set has and, with an answer, a row of its
-text) and with none, everything else with none. Questions come from the validation split; --final
-takes the test split.
+base model is measured with 8 shots (fewer if the set has fewer, or if they and an answer would not
+fit in a row of its text) and with none, everything else with none. Questions come from the
+validation split; --final takes the test split.
 
 A measurement is one JSON object, a row. The rows of a checkpoint are in RESULTS/CHECKPOINT.jsonl. A
 row that is there is not measured again. If it was measured with other flags, another --n for
@@ -334,15 +334,19 @@ class Sheet:
         stem = subject.path.stem + ("" if cfg.shot_seed is None else f"-s{cfg.shot_seed}")
         self.file = Path(cfg.results) / f"{stem}.jsonl"
         self.state = Path(f"{self.file}.resume")  # not FILE: what FILE holds is complete
-        before = self.state if self.state.exists() else self.file
-        self.rows = read_rows(before) if before.exists() else []
+        self.before = self.state if self.state.exists() else self.file
+        rows = read_rows(self.before) if self.before.exists() else []
         world.wait()  # no rank writes before all have read: they must agree on what is missing
-        others = {row["checkpoint"] for row in self.rows} - {self.base["checkpoint"]}
+        others = {row["checkpoint"] for row in rows} - {self.base["checkpoint"]}
         if others and not cfg.overwrite:
             raise ValueError(
-                f"{before} has the rows of {others.pop()}: give another --results, or --overwrite"
+                f"{self.before} has the rows of {others.pop()}: "
+                "give another --results, or --overwrite"
             )
-        self.rows = [row for row in self.rows if row["checkpoint"] == self.base["checkpoint"]]
+        same = ("checkpoint", "config_hash", "weights")  # else it was trained again since
+        self.rows = [row for row in rows if all(row.get(x) == self.base[x] for x in same)]
+        if old := len(rows) - len(self.rows):
+            self.say(f"{old} rows of other weights are left out  (from {self.before})")
 
     def keep(self, kind: str, settings: dict, measure, tell, split: str = ""):
         """See to it that there is such a row, and print what tell(row) says of it.
@@ -353,8 +357,7 @@ class Sheet:
         """
         row = {"kind": kind, **self.base, "split": split or self.split, **settings}
         there = [other for other in self.rows if place(other) == place(row)]
-        same = ("config_hash", "weights")  # else the checkpoint is another one by now
-        if there and not self.cfg.overwrite and all(there[-1].get(x) == row[x] for x in same):
+        if there and not self.cfg.overwrite:
             self.check_settings(there[-1], settings)
             if told := tell(there[-1]):
                 self.say(f"{told}  (from {self.file.parent})")
@@ -379,8 +382,9 @@ class Sheet:
             return
         flags = [name for name in other if name not in ("ids", "content")]
         why = ", ".join(f"{name} {row.get(name)} and not {settings[name]}" for name in flags)
+        why = why or "other questions, shots or items"
         raise ValueError(
-            f"{self.file} has {row['benchmark']} with {why or 'other questions, shots or items'}: "
+            f"{self.before} has {row['benchmark']} with {why}: "
             "give another --results, or --overwrite"
         )
 

@@ -249,6 +249,8 @@ def training(r):
         name = "pre-training" if r.arms[i].recipe == "base" else r.arms[i]
         costs = f"{some.seconds.mean():,.0f}", f"{some.flops.mean():.2e}"
         rows.append([name, steps, len(some), *costs, f"{some.seconds.sum() / 3600:.2f}"])
+    if not rows:
+        return ""
     header = ["arm", "steps", "runs", "seconds of a run", "FLOPs of a run", "hours of all"]
     return f"## Training\n\nWithout evaluation; runs side by side.\n\n{table(header, rows)}"
 
@@ -282,6 +284,8 @@ def grid(r):
             found = {str(arm): r.level(arm, t, metric) for arm in r.arms}
             columns[metric, tokens_name(t)] = {arm: 100 * e.mean for arm, e in found.items() if e}
     frame = pd.DataFrame(columns).reindex([*map(str, r.arms)]).dropna(how="all")
+    if frame.empty:
+        return "no rows of questions or of tasks here"
     return frame.to_string(float_format="{:.1f}".format, na_rep="-", line_width=100)
 
 
@@ -293,7 +297,9 @@ def arrow(e):
 def directions(r, verdicts):
     """What the rows say about the claims, and about recipes that the paper does not have."""
     tested = any(not v.reason for v in verdicts.values())
-    lines = [] if tested else ["directions, no verdicts (points; SE: over questions)"]
+    compared = any(v.parts for v in verdicts.values())
+    head = "directions, no verdicts (points; SE: over questions)"
+    lines = [head] if compared and not tested else []
     for finding, v in zip(FINDINGS, verdicts.values(), strict=True):
         for i, part in enumerate(v.parts):
             word = f" {v.verdict:14}" * tested
@@ -301,7 +307,7 @@ def directions(r, verdicts):
             here = f"{arrow(part.estimate)} {span(part)}"
             lines.append(f"{start}    {here:24} claimed {region(part):12} {part.name}")
     absent = ", ".join(number for number, v in verdicts.items() if not v.parts)
-    if absent and any(v.parts for v in verdicts.values()):
+    if absent and compared:
         lines.append(f"claims {absent}: not all arms or checkpoints they compare have rows here")
     own = [arm for arm in r.arms if arm.recipe not in RECIPES and " lr=" not in arm.recipe]
     for arm in own[:8]:

@@ -20,7 +20,8 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT=${OUT:-ckpt/speedrun} DATA=${DATA:-data/out/speedrun}
 STEPS=${STEPS:-1000 2000 3000} STOP=${STOP:-${STEPS##* }}
-TEXT=${TEXT:-6400000000} EXTRA_TEXT=${EXTRA_TEXT:-1280000000}  # a little more than is read
+TEXT=${TEXT:-$((STOP * 2140000))}  # tokens to prepare: a little more than a step reads
+EXTRA_TEXT=${EXTRA_TEXT:-$((TEXT / 5))}
 RECIPES=${RECIPES:-sft-rl mix rl} EARLY_SEEDS=${EARLY_SEEDS:-1}
 RL=${RL:---group 5 --steps 600}
 MATH=${MATH:-0} MORE_MATH=${MORE_MATH:-0} LARGER=${LARGER:-0} ROLLOUTS=${ROLLOUTS:-0}

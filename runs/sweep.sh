@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The learning rates of every recipe and how long RL takes to converge, on validation questions and
-# on two pre-trained models that the record does not use.
+# The learning rates of rl, sft, sft-gold and sft->rl, and how long RL takes to converge, on
+# validation questions and on two pre-trained models that the record does not use.
 #
 #   bash runs/sweep.sh       two hours on two cores
 #

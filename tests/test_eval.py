@@ -402,9 +402,10 @@ def test_other_shots_are_in_the_way(measured, calls, tmp_path, capsys):
 
 
 def test_other_weights_under_the_same_flags_are_measured_again(
-    measured, world, kept, calls, tmp_path, monkeypatch
+    measured, world, kept, calls, tmp_path, monkeypatch, capsys
 ):
-    """What changed is the code: the flags, and so config_hash, are the same."""
+    """What changed is the code: the flags, and so config_hash, are the same. Rows of the weights
+    before do not stay, whatever is measured of the new ones."""
     real = rl.advantages
     monkeypatch.setattr(rl, "advantages", lambda *given: -real(*given))
     call("rl", init=world.taught, out=tmp_path / "other.pt", **RL)
@@ -412,6 +413,12 @@ def test_other_weights_under_the_same_flags_are_measured_again(
     try:
         shutil.copy(tmp_path / "other.pt", measured.trained)
         calls.clear()
+        call("eval", measured.trained, "--tasks=", results=kept, **HOW)
+        assert (
+            calls == ["solve"] and "rows of other weights are left out" in capsys.readouterr().out
+        )
+        new = common.weights_hash(measured.trained)
+        assert {row["weights"] for row in rows_in(kept, "rl")} == {new}
         call("eval", measured.trained, results=kept, **HOW)
     finally:
         shutil.copy(before, measured.trained)

@@ -40,6 +40,7 @@ PEAK = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
 TRAINING = 0.4  # share of it that training reaches
 SAMPLING = 0.05  # that sampling reaches: 19,000 tokens per second and GPU at 1B
 PROMPT = 75  # tokens; MATH has 78, GSM8K 62
+SHOT = 155  # of a solved question that is shown, of GSM8K
 ANSWER = 200  # tokens, where --max_new allows it; MATH has 221, GSM8K 78
 TASKS = 2_343_014  # tokens of the six benchmarks, each context once
 
@@ -80,8 +81,8 @@ class Questions(NamedTuple):
     note: str = ""
 
 
-# of prepare.py, by the name of the folder; beside them the default world and, for easy and hard
-# questions, a guess: nobody knows before
+# of runs/paper.sh (prepare.py openmath), by the name of the folder; beside them the default world
+# and, for easy and hard questions, a guess: nobody knows before
 KNOWN = {
     "gsm8k": Questions(7000, 500, 1319, 23 * 7000),
     "math": Questions(13_500, 500, 5000, 23 * 13_500),
@@ -105,7 +106,8 @@ def questions(folder: str, preset: str, needed: str) -> Questions:
         return Questions(*map(len, counts.values()), solutions)
     path = Path(folder).parent if folder.endswith(".jsonl") else Path(folder)
     guess = KNOWN.get(path.name, KNOWN["math"] if paper_size(preset) else TOY)
-    return guess._replace(note=f"{guess.train:,} questions to train on, {guess.test:,} to test")
+    asked = f"{guess.train:,} questions to train on, {guess.test:,} to test"
+    return guess._replace(note=f"{asked}, {guess.solutions:,} solutions")
 
 
 def longest_answer(max_new: int) -> int:

@@ -484,7 +484,8 @@ def job_of(cfg: Config) -> plan.Job:
     rows = cfg.steps * cfg.questions_per_step * cfg.group
     validations = common.validations(cfg, cfg.steps) * cfg.eval_questions
     answer = plan.longest_answer(cfg.max_new)
-    whole = plan.PROMPT + answer
+    shown = -(-cfg.shots * plan.SHOT // cfg.per_row)  # answers of a row share what is shown
+    whole = shown + plan.PROMPT + answer
     again = (cfg.updates > 1) + (cfg.kl > 0)  # log-probs of the policy that sampled, of the start
     counts = plan.Tokens(
         trained=rows * cfg.updates * whole,
@@ -492,7 +493,8 @@ def job_of(cfg: Config) -> plan.Job:
         sampled=(rows + validations * cfg.eval_n) * answer,
     )
     asked = (cfg.questions_per_step, cfg.group), (cfg.eval_questions, cfg.eval_n)
-    return plan.Job("rl", [counts], plan.PROMPT + cfg.max_new, asked=asked, max_new=cfg.max_new)
+    row = shown + plan.PROMPT + cfg.max_new
+    return plan.Job("rl", [counts], row, asked=asked, max_new=cfg.max_new)
 
 
 def check(cfg: Config):

@@ -76,6 +76,10 @@ def show_log(cfg: Config):
 
 def main(given: dict):
     cfg = Config(**given)
+    unread = given.keys() - {"log", "id", "split", "n"} if cfg.log else given.keys() & {"id"}
+    if unread:
+        goes = "does not go" if cfg.log else "goes only"
+        raise ValueError(f"{min(unread)} {goes} with --log")
     if cfg.log:
         return show_log(cfg)
     if len(cfg.checkpoints) != 1:

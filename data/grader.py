@@ -93,9 +93,11 @@ def judge(said, meant):
     if number(said) is None or number(meant) is None:
         said, meant = latex.normal(said, meant)
     truth = number(meant)
+    if truth is None:
+        truth = number(latex.counted(meant))  # 18 dollars
     value = number(said)
     if value is None and truth is not None:
-        value = number(latex.counted(said))  # 18 dollars
+        value = number(latex.counted(said))
     if value is not None and truth is not None:
         if ("%" in said) == ("%" in meant):
             return (value == truth, True), None

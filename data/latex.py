@@ -99,7 +99,7 @@ SUM = re.compile(r"(?:[\d .,+*/()-]|\\(?:times|cdot|div)\b)+")
 LATEX = re.compile(r"[\\^_{}]")
 BASED = re.compile(r"(-?[\dA-F.]*\d[\dA-F.]*)(?:_\{?(\d+)\}?)?")
 WORDS = re.compile(  # a time of the day, or text and nothing else
-    r"\d\d?:\d\d|[\d:]*\(?\\text\{[^{}]*\}\)?"
+    r"\d\d?:\d\d|[\d:]*\(?\\text\{[^{}]*\}\)?|(?i:yes|no)|[A-Za-z][a-z]{2,}(?: [A-Za-z]+)*"
 )
 MISREAD = re.compile(  # two numbers side by side, a base, 1.2.3, a prime
     r"(?<![_\d])\d+ (?=[\d.])|\d_|\.\d*\.|'"

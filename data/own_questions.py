@@ -18,8 +18,8 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 class Own:
     # a .jsonl (.gz, .zst) or .parquet file, a folder of them, or the name of a set of the hub
     source: str
-    # names of fields; a name with dots, extra.answer, looks inside
-    question: str = "question"  # the field that has the question
+    # the field that has the question; a name with dots, extra.question, looks inside
+    question: str = "question"
     # the field that has the answer: a number or LaTeX, itself or after the last #### or in \boxed{}
     answer: str = "answer"
     solution: str = ""  # the field that has a worked solution, or several (default: there is none)
@@ -29,7 +29,7 @@ class Own:
     prompt: str = ""
     # folders of questions whose test questions are left out: equal ones, and 13 words in a row
     check: tuple[str, ...] = ()
-    # share of the questions for validation, and as much for test; the same question stays together
+    # share of the questions for validation, and as much for test, so less than a half
     held_out: Fraction = 0.1
     shots: Whole = 8  # solved questions to show before others, not trained on; at most a tenth
     out: str = "data/out/questions"  # the folder to make
@@ -48,6 +48,8 @@ def paths_of(source) -> list[Path]:
         found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS))
         if not found:
             raise ValueError(f"there is no {', '.join(ENDINGS)} in {source}")
+        if tests := [file for file in found if file.name.startswith("test")]:
+            raise ValueError(f"{tests[0]} looks like test questions: give the file to train on")
         return found
     if path.is_file() and not path.name.endswith(ENDINGS):
         raise ValueError(f"{source}: --source takes {', '.join(ENDINGS)}, or a name of the hub")

@@ -158,7 +158,7 @@ class Text:
     shard_tokens: Count = 100_000_000  # tokens in a shard: 400 MB
     # how many tokenise (0: one a core); their number changes nothing in the result
     processes: Whole = 0
-    seed: Whole = 0  # of the choice of held-out documents
+    seed: Whole = 0  # of the choice of held-out documents, and of the order of files
     overwrite: bool = False  # replace the folder if it exists
 
 

@@ -186,12 +186,13 @@ def stop_string(form: Form):
 
 def stop_tokens(form: Form, enc) -> list[int]:
     """The ids that end an answer in evaluation: the end of text, and what the next question begins
-    with, if that is a word. Of other prompts, "[INST] {}" or "\\nQ: {}", it is a bracket or a new
-    line, which answers have, too: `until_next_question` cuts these later."""
-    first = tokens.encode(enc, stop_string(form))[0]
-    if enc.name == "toy" or sum(map(str.isalpha, tokens.decode(enc, [first]))) > 2:
-        return [enc.eot_token, first]
-    return [enc.eot_token]
+    with, if that is one word, "Question:" for instance. Of other prompts, "The problem: {}" or
+    "[INST] {}", it is what answers have, too: `until_next_question` cuts these later."""
+    stop = stop_string(form)
+    first = tokens.encode(enc, stop)[0]
+    word = stop.strip(" :")
+    alone = word.isalpha() and len(word) > 2 and tokens.decode(enc, [first]).strip() == word
+    return [enc.eot_token, first] if alone or enc.name == "toy" else [enc.eot_token]
 
 
 def refuse_test(path):

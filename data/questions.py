@@ -260,13 +260,19 @@ def apart(train, tests, shown, shot_count, val, seed, keep_overlap):
     same = f"{left_out['equal']} training questions are also in test"
     print(f"{same} (without case and punctuation): left out")
     print(f"{left_out['overlap']} more share {GRAM} words in a row with a test question: {kept}")
+    if left_out["overlap"] and not rows:
+        raise ValueError("no training question is left: --keep_overlap keeps these")
     if not shown:
         shown = sorted(rows, key=lambda row: draw("shots", row["id"]))[:shot_count]
     shown = [{**row, "solutions": row["solutions"][:1]} for row in shown]
     names = {words(row["question"]) for row in shown}
     # drawn from the distinct questions, so that copies of one stay on one side
-    distinct = {words(row["question"]) for row in rows} - names
-    held_out = set(sorted(distinct, key=lambda question: draw(seed, question))[:val])
+    copies = collections.Counter(words(row["question"]) for row in rows)
+    held_out, count = set(), 0
+    for question in sorted(copies.keys() - names, key=lambda question: draw(seed, question)):
+        if count < val:
+            held_out.add(question)
+            count += copies[question]
     splits = {"train": [], "val": [], "shots": shown}
     for row in rows:
         question = words(row["question"])

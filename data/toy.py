@@ -19,8 +19,9 @@ Questions (`questions`) are such problems, and their solutions all end in "#### 
 
 No two splits share a question, and the text counts as one of them. What decides is the arithmetic
 of a question, whatever its names, things, verbs, distractor and the order of its additions: a hash
-of it says which split may use it (`canonical`, `owner`). Only the drills are free of that rule
-where they are one operation long: they are the tables everyone learns.
+of it says which split may use it (`canonical`, `owner`). Only drills are free of that rule: those
+of one operation, which are the tables everyone learns, and 7 + 7 + 3, which is drilled because the
+text has the problem of 7 keys, and of 3 more than 7, together.
 
 General capability (`tasks`): facts ask what the text states. Lastword asks about the tenth of all
 stories that is kept out of the text (`held_out`).
@@ -164,7 +165,7 @@ COMPARE = 0.25  # of the problems: with another person's number
 DISTRACT = 0.25  # of the problems: with a number that is not needed
 # percent of all arithmetic that is theirs
 OWNERS = {"text": 50, "train": 25, "val": 10, "test": 13, "shots": 2}
-SHORT = 16  # tokens of a question that is shown as an example
+SHORT = 16  # tokens of a question that is shown as an example, without its first
 SOLUTIONS = 24  # a question; the paper's gold set has about 23
 
 

@@ -115,6 +115,12 @@ def test_the_log_of_training(whole, capsys):
         assert (row["question"] in said) >= (row["split"] == "train")
 
 
+def test_flags_that_a_log_does_not_read(whole, world, capsys):
+    message = refused(capsys, "sample", log=whole("rl"), first=2)
+    assert "first does not go with --log" in message
+    assert "id goes only with --log" in refused(capsys, "sample", world.base, id="a")
+
+
 def test_no_log_and_no_such_question(whole, world, capsys):
     assert str(world.base) in refused(capsys, "sample", log=world.base)
     message = refused(capsys, "sample", log=whole("rl"), id="nobody")

@@ -74,6 +74,23 @@ def test_each_kind_of_source_gives_the_same_splits(tmp_path, name):
         assert [row["question"] for row in part] == [row["question"] for row in other[split]]
 
 
+def test_a_file_of_test_questions_is_not_trained_on(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", rows())
+    test = write(tmp_path / "test.jsonl", rows()[:9])
+    assert f"{test} looks like test questions" in said(capsys, "--source", tmp_path)
+
+
+def test_copies_of_a_question_count_as_often_as_they_are_there(tmp_path):
+    """2 + 3 and 2 - 3 stay together, as questions of one text without its signs."""
+    signs = [
+        {"problem": f"{i} {sign} {i + 3} ?", "final": 7, "cot": "7"}
+        for i in range(50)
+        for sign in "+-*"
+    ]
+    splits = prepared(tmp_path, write(tmp_path / "a.jsonl", signs), shots=0)
+    assert len(splits["test"]) == 15 and 15 <= len(splits["val"]) < 18
+
+
 def test_a_set_of_the_hub(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -315,6 +315,15 @@ def test_questions_that_are_there_are_counted(tmp_path):
     assert plan.questions(str(tmp_path / "train.jsonl"), "toy", "train").train == 5
 
 
+def test_shots_are_in_the_plan():
+    """Eight answers share a row, and so what is shown."""
+    bare, shown = (rl.job_of(rl.Config(init="x.pt", steps=5, shots=k)) for k in (0, 8))
+    assert shown.row - bare.row == plan.SHOT
+    (before,), (after,) = bare.parts, shown.parts
+    answers = 5 * rl.Config(init="x.pt").questions_per_step * rl.Config(init="x.pt").group
+    assert after.trained - before.trained == plan.SHOT * answers
+
+
 def test_text_is_counted_once(capsys):
     text = ["pretrain.py", "--data", "d", "--tokens", "1e10", "--plan", "1b"]
     less = ["pretrain.py", "--data", "d", "--tokens", "5e9", "--plan", "1b"]

@@ -75,7 +75,9 @@ def test_the_usual_next_question_stops_the_sampler(cl100k):
     assert [tokens.decode(cl100k, ids[:1]), problems.stop_string(TOY)] == ["Question", " Q :"]
 
 
-@pytest.mark.parametrize("prompt", ["Q: {}", "[INST] {} [/INST]", "<|user|>{}", "\nQ: {}\nA:"])
+@pytest.mark.parametrize(
+    "prompt", ["Q: {}", "The problem: {}", "[INST] {} [/INST]", "<|user|>{}", "\nQ: {}\nA:"]
+)
 def test_what_answers_have_too_does_not_stop_the_sampler(cl100k, prompt):
     assert problems.stop_tokens(problems.Form(prompt), cl100k) == [cl100k.eot_token]
 

@@ -202,7 +202,7 @@ def parse_value(name: str, text: str, kind):
         return tuple(parse_value(name, part, typing.get_args(kind)[0]) for part in parts)
     try:
         value = READERS[kind](text)
-        if value != value or legal and value not in legal:  # NaN would only show after the update
+        if legal and value not in legal or kind is float and not math.isfinite(value):
             raise ValueError
     except (ValueError, KeyError, OverflowError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]

@@ -117,6 +117,8 @@ def main(given: dict):
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
         common.compile_blocks(model)
+        if start:
+            common.compile_blocks(start)
     log = common.Log(cfg, world, cfg.steps, run.state, "reward correct flat truncated sft_loss")
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "mix")
     optimizers = [rl_optimizer, sft_optimizer]

@@ -1202,9 +1202,10 @@ def number_in(path: Path, missing: float, name: str = "") -> float:
 #      as keeping all logits.
 #  (b) `log_probs`: log-prob and entropy, 2NDV; its backward pass recomputes the logits, 6NDV more.
 #      Old and new log-probs of a clipped update both come from here, from one forward function with
-#      or without gradient, so their ratio is exactly 1 before the update. On-policy (a) takes the
-#      ratio as 1 and never divides, so the two need not agree in the last bits: in bf16 they do
-#      not, (a) rounds the logits to bf16 as PyTorch would, (b) keeps them in fp32.
+#      or without gradient, so their ratio is exactly 1 before the update (compiled blocks have code
+#      for either: 1 but for rounding). On-policy (a) takes the ratio as 1 and never divides, so the
+#      two need not agree in the last bits: in bf16 they do not, (a) rounds the logits to bf16 as
+#      PyTorch would, (b) keeps them in fp32.
 # Each is a loop in PyTorch, the reference and the CPU path, that hands its inner step to a Triton
 # kernel on CUDA.
 #

@@ -43,7 +43,8 @@ class Config(common.Shared):
     save_steps: tuple[Count, ...] = ()  # the same, in steps
     batch_tokens: Count = 2048  # tokens per step over all ranks
     length: Count = 128  # tokens per row; with --init as before: another one is another order
-    doc_mask: bool = False  # attention and positions stay inside a document; paper: not given
+    # attention and positions stay inside a document (paper: not given); not taken over from --init
+    doc_mask: bool = False
     micro: Count = 32
     lr: Positive = 4e-3  # peak learning rate, cosine to a tenth
     warmup: Whole = 100  # steps of linear warm-up
@@ -125,6 +126,8 @@ def configure(given: dict):
     cfg = Config(**(defaults | given))
     if cfg.plan:
         return cfg, None
+    if before and cfg.length > (most := before["config"]["context"]):
+        raise ValueError(f"--length {cfg.length}: the context of {cfg.init} is {most} tokens")
     return plan.fit(cfg, given, job_of(cfg), preset, common.device_of(cfg.device)), before
 
 

@@ -180,11 +180,11 @@ def flat_groups(rewards_QG: torch.Tensor) -> torch.Tensor:
     return rewards_QG.amax(1) == rewards_QG.amin(1)
 
 
-def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> int:
+def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded: Graded) -> dict:
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), --resample times at most: flat
-    groups give way, in place, to newly drawn ones. -> sampled tokens that were dropped."""
+    groups give way, in place, to newly drawn ones. -> what was dropped: groups, sampled tokens."""
     size = run.cfg.group
-    dropped = 0
+    dropped = {"dropped groups": 0, "dropped tokens": 0}
     for draw in range(1, run.cfg.resample + 1):
         flat = flat_groups(graded.rewards.view(-1, size)).nonzero().flatten().tolist()
         if not flat:
@@ -194,7 +194,8 @@ def replace_flat(run: common.Setup, sampler, step: int, rolled: Rollout, graded:
         for place, group in enumerate(flat):
             old = slice(group * size, (group + 1) * size)
             new = slice(place * size, (place + 1) * size)
-            dropped += sum(map(len, rolled.answers[old]))
+            dropped["dropped groups"] += 1
+            dropped["dropped tokens"] += sum(map(len, rolled.answers[old]))
             for name in ("questions", "prompts", "answers", "logp", "truncated"):
                 getattr(rolled, name)[old] = getattr(drawn, name)[new]
             for name in Graded._fields:
@@ -249,7 +250,7 @@ def shown_answers(run: common.Setup, rolled: Rollout, graded: Graded, advantage)
     return common.examples(rolled.questions[:: run.cfg.group], answers)
 
 
-def sums_of(rolled: Rollout, graded: Graded, group: int, dropped: int) -> dict:
+def sums_of(rolled: Rollout, graded: Graded, group: int) -> dict:
     """What is counted of this rank's answers, to be summed over the ranks."""
     flat = flat_groups(graded.rewards.view(-1, group))
     return {
@@ -258,7 +259,6 @@ def sums_of(rolled: Rollout, graded: Graded, group: int, dropped: int) -> dict:
         "formatted": sum(formatted for _, formatted in graded.marks),
         "truncated": sum(rolled.truncated),
         "late": sum(graded.late),
-        "dropped": dropped,
         "flat": flat.sum(),
         "answers": len(graded.marks),
         "groups": len(flat),
@@ -275,10 +275,11 @@ def numbers_of(total: dict, cfg: Config) -> dict:
     if cfg.reward:
         numbers["late"] = total["late"] / total["answers"]
     if cfg.resample:
-        numbers["dropped_tokens"] = int(total["dropped"])
+        numbers["dropped_groups"] = int(total["dropped groups"])
+        numbers["dropped_tokens"] = int(total["dropped tokens"])
     numbers["length"] = total["tokens"] / total["answers"]
     numbers["prompt_length"] = total["prompt tokens"] / total["answers"]
-    numbers["sampled_tokens"] = int(total["tokens"] + total["dropped"])
+    numbers["sampled_tokens"] = int(total["tokens"] + total["dropped tokens"])
     return numbers
 
 
@@ -305,7 +306,7 @@ def rl_batch(run: common.Setup, sampler: Sampler, step: int, log=None):
         shown = shown_answers(run, rolled, graded, advantage.flatten().tolist())
         log.add_answers(step, "train", shown)
 
-    sums = sums_of(rolled, graded, cfg.group, dropped)
+    sums = sums_of(rolled, graded, cfg.group) | dropped
     total = dict(zip(sums, run.world.sum(*map(float, sums.values())), strict=True))
     lengths = torch.tensor([len(answer) for answer in rolled.answers])
     # one denominator for all ranks
@@ -463,9 +464,11 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     """What the step cost, for the log: FLOPs of sampling (a forward pass) and of training."""
     size = numbers["length"] + numbers["prompt_length"]  # of a sequence, on average
     sampled = numbers["sampled_tokens"]
-    prompts = cfg.questions_per_step * numbers["prompt_length"]
     trained = sampled - numbers.get("dropped_tokens", 0)
-    trained += prompts * -(-cfg.group // cfg.per_row)
+    once = cfg.questions_per_step * numbers["prompt_length"]
+    trained += once * -(-cfg.group // cfg.per_row)
+    questions = cfg.questions_per_step + numbers.get("dropped_groups", 0)
+    prompts = questions * numbers["prompt_length"]
     if not cfg.kl:
         trained *= 1 - numbers["flat"]  # flat groups are left out
     measured = (cfg.updates > 1) + (cfg.kl > 0)  # forward passes for old and reference log-probs
@@ -473,7 +476,7 @@ def rl_costs(model, numbers: dict, cfg, began: float) -> dict:
     passes = (sampled + prompts) / 3 + trained * (cfg.updates + measured / 3)
     return dict(
         flops=passes * model.flops_per_token(size),
-        questions=cfg.questions_per_step,
+        questions=questions,
         sampled_tokens=sampled,
         seconds=time.monotonic() - began,
     )
@@ -494,7 +497,8 @@ def job_of(cfg: Config) -> plan.Job:
     )
     asked = (cfg.questions_per_step, cfg.group), (cfg.eval_questions, cfg.eval_n)
     row = shown + plan.PROMPT + cfg.max_new
-    return plan.Job("rl", [counts], row, asked=asked, max_new=cfg.max_new)
+    note = f"--resample: up to {cfg.resample} times the sampling more" if cfg.resample else ""
+    return plan.Job("rl", [counts], row, asked=asked, max_new=cfg.max_new, note=note)
 
 
 def check(cfg: Config):
@@ -509,6 +513,10 @@ def check(cfg: Config):
     if cfg.std_norm and cfg.batch_std:
         raise ValueError(
             "--std_norm divides by the group's std, --batch_std by the step's: take one"
+        )
+    if cfg.leave_one_out and cfg.batch_std:
+        raise ValueError(
+            "--leave_one_out multiplies all by G/(G-1), which --batch_std divides out: take one"
         )
     if cfg.reward:
         grader.check_own_reward(cfg.reward)
@@ -545,6 +553,8 @@ def main(given: dict):
     sampler = Sampler(model, cfg.rows, compiled)
     if compiled:
         common.compile_blocks(model)
+        if start:
+            common.compile_blocks(start)
     log = common.Log(cfg, world, cfg.steps, run.state, "reward correct flat truncated")
     meta = functools.partial(common.child_meta, cfg, run.contents, run.parent, "rl")
     save = functools.partial(common.save_state, cfg, model, meta, [optimizer], log)

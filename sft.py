@@ -40,7 +40,7 @@ PAPER = dict(batch=64, lr=2e-5, max_new=512)
 
 
 def check(cfg):
-    if cfg.solutions != "all" and not (cfg.solutions.isdigit() and int(cfg.solutions)):
+    if cfg.solutions != "all" and not (cfg.solutions.isdecimal() and int(cfg.solutions)):
         raise ValueError(f"--solutions takes a whole number from 1, or all, not {cfg.solutions!r}")
 
 

@@ -70,6 +70,17 @@ def test_a_public_checkpoint_of_a_size_without_a_preset(world, tmp_path):
     assert common.load(tmp_path / "start-text/step1.pt")["meta"]["preset"] == "2x32"
 
 
+@pytest.mark.parametrize("doc_mask", ["true", "false"])
+def test_rows_longer_than_the_context_are_refused(world, tmp_path, capsys, doc_mask):
+    """Before anything is removed."""
+    words = flags(*PRETRAIN, data=world.data, warmup=0, **TEXT | {"tokens": 1024})
+    call("pretrain", *words, init=world.taught, out=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    long = dict(init=world.taught, out=tmp_path, length=1024, doc_mask=doc_mask)
+    message = refused(capsys, "pretrain", *words, "--overwrite", **long)
+    assert "--length 1024" in message and before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+
 def test_resume_from_a_checkpoint(world, tmp_path, monkeypatch, capsys):
     """Bit for bit, as for the other forms of the scripts."""
     outs = [tmp_path / name / "step3.pt" for name in ("whole", "stopped")]

@@ -194,6 +194,10 @@ def test_what_was_dropped_is_counted():
     assert int(batch.mask.sum()) == 32 * 3
     assert numbers["sampled_tokens"] == len(sampler.seeds) * 3
     assert numbers["dropped_tokens"] == (len(sampler.seeds) - 32) * 3 > 0
+    assert numbers["dropped_groups"] == (len(sampler.seeds) - 32) / run.cfg.group
+    model = SimpleNamespace(flops_per_token=lambda length: 1.0)
+    asked = rl.rl_costs(model, numbers, run.cfg, 0.0)["questions"]
+    assert asked == run.cfg.questions_per_step + numbers["dropped_groups"]
     plain = rl.rl_batch(setup(), FakeSampler(), 0)[1]
     assert "dropped_tokens" not in plain and plain["flat"] > numbers["flat"]
 
@@ -228,5 +232,7 @@ def test_flags_that_would_change_nothing_are_refused(world, capsys, tmp_path):
     for flags in (dict(clip_high=0.28), dict(ratio="sequence")):
         said = refused(capsys, "rl", *words_of("rl", world, tmp_path / "a.pt", **flags))
         assert "--updates" in said
-    both = dict(std_norm="true", batch_std="true")
-    assert "--batch_std" in refused(capsys, "rl", *words_of("rl", world, tmp_path / "a.pt", **both))
+    for other in ("std_norm", "leave_one_out"):
+        both = {other: "true", "batch_std": "true"}
+        said = refused(capsys, "rl", *words_of("rl", world, tmp_path / "a.pt", **both))
+        assert f"--{other}" in said and "--batch_std" in said

@@ -2,13 +2,14 @@
 # The record that RESULTS.md rests on: eight pre-trained models, each with text, questions and
 # seeds of its own, five checkpoints of each, RL of 300 steps (LONGER: 600 where that is too few).
 #
-#   bash runs/record.sh                 some twenty-one hours on two cores with AVX-512
-#   MODELS="30 31" bash runs/record.sh  only these models
+#   KEPT= bash runs/record.sh     all of it anew: twenty-two hours on two cores with AVX-512
+#   bash runs/record.sh           what results/record-3/rows.jsonl lacks, and the report beside it
+#   MODELS="30 31" KEPT= bash runs/record.sh    only these models
 #
 # Models come one after the other, and what most claims rest on comes first, so a record that is not
-# finished is one of fewer models. Rows are collected in results/record-3/rows.jsonl, and what has
-# rows there is not run again. Run it again after a Ctrl-C. JOBS, OUT, DATA, RESULTS: as in
-# matrix.sh, whose run is part of the first model's.
+# finished is one of fewer models. KEPT: a file that collects the rows; what has rows there is not
+# run again. Without it they are in RESULTS alone, and the report, too. Run it again after a Ctrl-C.
+# JOBS, OUT, DATA, RESULTS: as in matrix.sh, whose run is part of the first model's.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source ./matrix.sh
 MODELS=${MODELS:-30 31 32 33 34 35 36 37} KEPT=${KEPT-results/record-3/rows.jsonl}
@@ -60,7 +61,7 @@ world() {  # SUFFIX [FLAGS]: the text and questions of the model `run`
   run python data/prepare.py toy --seed "$seed" --out "$DATA-$run$1" "${@:2}"
 }
 keep() {  # the rows so far, each once
-  [ "$KEPT" ] || return 0
+  [[ $KEPT && -d $RESULTS ]] || return 0
   mkdir -p "$(dirname "$KEPT")" && touch "$KEPT"
   find "$RESULTS" -name '*.jsonl' -exec cat {} + | cat "$KEPT" - |
     LC_ALL=C sort -u > "$KEPT.new"
@@ -138,5 +139,6 @@ for seed in $MODELS; do  # hard questions
   done
   finish relatives
 done
+keep
 [ "$KEPT" ] && RESULTS=$(dirname "$KEPT")
 run python eval.py --report "$RESULTS"

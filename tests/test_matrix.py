@@ -497,6 +497,15 @@ def test_a_record_runs_only_what_has_no_kept_rows(recorded):
     assert recorded.kept.read_text().splitlines() == lines
 
 
+def test_rows_that_were_left_uncollected_are_kept_by_the_next_run(recorded):
+    """Where a run was stopped between its last cell and the collecting."""
+    lines = recorded.kept.read_text().splitlines()
+    recorded.kept.unlink()
+    status, _, err = recorded.shell.run("runs/record.sh", **recorded.how)
+    assert (status, err) == (0, "") and count(recorded.shell.commands()) == dict(eval=1)
+    assert {*recorded.kept.read_text().splitlines()} == {*lines}
+
+
 def test_a_record_of_one_model_adds_to_what_is_kept(shell):
     kept = shell.folder / "kept/rows.jsonl"
     kept.parent.mkdir()

@@ -128,15 +128,17 @@ def test_the_costs_of_record_3_from_raw_rows():
     """Seconds and FLOPs of pre-training and of one arm by its steps, each run once."""
     lines = (ROOT / "results/record-3/rows.jsonl").read_text().splitlines()
     shown = training(rows.Record(rows.read(ROOT / "results/record-3")[0]))
-    asked = [("pre-training", "base", None, 5859), ("rl", "rl", "easy", 300)]
-    for name, recipe, questions, steps in [*asked, ("rl", "rl", "easy", 600)]:
+    asked = [("pre-training", "base", [None], 5859), ("rl", "rl", ["easy"], 300)]
+    for name, recipe, questions, steps in [*asked, ("rl", "rl", ["easy", "hard"], 600)]:
         runs = {}
         for row in map(json.loads, lines):
             own = (
                 row["recipe"] == recipe and row["model"] == "toy" and row.get("group") in (8, None)
             )
             own = (
-                own and row["world"] == "toy-math30" and row.get("benchmark") in (questions, "text")
+                own
+                and row["world"] == "toy-math30"
+                and row.get("benchmark") in [*questions, "text"]
             )
             if own and row.get("flops") and row["step"] == steps:
                 seed = 0 if recipe == "base" else row["seed"]

@@ -79,7 +79,7 @@ def main(given: dict):
     unread = given.keys() - {"log", "id", "split", "n"} if cfg.log else given.keys() & {"id"}
     if unread:
         goes = "does not go" if cfg.log else "goes only"
-        raise ValueError(f"{min(unread)} {goes} with --log")
+        raise ValueError(f"--{min(unread)} {goes} with --log")
     if cfg.log:
         return show_log(cfg)
     if len(cfg.checkpoints) != 1:

@@ -117,8 +117,8 @@ def test_the_log_of_training(whole, capsys):
 
 def test_flags_that_a_log_does_not_read(whole, world, capsys):
     message = refused(capsys, "sample", log=whole("rl"), first=2)
-    assert "first does not go with --log" in message
-    assert "id goes only with --log" in refused(capsys, "sample", world.base, id="a")
+    assert "--first does not go with --log" in message
+    assert "--id goes only with --log" in refused(capsys, "sample", world.base, id="a")
 
 
 def test_no_log_and_no_such_question(whole, world, capsys):
